@@ -1,0 +1,1 @@
+"""Pure tensor functions: the memories themselves, without parameters."""

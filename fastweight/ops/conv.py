@@ -1,0 +1,39 @@
+"""Depthwise causal convolution that can be cut anywhere: the last inputs are its state."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def causal_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor, *, cu_seqlens: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """y[t, c] = bias[c] + Σ_k weight[c, k] · x[t - (width - 1) + k, c].
+
+    x: [B, T, C] (or packed [1, total, C]). weight: [C, width]; weight[:, -1] meets the current token. bias: [C].
+    tail: [N, width - 1, C], the inputs before x (zeros at the start of a sequence). Returns y and the new tail.
+    """
+    width = weight.shape[1]
+    if cu_seqlens is None:
+        seen = torch.cat((tail.to(x.dtype), x), 1)
+        y = F.conv1d(seen.transpose(1, 2), weight[:, None].to(x.dtype), groups=x.shape[-1]).transpose(1, 2)
+        new_tail = seen[:, seen.shape[1] - (width - 1) :]
+    else:
+        y, new_tail = _packed(x[0], weight.to(x.dtype), tail.to(x.dtype), cu_seqlens)
+    return (y if bias is None else y + bias.to(x.dtype)), new_tail
+
+
+def _packed(x: Tensor, weight: Tensor, tail: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    """The same over packed sequences: each tap looks at its own sequence, or at that sequence's tail."""
+    back, total = tail.shape[1], x.shape[0]
+    starts = cu_seqlens.to(x.device, torch.int64)
+    owner = torch.searchsorted(starts[1:], torch.arange(total, device=x.device), right=True)
+    # Row layout of `rows`: sequence s occupies its tail, then its tokens.
+    begin = starts[:-1] + back * torch.arange(tail.shape[0], device=x.device)
+    place = torch.arange(total, device=x.device) + back * (owner + 1)
+    rows = x.new_zeros(total + back * tail.shape[0], x.shape[1]).index_copy(0, place, x)
+    steps = torch.arange(back, device=x.device)
+    rows = rows.index_copy(0, (begin[:, None] + steps).flatten(), tail.flatten(0, 1))
+    y = sum(rows[place - back + k] * weight[:, k] for k in range(back + 1))
+    end = starts[1:] + back * (torch.arange(tail.shape[0], device=x.device) + 1)
+    return y[None], rows[end[:, None] - back + steps]  # type: ignore[index]  # the sum has at least one term

@@ -1,0 +1,98 @@
+"""The (gated) delta rule: a linear associative memory that corrects what it would have answered."""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fastweight.ops import dispatch
+from fastweight.ops.sequences import advance, token_positions
+from fastweight.state import Faults, register_state
+
+
+@register_state
+class DeltaState(NamedTuple):
+    """memory: [N, H, K, V], float32 or wider. position: [N] int64. faults: tokens whose write was not finite."""
+
+    memory: Tensor
+    position: Tensor
+    faults: Faults
+
+
+def delta_rule(
+    q: Float[Tensor, "B T H K"],
+    k: Float[Tensor, "B T H K"] | Float[Tensor, "B T M H K"],
+    v: Float[Tensor, "B T H V"] | Float[Tensor, "B T M H V"],
+    beta: Float[Tensor, "B T H"] | Float[Tensor, "B T M H"],
+    state: DeltaState,
+    *,
+    log_decay: Float[Tensor, "B T H"] | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Float[Tensor, "B T H V"], DeltaState]:
+    """Write with the delta rule, then read: S ← a(I − β k kᵀ)S + β k vᵀ, o = Sᵀ q.
+
+    Token t first moves S so that Sᵀk is closer to v by a fraction β, then reads with q. With a micro-step dimension M
+    (the order), the M pairs of a token are written one after the other, the decay acts before the first, and the read
+    comes after the last. Exact for any cut of T; inputs are not modified; arithmetic and state are float32 or wider.
+
+    beta: write strength, 0 keeps, 1 replaces, (1, 2] overshoots. k: unit L2 norm, or the memory may diverge (not checked).
+    log_decay: log a ≤ 0, None for no decay. cu_seqlens: [N+1], packed input of batch 1. A token whose k, v, β or decay is
+    not finite writes nothing and is counted in `state.faults`.
+    Raises ValueError if shapes disagree or `backend` is named and cannot run these inputs.
+    Source: Yang et al. 2024, arXiv:2406.06484, eq. 3; gated form arXiv:2412.06464, eq. 10; order arXiv:2502.10297, eq. 4.
+    """
+    if k.dim() == 4:
+        k, v, beta = k.unsqueeze(2), v.unsqueeze(2), beta.unsqueeze(2)
+    _check(q, k, v, beta, log_decay)
+    wide = torch.promote_types(q.dtype, state.memory.dtype)
+    decay = q.new_zeros(beta[:, :, 0].shape, dtype=wide) if log_decay is None else log_decay.to(wide)
+    inputs, bad = _drop_bad_writes(k.to(wide), v.to(wide), beta.to(wide), decay)
+    y, memory = dispatch.call(
+        "delta_rule", backend, q, q.to(wide), *inputs, state.memory, cu_seqlens=cu_seqlens, gated=log_decay is not None
+    )
+    faults = count_faults(state.faults, bad, state.position, cu_seqlens)
+    return y.to(q.dtype), DeltaState(memory, advance(state.position, q.shape[1], cu_seqlens), faults)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None) -> None:
+    batch, length, heads, dim = q.shape
+    order = k.shape[2]
+    wanted = {
+        "k": (k, (batch, length, order, heads, dim)),
+        "v": (v, (batch, length, order, heads, v.shape[-1])),
+        "beta": (beta, (batch, length, order, heads)),
+    }
+    if log_decay is not None:
+        wanted["log_decay"] = (log_decay, (batch, length, heads))
+    for name, (tensor, shape) in wanted.items():
+        if tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"delta_rule: {name} must be {list(shape)} to fit q {list(q.shape)}, got {list(tensor.shape)}."
+            )
+
+
+def _drop_bad_writes(k: Tensor, v: Tensor, beta: Tensor, decay: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Turn writes that are not finite into no-ops; also say which tokens [B, T] had one."""
+    good = k.isfinite().all(-1) & v.isfinite().all(-1) & beta.isfinite() & decay.isfinite().unsqueeze(2)
+    k, v = (torch.where(good[..., None], x, torch.zeros_like(x)) for x in (k, v))
+    beta = torch.where(good, beta, torch.zeros_like(beta))
+    decay = torch.where(good.all(2), decay, torch.zeros_like(decay))
+    return (k, v, beta, decay), ~good.flatten(2).all(-1)
+
+
+def count_faults(faults: Faults, bad: Tensor, position: Tensor, cu_seqlens: Tensor | None) -> Faults:
+    """Add the tokens marked in `bad` [B, T] (or [1, total]) to each sequence's faults."""
+    where = token_positions(position, bad.shape[1], cu_seqlens)
+    far = torch.iinfo(torch.int64).max
+    at = torch.where(bad, where, torch.full_like(where, far))
+    if cu_seqlens is None:
+        return faults.add(bad.sum(1), at.amin(1))
+    starts = cu_seqlens.to(bad.device, torch.int64)
+    owner = torch.searchsorted(starts[1:], torch.arange(bad.shape[1], device=bad.device), right=True)
+    count = torch.zeros_like(faults.count).index_add(0, owner, bad[0].long())
+    return faults.add(count, torch.full_like(faults.first, far).scatter_reduce(0, owner, at[0], "amin"))
+
+
+from fastweight.ops.delta import chunked, naive  # noqa: E402, F401  # they register themselves

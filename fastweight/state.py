@@ -1,0 +1,210 @@
+"""A state is a value: a tree of NamedTuples of tensors whose first dimension is the sequence.
+
+It can be sized, forked, selected, detached, moved, saved and loaded; nothing in the library mutates one.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fastweight.files import write_atomically
+
+FORMAT = "fastweight-state"
+VERSION = 1
+
+T = TypeVar("T")
+_TYPES: dict[str, type] = {}
+
+
+def register_state(cls: type[T]) -> type[T]:
+    """Class decorator for a state's NamedTuple: makes it loadable by its name."""
+    if _TYPES.setdefault(cls.__name__, cls) is not cls and _TYPES[cls.__name__].__module__ != cls.__module__:
+        raise ValueError(
+            f"state type {cls.__name__!r} exists already, in {_TYPES[cls.__name__].__module__}. Rename it."
+        )
+    _TYPES[cls.__name__] = cls
+    return cls
+
+
+@register_state
+class Faults(NamedTuple):
+    """Inner updates that were not finite and therefore not applied.
+
+    count: [N] int64, how many. first: [N] int64, position of the first one in its sequence, -1 for none.
+    """
+
+    count: Tensor
+    first: Tensor
+
+    @staticmethod
+    def none(num_sequences: int, device: torch.device | str | None = None) -> "Faults":
+        zeros = torch.zeros(num_sequences, dtype=torch.int64, device=device)
+        return Faults(zeros, zeros - 1)
+
+    def add(self, count: Tensor, first: Tensor) -> "Faults":
+        """Add `count` [N] new faults, the first of them at position `first` [N] (ignored where count is 0)."""
+        is_first = (self.first < 0) & (count > 0)
+        return Faults(self.count + count, torch.where(is_first, first, self.first))
+
+
+def map_tensors(fn: Callable[[Tensor], Tensor], tree: T) -> T:
+    """Apply `fn` to every tensor of a state tree; None stays None."""
+    if tree is None:
+        return tree
+    if isinstance(tree, Tensor):
+        return fn(tree)
+    children = [map_tensors(fn, child) for child in tree]  # type: ignore[attr-defined]  # a tuple by construction
+    return type(tree)(*children) if hasattr(tree, "_fields") else tuple(children)  # type: ignore[return-value]
+
+
+def zip_tensors(fn: Callable[..., Tensor], *trees: T) -> T:
+    """Apply `fn` to the tensors that stand at the same place of several state trees."""
+    first: Any = trees[0]
+    if first is None:
+        return first
+    if isinstance(first, Tensor):
+        return fn(*trees)  # type: ignore[return-value]
+    children = [zip_tensors(fn, *group) for group in zip(*trees, strict=True)]  # type: ignore[arg-type]
+    return type(first)(*children) if hasattr(first, "_fields") else tuple(children)
+
+
+def tensors(tree: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yield (dotted name, tensor) for every tensor of a state tree."""
+    if isinstance(tree, Tensor):
+        yield name, tree
+    elif tree is not None:
+        names = getattr(tree, "_fields", None) or [str(i) for i in range(len(tree))]
+        for field, child in zip(names, tree, strict=True):
+            yield from tensors(child, f"{name}.{field}" if name else field)
+
+
+class ModelState:
+    """Everything a model needs to read the next token: one entry per visited block.
+
+    visits: tuple of block states, in the model's `order`. position: [N] int64, tokens read by each sequence.
+    signature: names the model config; a state of another model is refused. note: free text kept with a saved state.
+    """
+
+    def __init__(self, visits: tuple, position: Tensor, signature: str, note: dict[str, str] | None = None):
+        self.visits = visits
+        self.position = position
+        self.signature = signature
+        self.note = dict(note or {})
+
+    def __repr__(self) -> str:
+        return (
+            f"ModelState(sequences={self.num_sequences}, position={self.position.tolist()}, "
+            f"visits={len(self.visits)}, num_bytes={self.num_bytes})"
+        )
+
+    @property
+    def num_sequences(self) -> int:
+        return self.position.shape[0]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors of the state."""
+        return sum(t.numel() * t.element_size() for _, t in tensors(self._tree()))
+
+    def fork(self) -> "ModelState":
+        """An independent copy: continuing one leaves the other as it is."""
+        return self._map(torch.clone)
+
+    def select(self, indices: Sequence[int] | Tensor) -> "ModelState":
+        """The sequences `indices`, in that order; an index may repeat, which makes copies."""
+        rows = torch.as_tensor(indices, device=self.position.device)
+        rows = rows.nonzero().flatten() if rows.dtype == torch.bool else rows.long()
+        return self._map(lambda t: t.index_select(0, rows))
+
+    def detach(self) -> "ModelState":
+        """The same values, cut from the autograd graph (truncated backpropagation through time)."""
+        return self._map(Tensor.detach)
+
+    def to(self, device: torch.device | str) -> "ModelState":
+        """The state on `device`."""
+        return self._map(lambda t: t.to(device))
+
+    def where(self, keep: Tensor, other: "ModelState") -> "ModelState":
+        """Rows of self where `keep` [N] is true, rows of `other` elsewhere (used to restart finished sequences)."""
+        choose = lambda a, b: torch.where(keep.view(-1, *[1] * (a.dim() - 1)), a, b)  # noqa: E731
+        visits, position = zip_tensors(choose, *_align_lengths(self._tree(), other._tree()))
+        return ModelState(visits, position, self.signature, self.note)
+
+    def save(self, path: str | Path) -> None:
+        """Write the state to one safetensors file, atomically."""
+        named = {name: t.detach().cpu().contiguous() for name, t in tensors(self._tree())}
+        header = {"format": FORMAT, "version": str(VERSION), "signature": self.signature}
+        header |= {"structure": json.dumps(_structure(self._tree())), "note": json.dumps(self.note)}
+        write_atomically(path, lambda temporary: save_file(named, temporary, metadata=header))
+
+    def _tree(self) -> tuple:
+        return (self.visits, self.position)
+
+    def _map(self, fn: Callable[[Tensor], Tensor]) -> "ModelState":
+        visits, position = map_tensors(fn, self._tree())
+        return ModelState(visits, position, self.signature, self.note)
+
+
+def load_state(path: str | Path) -> ModelState:
+    """Read a state that `ModelState.save` wrote. Raises ValueError for a file that is damaged or not a state."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"state file {path} does not exist. It is written by state.save(path).")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"state file {path} is damaged or not a state ({error}). Save it again.") from error
+    if header.get("format") != FORMAT or header.get("version") != str(VERSION):
+        got = f"{header.get('format', 'no format')!r} version {header.get('version', '?')}"
+        raise ValueError(f"{path} holds {got}; this library reads {FORMAT!r} version {VERSION}.")
+    try:
+        visits, position = _rebuild(json.loads(header["structure"]), found, "")
+        return ModelState(visits, position, header["signature"], json.loads(header.get("note", "{}")))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"state file {path} has a structure this library does not know: {error}.") from error
+
+
+def _structure(tree: Any) -> Any:
+    """The JSON description of a tree: null, "tensor", [children], or {"type": name, field: child}."""
+    if tree is None:
+        return None
+    if isinstance(tree, Tensor):
+        return "tensor"
+    if not hasattr(tree, "_fields"):
+        return [_structure(child) for child in tree]
+    fields = {field: _structure(child) for field, child in zip(tree._fields, tree, strict=True)}
+    return {"type": type(tree).__name__, "fields": fields}
+
+
+def _rebuild(structure: Any, found: dict[str, Tensor], name: str) -> Any:
+    if structure is None:
+        return None
+    if structure == "tensor":
+        return found[name]
+    prefix = f"{name}." if name else ""
+    if isinstance(structure, list):
+        return tuple(_rebuild(child, found, f"{prefix}{i}") for i, child in enumerate(structure))
+    if structure["type"] not in _TYPES:
+        raise ValueError(
+            f"state type {structure['type']!r} is not registered; import the module that defines its layer"
+        )
+    fields = {field: _rebuild(child, found, prefix + field) for field, child in structure["fields"].items()}
+    return _TYPES[structure["type"]](**fields)
+
+
+def _align_lengths(first: T, second: T) -> tuple[T, T]:
+    """Left-pad with zeros where two caches hold a different number of past tokens (their dimension 1)."""
+
+    def pad(a: Tensor, b: Tensor) -> Tensor:
+        missing = b.shape[1] - a.shape[1] if a.dim() > 1 else 0
+        return torch.cat([a.new_zeros(a.shape[0], missing, *a.shape[2:]), a], 1) if missing > 0 else a
+
+    return zip_tensors(pad, first, second), zip_tensors(pad, second, first)
