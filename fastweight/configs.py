@@ -1,4 +1,4 @@
-"""Configs are small frozen dataclasses; this file turns them into JSON and back and says what is wrong with a bad one."""
+"""Configs are small frozen dataclasses: their JSON form, and what is said about a bad one."""
 
 import dataclasses
 import difflib

@@ -10,7 +10,7 @@ from fastweight.configs import near_names, require
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + eps) · weight (Zhang & Sennrich 2019, arXiv:1910.07467, eq. 4); statistics in float32 or wider."""
+    """x / sqrt(mean(x²) + eps) · weight, statistics in float32 or wider (Zhang & Sennrich 2019, arXiv:1910.07467)."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -28,8 +28,10 @@ FEED_FORWARDS = ("swiglu", "relu2", "gelu")
 
 @dataclass(frozen=True, kw_only=True)
 class FeedForwardConfig:
-    """kind: "swiglu" (Shazeer 2020, arXiv:2002.05202), "relu2" (So et al. 2021, arXiv:2109.08668) or "gelu" (tanh form).
-    hidden: inner width."""
+    """kind: "swiglu" (Shazeer 2020, arXiv:2002.05202), "relu2" (So et al. 2021, arXiv:2109.08668) or "gelu" (tanh).
+
+    hidden: inner width.
+    """
 
     kind: str = "swiglu"
     hidden: int

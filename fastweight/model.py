@@ -32,7 +32,7 @@ VERSION = 1
 class BlockConfig:
     """One block: pre-norm mixer, then pre-norm feed-forward.
 
-    residual: "sequential" (x += mixer; x += feed-forward) or "parallel" (both read the same x; Wang & Komatsuzaki 2021).
+    residual: "sequential" (x += mixer; x += feed-forward) or "parallel" (both read the same x; GPT-J).
     pre_conv: width of a causal convolution with its own norm and residual before the mixer, 0 for none.
     """
 
@@ -233,7 +233,7 @@ class Model(nn.Module):
     ) -> tuple[Tensor, ModelState]:
         """Logits [B, T, vocab_size] and the state after the last token.
 
-        tokens: integers [B, T], or packed [1, total] with cu_seqlens [N+1]. state: B (or N) sequences; new ones if None.
+        tokens: integers [B, T], or packed [1, total] with cu_seqlens [N+1]. state: B (or N) sequences, new if None.
         """
         x, state = self.features(tokens, state, cu_seqlens)
         return self.logits(x), state

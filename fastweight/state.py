@@ -39,7 +39,7 @@ class Faults(NamedTuple):
     count: [N] int64, how many. first: [N] int64, position of the first one in its sequence, -1 for none.
     """
 
-    count: Tensor
+    count: Tensor  # pyright: ignore[reportIncompatibleMethodOverride]  # tuple.count is not missed
     first: Tensor
 
     @staticmethod
@@ -53,24 +53,19 @@ class Faults(NamedTuple):
         return Faults(self.count + count, torch.where(is_first, first, self.first))
 
 
-def map_tensors(fn: Callable[[Tensor], Tensor], tree: T) -> T:
+def map_tensors(fn: Callable[[Tensor], Tensor], tree: Any) -> Any:
     """Apply `fn` to every tensor of a state tree; None stays None."""
-    if tree is None:
-        return tree
-    if isinstance(tree, Tensor):
-        return fn(tree)
-    children = [map_tensors(fn, child) for child in tree]  # type: ignore[attr-defined]  # a tuple by construction
-    return type(tree)(*children) if hasattr(tree, "_fields") else tuple(children)  # type: ignore[return-value]
+    return zip_tensors(fn, tree)
 
 
-def zip_tensors(fn: Callable[..., Tensor], *trees: T) -> T:
+def zip_tensors(fn: Callable[..., Tensor], *trees: Any) -> Any:
     """Apply `fn` to the tensors that stand at the same place of several state trees."""
-    first: Any = trees[0]
+    first = trees[0]
     if first is None:
-        return first
+        return None
     if isinstance(first, Tensor):
-        return fn(*trees)  # type: ignore[return-value]
-    children = [zip_tensors(fn, *group) for group in zip(*trees, strict=True)]  # type: ignore[arg-type]
+        return fn(*trees)
+    children = [zip_tensors(fn, *group) for group in zip(*trees, strict=True)]
     return type(first)(*children) if hasattr(first, "_fields") else tuple(children)
 
 

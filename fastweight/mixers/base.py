@@ -48,7 +48,7 @@ class Mixer(nn.Module):
         raise TypeError(f"{type(self).__name__} must define init_state(num_sequences)")
 
     def parallel(self, x: Tensor, state: Any, *, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Any]:
-        """Read x [B, T, D] (or packed [1, total, D] with cu_seqlens [N+1]) from `state` on; return y and the new state."""
+        """Read x [B, T, D] (or packed [1, total, D] with cu_seqlens [N+1]) from `state` on: y and the new state."""
         raise TypeError(f"{type(self).__name__} must define parallel(x, state, *, cu_seqlens=None)")
 
     def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:

@@ -1,8 +1,8 @@
 """Sequences of different lengths and phases, cut into chunks that can be processed together.
 
-A batch [B, T] and a packed row [1, total] with `cu_seqlens` are the same thing here: N sequences with lengths and starts
-in one flat run of tokens. A chunk plan places them on a grid of chunks, ordered by chunk number first and by sequence
-second, longest sequence first, so that the sequences still running at chunk i are always a prefix of the rows.
+A batch [B, T] and a packed row [1, total] with `cu_seqlens` are the same thing here: N sequences with lengths and
+starts in one flat run of tokens. A chunk plan places them on a grid of chunks, ordered by chunk number first and by
+sequence second, longest sequence first, so that the sequences still running at chunk i are a prefix of the rows.
 """
 
 from collections.abc import Sequence
