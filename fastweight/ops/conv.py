@@ -12,15 +12,18 @@ def causal_conv(
 
     x: [B, T, C] (or packed [1, total, C]). weight: [C, width]; weight[:, -1] meets the current token. bias: [C].
     tail: [N, width - 1, C], the inputs before x (zeros at the start of a sequence). Returns y and the new tail.
+    Sums are float32 or wider and rounded once to x's dtype, so every cut of a bfloat16 sequence rounds alike.
     """
-    width = weight.shape[1]
+    wide = torch.promote_types(x.dtype, torch.float32)
+    seen, weight, before = x.to(wide), weight.to(wide), tail.to(wide)
+    back = weight.shape[1] - 1
     if cu_seqlens is None:
-        seen = torch.cat((tail.to(x.dtype), x), 1)
-        y = F.conv1d(seen.transpose(1, 2), weight[:, None].to(x.dtype), groups=x.shape[-1]).transpose(1, 2)
-        new_tail = seen[:, seen.shape[1] - (width - 1) :]
+        seen = torch.cat((before, seen), 1)
+        y = F.conv1d(seen.transpose(1, 2), weight[:, None], groups=x.shape[-1]).transpose(1, 2)
+        new_tail = seen[:, seen.shape[1] - back :]
     else:
-        y, new_tail = _packed(x[0], weight.to(x.dtype), tail.to(x.dtype), cu_seqlens)
-    return (y if bias is None else y + bias.to(x.dtype)), new_tail
+        y, new_tail = _packed(seen[0], weight, before, cu_seqlens)
+    return (y if bias is None else y + bias.to(wide)).to(x.dtype), new_tail.to(tail.dtype)
 
 
 def _packed(x: Tensor, weight: Tensor, tail: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:

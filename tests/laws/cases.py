@@ -1,0 +1,35 @@
+"""The subjects of the laws: every CASES entry of every tests/mixers/test_*.py, on every backend."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import torch
+
+from fastweight.mixers import MixerConfig, mixer_class
+from fastweight.ops import dispatch
+
+FOLDER = Path(__file__).parent.parent / "mixers"
+
+
+def load_cases() -> dict[str, MixerConfig]:
+    """Case name → mixer config."""
+    found = {}
+    for path in sorted(FOLDER.glob("test_*.py")):
+        spec = importlib.util.spec_from_file_location(f"law_cases_{path.stem}", path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+        found |= {f"{config.kind}-{name}": config for name, config in getattr(module, "CASES", {}).items()}
+    return found
+
+
+CASES = load_cases()
+
+
+def backends_of(config: MixerConfig) -> list[str]:
+    op = mixer_class(config.kind).op
+    ready = [name for name, reason in dispatch.explain(op, torch.zeros(1)) if reason is None] if op else []
+    return ready or ["auto"]
