@@ -1,0 +1,34 @@
+"""Corpora, tokenizers, the token store, the sampler and batches: text in, `Batch` out."""
+
+from fastweight.data.batches import IGNORED, Batch, check_batch, loader, read_once
+from fastweight.data.prepare import PrepareProgress, prepare
+from fastweight.data.sampler import Sampler, permute
+from fastweight.data.sources import Source, SourceFile, open_source
+from fastweight.data.store import Split, Store, StoreError
+from fastweight.data.store_writer import StoreWriter
+from fastweight.data.tokenizers import BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer
+from fastweight.data.views import Windows
+
+__all__ = [
+    "IGNORED",
+    "BPETokenizer",
+    "Batch",
+    "ByteTokenizer",
+    "PrepareProgress",
+    "Sampler",
+    "Source",
+    "SourceFile",
+    "Split",
+    "Store",
+    "StoreError",
+    "StoreWriter",
+    "Tokenizer",
+    "Windows",
+    "check_batch",
+    "load_tokenizer",
+    "loader",
+    "open_source",
+    "permute",
+    "prepare",
+    "read_once",
+]

@@ -1,0 +1,234 @@
+"""Source -> token store, in one pass that can be killed at any moment and run again.
+
+Which split a document goes to depends on its text alone, shards are cut by token counts alone, and progress is a number
+of documents; so an interrupted run, once continued, writes the very bytes of an uninterrupted one.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from fastweight.data.bpe import BPETokenizer
+from fastweight.data.locks import exclusive
+from fastweight.data.sources import Source, SourceFile, open_source
+from fastweight.data.store import MANIFEST, PROGRESS, TOKENIZER_FOLDER, StoreError, read_manifest
+from fastweight.data.store_writer import StoreWriter
+from fastweight.data.tokenizer_base import Encoded, Tokenizer, UnencodableTextError
+from fastweight.data.tokenizers import load_tokenizer
+
+_BATCH_CHARACTERS = 1 << 20
+_COMMIT_SECONDS = 5.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PrepareProgress:
+    """How far preparation is: files of the source, and documents, tokens and UTF-8 bytes in the store."""
+
+    num_files_done: int
+    num_files: int
+    num_documents: int
+    num_tokens: int
+    num_bytes: int
+
+
+@dataclasses.dataclass
+class _Position:
+    """The next document to read, and what has been passed over on the way there."""
+
+    file: int = 0
+    document: int = 0
+    documents_empty: int = 0
+    documents_unencodable: int = 0
+
+
+def prepare(
+    source: str | Source,
+    tokenizer: str | Tokenizer,
+    out: str | Path,
+    *,
+    heldout_fraction: float = 0.05,
+    text_field: str = "text",
+    bpe_vocab_size: int = 4096,
+    shard_tokens: int = 1 << 27,
+    progress: Callable[[PrepareProgress], None] | None = None,
+) -> dict[str, Any]:
+    """Tokenize `source` into the token store `out` and return its manifest. Run again after a kill, it continues.
+
+    source: see `open_source`. tokenizer: see `load_tokenizer`, or "bpe" to train one of `bpe_vocab_size` entries on the
+    training documents. heldout_fraction: documents whose text hashes into this fraction go to split "heldout", all
+    copies of a text to the same side. shard_tokens: a shard closes at this many tokens.
+    Raises ValueError for bad options, an empty source, or an `out` begun with another source, tokenizer or option;
+    OSError if the disk refuses, and what was recorded before stays good.
+    """
+    if not 0 <= heldout_fraction < 1:
+        raise ValueError(f"prepare: heldout_fraction must lie in [0, 1), got {heldout_fraction}.")
+    source = open_source(source, text_field) if isinstance(source, str) else source
+    tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str) and tokenizer != "bpe" else tokenizer
+    out = Path(out)
+    options = {
+        "source": source.name,
+        "source_hash": _fingerprint(source.files()),
+        "tokenizer": f"bpe, {bpe_vocab_size} entries" if isinstance(tokenizer, str) else tokenizer.hash,
+        "heldout_fraction": heldout_fraction,
+        "text_field": text_field,
+        "shard_tokens": shard_tokens,
+    }
+    with _explained(out), exclusive(out / ".lock"):
+        if (out / MANIFEST).is_file():
+            manifest = read_manifest(out)
+            _refuse_changes(out, manifest["options"], options)
+            return manifest
+        earlier = json.loads((out / PROGRESS).read_text()) if (out / PROGRESS).is_file() else None
+        if earlier is not None:
+            _refuse_changes(out, earlier["options"], options)
+        ready = tokenizer if not isinstance(tokenizer, str) else _bpe(source, out, earlier, options, bpe_vocab_size)
+        return _Preparation(source, ready, out, options, earlier, progress).run()
+
+
+def _fingerprint(files: list[SourceFile]) -> str:
+    listing = json.dumps([(file.name, file.size_bytes) for file in files])
+    return hashlib.sha256(listing.encode()).hexdigest()
+
+
+def _refuse_changes(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    changed = [f"{key} was {before.get(key)!r}, now {now[key]!r}" for key in now if before.get(key) != now[key]]
+    if changed:
+        raise StoreError(
+            f"{out}: begun with other choices: {'; '.join(changed)}. Continue with the same ones, or use a new folder."
+        )
+
+
+def _bpe(source: Source, out: Path, earlier: dict[str, Any] | None, options: dict[str, Any], size: int) -> Tokenizer:
+    """The tokenizer trained by the interrupted run, or a new one from the training documents."""
+    if earlier is not None:
+        tokenizer = load_tokenizer(out / TOKENIZER_FOLDER)
+        if tokenizer.hash != earlier["tokenizer_hash"]:
+            raise StoreError(f"{out / TOKENIZER_FOLDER}: changed since the preparation began. Use a new folder.")
+        return tokenizer
+    texts = (text for file in source.files() for text in source.documents(file))
+    return BPETokenizer.train((t for t in texts if t and not is_heldout(t, options["heldout_fraction"])), size)
+
+
+@contextlib.contextmanager
+def _explained(out: Path) -> Iterator[None]:
+    """Say what a refusal of the disk means for the store."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"{out}: could not write or read ({error}). What progress.json records is safe: make room or fix the "
+            "permissions, then run the same command again",
+        ) from error
+
+
+def is_heldout(text: str, fraction: float) -> bool:
+    """Return whether `text` is held out: its hash, read as a number in [0, 1), is below `fraction`."""
+    number = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+    return number < fraction * 2**64
+
+
+class _Preparation:
+    """One run of `prepare`: where it stands, and what it writes to."""
+
+    def __init__(
+        self,
+        source: Source,
+        tokenizer: Tokenizer,
+        out: Path,
+        options: dict[str, Any],
+        earlier: dict[str, Any] | None,
+        progress: Callable[[PrepareProgress], None] | None,
+    ) -> None:
+        self.source, self.tokenizer, self.options, self.report = source, tokenizer, options, progress
+        self.files = source.files()
+        self.position = _Position(**earlier["position"]) if earlier else _Position()
+        record = earlier["record"] if earlier else None
+        self.writer = StoreWriter(out, tokenizer, shard_tokens=options["shard_tokens"], record=record)
+        self.last_commit = time.monotonic()
+
+    def run(self) -> dict[str, Any]:
+        try:
+            self._commit()
+            for batch in self._batches():
+                self._write(batch)
+                if time.monotonic() - self.last_commit > _COMMIT_SECONDS:
+                    self._commit()
+            return self._finish()
+        finally:
+            self.writer.close()
+
+    def _documents(self) -> Iterator[tuple[_Position, str]]:
+        """Every document from the present position on, each with the position after it."""
+        file, document = self.position.file, self.position.document
+        for number in range(file, len(self.files)):
+            texts = itertools.islice(self.source.documents(self.files[number]), document, None)
+            for text in texts:
+                document += 1
+                yield _Position(file=number, document=document), text
+            document = 0
+
+    def _batches(self) -> Iterator[list[tuple[_Position, str]]]:
+        """Documents in groups of about a million characters: large enough for a tokenizer with threads."""
+        batch, characters = [], 0
+        for position, text in self._documents():
+            batch.append((position, text))
+            characters += len(text) + 100
+            if characters >= _BATCH_CHARACTERS:
+                yield batch
+                batch, characters = [], 0
+        if batch:
+            yield batch
+
+    def _write(self, batch: list[tuple[_Position, str]]) -> None:
+        texts = [text for _, text in batch if text]
+        self.position.documents_empty += len(batch) - len(texts)
+        for text, encoded in zip(texts, self._encode(texts)):
+            if encoded is None:
+                self.position.documents_unencodable += 1
+                continue
+            heldout = is_heldout(text, self.options["heldout_fraction"])
+            self.writer.add("heldout" if heldout else "train", encoded.ids, encoded.num_bytes)
+        last = batch[-1][0]
+        self.position.file, self.position.document = last.file, last.document
+
+    def _encode(self, texts: list[str]) -> list[Encoded | None]:
+        try:
+            return list(self.tokenizer.encode_batch(texts))
+        except UnencodableTextError:
+            return [_encode_or_none(self.tokenizer, text) for text in texts]
+
+    def _commit(self) -> None:
+        self.writer.commit(
+            options=self.options, tokenizer_hash=self.tokenizer.hash, position=dataclasses.asdict(self.position)
+        )
+        self.last_commit = time.monotonic()
+        if self.report is not None:
+            self.report(self._progress(self.position.file))
+
+    def _progress(self, num_files_done: int) -> PrepareProgress:
+        counts = {quantity: self.writer.count(quantity) for quantity in ("num_documents", "num_tokens", "num_bytes")}
+        return PrepareProgress(num_files_done=num_files_done, num_files=len(self.files), **counts)
+
+    def _finish(self) -> dict[str, Any]:
+        if not self.writer.count("num_documents"):
+            raise ValueError(
+                f"source {self.source.name!r}: {len(self.files)} file(s) and not one document with text in them. "
+                f"Check the path and text_field ({self.options['text_field']!r})."
+            )
+        passed_over = {
+            "files_skipped": self.source.skipped,
+            "documents_empty": self.position.documents_empty,
+            "documents_unencodable": self.position.documents_unencodable,
+        }
+        files = [{"name": file.name, "size_bytes": file.size_bytes} for file in self.files]
+        manifest = self.writer.finish(options=self.options, passed_over=passed_over, files=files)
+        if self.report is not None:
+            self.report(self._progress(len(self.files)))
+        return manifest

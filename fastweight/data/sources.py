@@ -1,0 +1,149 @@
+"""Where documents come from: a source is a sorted list of files and a way to read the documents of each.
+
+Nothing here depends on the machine or on the order in which a folder lists its files, so a source always yields the
+same documents in the same order; preparation relies on that to resume.
+"""
+
+import dataclasses
+import glob
+import os
+import platform
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+from fastweight.configs import near_names
+from fastweight.data.readers import READERS, kind_of, read_text
+
+STDLIB = "python-stdlib"
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceFile:
+    """One resumable unit: `name` within the source, `path` on this machine, `size_bytes` to notice a change."""
+
+    name: str
+    path: str
+    size_bytes: int
+
+
+class Source(Protocol):
+    """Documents in a fixed order. skipped: files that `files` leaves out, because they are not UTF-8."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def skipped(self) -> int: ...
+    def files(self) -> list[SourceFile]: ...
+    def documents(self, file: SourceFile) -> Iterator[str]: ...
+
+
+class FileSource:
+    """Files read by their kind: text (one document per file), jsonl, parquet or arrow (one document per row)."""
+
+    skipped = 0
+
+    def __init__(self, name: str, files: list[SourceFile], kind: str | None, text_field: str) -> None:
+        self.name, self._files, self._kind, self._text_field = name, files, kind, text_field
+
+    def files(self) -> list[SourceFile]:
+        """Return the files, sorted by name."""
+        return self._files
+
+    def documents(self, file: SourceFile) -> Iterator[str]:
+        """Yield the documents of `file`. Raises ValueError that names the file and the line or row that is wrong."""
+        kind = self._kind or kind_of(file.path)
+        assert kind is not None
+        return READERS[kind](Path(file.path), self._text_field)
+
+
+class StdlibSource:
+    """The running interpreter's own standard library, one document per .py file: 10+ MB of real text on every machine.
+
+    Left out: site-packages, the test packages (some distributions do not ship them, so the corpus would depend on the
+    packager) and the generated _sysconfigdata. Files that are not UTF-8 are skipped and counted.
+    """
+
+    _LEFT_OUT = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})
+
+    def __init__(self, root: str | Path | None = None) -> None:
+        root = Path(root or sysconfig.get_path("stdlib"))
+        paths = [path for path in root.rglob("*.py") if not self._LEFT_OUT & set(path.relative_to(root).parts)]
+        paths = [path for path in paths if not path.name.startswith("_sysconfigdata")]
+        readable = [path for path in paths if _is_utf8(path)]
+        self.name = f"{STDLIB}-{platform.python_version()}"
+        self.skipped = len(paths) - len(readable)
+        self._files = _as_files(root, readable)
+
+    def files(self) -> list[SourceFile]:
+        """Return the .py files, sorted by their path relative to the library."""
+        return self._files
+
+    def documents(self, file: SourceFile) -> Iterator[str]:
+        """Yield the text of the file."""
+        return read_text(Path(file.path), "")
+
+
+def open_source(spec: str, text_field: str = "text") -> Source:
+    """Return the source that `spec` names.
+
+    spec: "python-stdlib"; or a file, folder or glob, whose files are read by their suffix (.txt .text .md .jsonl .ndjson
+    .json, each also with .gz or .zst; .parquet .arrow); or "KIND:PATTERN" to read all of them as text, jsonl, parquet or
+    arrow; or "hf:FOLDER" (written by `save_to_disk`) or "hf:NAME" or "hf:NAME:SPLIT" (needs `datasets`).
+    text_field: the column or key that holds the text.
+    Raises ValueError for an unknown kind, nothing found, or a suffix that says nothing.
+    """
+    kind, colon, rest = spec.partition(":")
+    if spec == STDLIB:
+        return StdlibSource()
+    if colon and kind == "hf":
+        from fastweight.data.huggingface import open_dataset
+
+        return open_dataset(rest, text_field)
+    if colon and kind in READERS:
+        return FileSource(spec, _find(rest, spec, any_suffix=True), kind, text_field)
+    if Path(spec).exists() or glob.has_magic(spec):
+        return FileSource(spec, _find(spec, spec, any_suffix=False), None, text_field)
+    known = [STDLIB, "hf:", *(f"{reader}:" for reader in READERS)]
+    wrong = f"{kind}:" if colon else spec
+    raise ValueError(f"source {spec!r}: no such file or folder, and no such kind.{near_names(wrong, known)}")
+
+
+def _find(pattern: str, spec: str, *, any_suffix: bool) -> list[SourceFile]:
+    """Every file that `pattern` (file, folder or glob) stands for, or an error that says what was there."""
+    path = Path(pattern)
+    if path.is_dir():
+        root, found = path, [p for p in path.rglob("*") if not _hidden(p.relative_to(path))]
+    elif path.exists():
+        root, found = path.parent, [path]
+    else:
+        found = [Path(name) for name in glob.glob(pattern, recursive=True)]  # noqa: PTH207  (Path has no glob from absolute patterns)
+        root = Path(os.path.commonpath([p.parent for p in found])) if found else Path()
+    found = [p for p in found if p.is_file()]
+    if not found:
+        raise ValueError(f"source {spec!r}: no files there. Check the path; in a glob, ** crosses folders.")
+    readable = found if any_suffix else [p for p in found if kind_of(p)]
+    if not readable:
+        raise ValueError(
+            f"source {spec!r}: {len(found)} file(s), e.g. {min(found).name}, but none with a known suffix. "
+            f"Say how to read them: {', '.join(f'{kind}:{pattern}' for kind in READERS)}."
+        )
+    return _as_files(root, readable)
+
+
+def _is_utf8(path: Path) -> bool:
+    try:
+        path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _as_files(root: Path, paths: list[Path]) -> list[SourceFile]:
+    files = [SourceFile(p.relative_to(root).as_posix(), str(p), p.stat().st_size) for p in paths]
+    return sorted(files, key=lambda file: file.name)

@@ -1,0 +1,216 @@
+"""Writing a token store so that a kill at any moment costs time, never correctness.
+
+Shards grow in place; `commit` flushes them to the disk and only then records their lengths. What lies beyond the record
+does not count: on resume it is cut off and written again. Checksums are taken from the file when a shard is full.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from fastweight.data.store import (
+    DOCUMENT_DTYPE,
+    FORMAT,
+    MANIFEST,
+    PROGRESS,
+    SPLITS,
+    TOKENIZER_FOLDER,
+    VERSION,
+    checksums,
+)
+from fastweight.data.tokenizers import Tokenizer
+from fastweight.files import write_text
+
+
+def storage_dtypes(tokenizer: Tokenizer) -> dict[str, str | None]:
+    """Return the little-endian dtype of each part; None means not stored, because it follows from the ids."""
+    limit = tokenizer.max_token_bytes
+    counts = "<u4" if limit is None or limit > 0xFFFF else "<u2"
+    return {
+        "tokens": "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4",
+        "bytes": None if limit == 1 else counts,
+        "documents": DOCUMENT_DTYPE,
+    }
+
+
+class StoreWriter:
+    """Appends documents to the splits of one store.
+
+    path: the store's folder. shard_tokens: a shard is closed by the document that brings it to this many tokens, so
+    documents never cross shards. record: what `commit` returned before the interruption, None for a new store.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        tokenizer: Tokenizer,
+        *,
+        shard_tokens: int = 1 << 27,
+        record: dict[str, Any] | None = None,
+    ) -> None:
+        if shard_tokens < 1:
+            raise ValueError(f"StoreWriter: shard_tokens must be at least 1, got {shard_tokens}.")
+        self.path, self.tokenizer = Path(path), tokenizer
+        self.dtypes = storage_dtypes(tokenizer)
+        if record is None:
+            tokenizer.save(self.path / TOKENIZER_FOLDER)
+        splits = {name: (record or {}).get(name) for name in SPLITS}
+        self._splits = {
+            name: _SplitWriter(self.path / name, self.dtypes, shard_tokens, split) for name, split in splits.items()
+        }
+
+    def add(self, split: str, ids: np.ndarray, num_bytes: np.ndarray) -> None:
+        """Append one document: ids and their byte counts, both [length], without the document start.
+
+        Raises ValueError if an id lies outside the vocabulary or a byte count does not fit.
+        """
+        if len(ids) != len(num_bytes):
+            raise ValueError(f"StoreWriter: {len(ids)} ids but {len(num_bytes)} byte counts; they go in pairs.")
+        if len(ids) and (ids.min() < 0 or ids.max() >= self.tokenizer.vocab_size):
+            raise ValueError(
+                f"StoreWriter: token ids must lie in 0..{self.tokenizer.vocab_size - 1}, got {ids.min()}..{ids.max()}. "
+                "The tokenizer reports a vocab_size that is too small."
+            )
+        limit = self.tokenizer.max_token_bytes
+        if len(ids) and (num_bytes.min() < 0 or (limit is not None and num_bytes.max() > limit)):
+            raise ValueError(
+                f"StoreWriter: byte counts must lie in 0..{limit}, got {num_bytes.min()}..{num_bytes.max()}."
+            )
+        self._splits[split].add(
+            np.concatenate([[self.tokenizer.bos_id], ids]), np.concatenate([[0], num_bytes]), int(num_bytes.sum())
+        )
+
+    def count(self, quantity: str) -> int:
+        """Return the total of "num_tokens", "num_documents" or "num_bytes" over the splits."""
+        return sum(split.total(quantity) for split in self._splits.values())
+
+    def commit(self, **position: Any) -> dict[str, Any]:
+        """Flush everything to the disk, then record it (and `position`) in progress.json; return the record."""
+        record = {name: split.commit() for name, split in self._splits.items()}
+        write_text(self.path / PROGRESS, json.dumps({**position, "record": record}))
+        return record
+
+    def finish(self, **description: Any) -> dict[str, Any]:
+        """Close the last shards and write the manifest, with `description` in it; return the manifest."""
+        splits = {name: split.finish() for name, split in self._splits.items()}
+        tokenizer = {key: getattr(self.tokenizer, key) for key in ("name", "hash", "vocab_size", "bos_id")}
+        manifest = {
+            "format": FORMAT,
+            "version": VERSION,
+            **description,
+            "tokenizer": tokenizer,
+            "dtypes": self.dtypes,
+            "splits": splits,
+        }
+        write_text(self.path / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+        (self.path / PROGRESS).unlink(missing_ok=True)
+        return manifest
+
+    def close(self) -> None:
+        """Close the open files without recording anything."""
+        for split in self._splits.values():
+            split.close()
+
+
+class _SplitWriter:
+    """The shards of one split: the finished ones as records, the open one as files."""
+
+    def __init__(
+        self, folder: Path, dtypes: dict[str, str | None], shard_tokens: int, record: dict[str, Any] | None
+    ) -> None:
+        self.folder, self.shard_tokens = folder, shard_tokens
+        self.dtypes = {part: np.dtype(dtype) for part, dtype in dtypes.items() if dtype is not None}
+        self.shards: list[dict[str, Any]] = list(record["shards"]) if record else []
+        self.counts = dict(record["open"]) if record else _zero_counts()
+        self.files: dict[str, BinaryIO] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+        if record is None and any(folder.iterdir()):
+            raise ValueError(f"{folder}: not empty, and no preparation was begun here. Use a new folder.")
+        self._cut_back()
+
+    def _cut_back(self) -> None:
+        """Remove what was written after the last commit."""
+        known = {shard[part]["file"] for shard in self.shards for part in self.dtypes}
+        if self.counts["num_documents"]:
+            self._open_files()
+            known |= {self._file_name(part) for part in self.dtypes}
+        for path in self.folder.glob("*-[0-9][0-9][0-9][0-9][0-9].bin"):
+            if path.name not in known:
+                path.unlink()
+
+    def _file_name(self, part: str) -> str:
+        return f"{part}-{len(self.shards):05d}.bin"
+
+    def _open_files(self) -> None:
+        for part, dtype in self.dtypes.items():
+            path = self.folder / self._file_name(part)
+            length = dtype.itemsize * self.counts["num_documents" if part == "documents" else "num_tokens"]
+            file = path.open("r+b" if length else "w+b")
+            self.files[part] = file
+            if (size := file.seek(0, os.SEEK_END)) < length:
+                raise ValueError(f"{path}: {size} bytes, {length} were recorded. Remove the store and prepare again.")
+            file.truncate(length)
+            file.seek(length)
+
+    def add(self, ids: np.ndarray, num_bytes: np.ndarray, total_bytes: int) -> None:
+        if not self.files:
+            self._open_files()
+        self.counts["num_tokens"] += len(ids)
+        self.counts["num_documents"] += 1
+        self.counts["num_bytes"] += total_bytes
+        arrays = {"tokens": ids, "bytes": num_bytes, "documents": np.array([self.counts["num_tokens"]])}
+        for part, file in self.files.items():
+            file.write(arrays[part].astype(self.dtypes[part]).tobytes())
+        if self.counts["num_tokens"] >= self.shard_tokens:
+            self._seal()
+
+    def _seal(self) -> None:
+        self._sync()
+        self.close()
+        files = {}
+        for part in self.dtypes:
+            name = self._file_name(part)
+            files[part] = {"file": name, **checksums(self.folder / name)}
+        self.shards.append({**self.counts, **files})
+        self.counts = _zero_counts()
+
+    def _sync(self) -> None:
+        for file in self.files.values():
+            file.flush()
+            os.fsync(file.fileno())
+
+    def commit(self) -> dict[str, Any]:
+        self._sync()
+        return {"shards": list(self.shards), "open": dict(self.counts)}
+
+    def total(self, quantity: str) -> int:
+        return self.counts[quantity] + sum(shard[quantity] for shard in self.shards)
+
+    def finish(self) -> dict[str, Any]:
+        if self.files:
+            self._seal()
+        return {**{quantity: self.total(quantity) for quantity in _zero_counts()}, "shards": self.shards}
+
+    def close(self) -> None:
+        files, self.files = self.files, {}
+        _close_all([file.close for file in files.values()])
+
+
+def _close_all(closers: list[Callable[[], None]]) -> None:
+    """Close every file even if one fails: on a full disk the flush inside close raises."""
+    errors = []
+    for closer in closers:
+        try:
+            closer()
+        except OSError as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
+
+
+def _zero_counts() -> dict[str, int]:
+    return {"num_tokens": 0, "num_documents": 0, "num_bytes": 0}

@@ -1,0 +1,77 @@
+"""Ways to cut a split into samples: fixed windows over the whole sequence, bins of whole documents, documents."""
+
+import numpy as np
+import torch
+
+from fastweight.data.batches import IGNORED, Batch
+from fastweight.data.store import Split
+
+
+class Windows:
+    """Concatenate and split: sample i is tokens i*T .. i*T+T with the tokens one later as targets. Dense [B, T].
+
+    Documents run into each other inside a window; the tail that fills no window is left out.
+    """
+
+    lanes = None
+
+    def __init__(self, split: Split, seq_len: int) -> None:
+        need_positive("Windows: seq_len", seq_len)
+        self.split, self.seq_len = split, seq_len
+        self._length = max(0, split.num_tokens - 1) // seq_len
+        need_samples(self, f"a window of {seq_len} needs {seq_len + 1} tokens")
+
+    def __len__(self) -> int:
+        return self._length
+
+    def batch(self, sample_numbers: np.ndarray) -> Batch:
+        """Return the windows with these numbers (each below len(self)) as a dense batch."""
+        starts = checked_numbers(sample_numbers, len(self)) * self.seq_len
+        return dense_batch(self.split, starts, np.full_like(starts, self.seq_len), self.seq_len)
+
+
+def need_positive(what: str, value: int) -> None:
+    """Raise ValueError unless value >= 1."""
+    if value < 1:
+        raise ValueError(f"{what} must be at least 1, got {value}.")
+
+
+def need_samples(view, why: str) -> None:
+    """Raise ValueError if the view of a split has no sample."""
+    if not len(view):
+        raise ValueError(
+            f"{type(view).__name__}: split {view.split.name!r} has {view.split.num_tokens} tokens in "
+            f"{view.split.num_documents} documents; {why}. Prepare more text (or a larger heldout_fraction)."
+        )
+
+
+def checked_numbers(sample_numbers: np.ndarray, length: int) -> np.ndarray:
+    """Return sample numbers as int64 [n]; raise IndexError if one is outside range(length)."""
+    numbers = np.asarray(sample_numbers, dtype=np.int64).reshape(-1)
+    if not numbers.size or numbers.min() < 0 or numbers.max() >= length:
+        raise IndexError(f"sample numbers must lie in 0..{length - 1} and be at least one, got {numbers[:8].tolist()}.")
+    return numbers
+
+
+def dense_batch(split: Split, starts: np.ndarray, lengths: np.ndarray, seq_len: int, **fields: torch.Tensor) -> Batch:
+    """Row b reads lengths[b] <= seq_len tokens from starts[b]; the rest of the row is padding that asks for nothing."""
+    tokens = np.full((len(starts), seq_len), split.bos_id, dtype=np.int64)
+    targets = np.full_like(tokens, IGNORED)
+    num_bytes = np.zeros_like(tokens)
+    for b, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist())):
+        fill_row(split, start, length, tokens[b], targets[b], num_bytes[b])
+    arrays = (torch.from_numpy(array) for array in (tokens, targets, num_bytes))
+    return Batch(**dict(zip(("tokens", "targets", "target_bytes"), arrays)), **fields)
+
+
+def fill_row(
+    split: Split, start: int, length: int, tokens: np.ndarray, targets: np.ndarray, num_bytes: np.ndarray
+) -> None:
+    """Write tokens start .. start+length and their targets; targets that are document starts are ignored, 0 bytes."""
+    if not length:
+        return
+    ids = split.tokens(start, start + length + 1)
+    tokens[:length], targets[:length] = ids[:-1], ids[1:]
+    num_bytes[:length] = split.token_bytes(start + 1, start + length + 1)
+    first, last = np.searchsorted(split.document_starts, (start + 1, start + length + 1))
+    targets[split.document_starts[first:last] - (start + 1)] = IGNORED
