@@ -111,7 +111,7 @@ def agree(subject: Subject, got: Run, want: Run) -> None:
     assert set(got.gradients) == set(want.gradients)
     largest = max(g.double().square().mean().sqrt().item() for g in want.gradients.values())
     for name, value in want.gradients.items():
-        # autograd adds up bfloat16 parameter gradients piece by piece, rounding each time; that is not the layer's doing.
+        # autograd adds up bfloat16 parameter gradients piece by piece and rounds each time: not the layer's doing.
         if subject.dtype == torch.bfloat16 and name != "x":
             continue
         # A gradient that is itself rounding noise beside the others carries no information.
