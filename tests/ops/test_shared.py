@@ -1,0 +1,107 @@
+"""Ops that several layers share: chunk plans, rotary embedding, causal convolution."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tolerances import assert_close
+
+from fastweight.ops.conv import causal_conv
+from fastweight.ops.rope import apply_rope
+from fastweight.ops.sequences import plan_chunks, token_positions
+
+CPU = torch.device("cpu")
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 20), st.integers(0, 6)), min_size=1, max_size=6),
+    st.integers(1, 7),
+)
+def test_a_plan_puts_every_token_in_its_own_chunk(rows, chunk_size):
+    lengths, phases = [n for n, _ in rows], [p % chunk_size for _, p in rows]
+    plan = plan_chunks(lengths, phases, chunk_size, CPU)
+    total = sum(lengths)
+    tokens = torch.arange(1, total + 1).view(1, total, 1)
+    grid = plan.gather(tokens) if not plan.dense else plan.gather(tokens.view(len(lengths), -1, 1))
+    # Oracle: walk each sequence in a plain loop.
+    starts = torch.tensor([0, *lengths]).cumsum(0)
+    for number, chunk in enumerate(plan.split(grid)):
+        for row, sequence in enumerate(plan.order[: plan.active[number]].tolist()):
+            for slot in range(chunk_size):
+                t = number * chunk_size + slot - phases[sequence]
+                want = int(starts[sequence]) + t + 1 if 0 <= t < lengths[sequence] else 0
+                assert chunk[row, slot, 0] == want
+    back = plan.scatter(grid, len(lengths) if plan.dense else 1)
+    assert torch.equal(back.flatten(), tokens.flatten())
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 4)), min_size=1, max_size=4))
+def test_pending_tokens_fill_the_slots_before_the_new_ones(rows):
+    lengths, phases = [n for n, _ in rows], [p for _, p in rows]
+    plan = plan_chunks(lengths, phases, 4, CPU, with_pending=True)
+    total = sum(lengths)
+    tokens = torch.arange(1, total + 1).view(1, total)
+    pending = 1000 + torch.arange(4 * len(rows)).view(len(rows), 4)
+    grid = plan.gather(tokens, pending)
+    starts = torch.tensor([0, *lengths]).cumsum(0)
+    for n, (length, phase) in enumerate(rows):
+        chunks = [c[plan.rank[n]] for c, a in zip(plan.split(grid), plan.active, strict=True) if plan.rank[n] < a]
+        flat = torch.cat(chunks)[: phase + length].tolist()
+        new = list(range(int(starts[n]) + 1, int(starts[n]) + length + 1))
+        assert flat == [1000 + 4 * n + i for i in range(phase)] + new
+
+
+def test_positions_count_on_from_each_sequence():
+    ends = torch.tensor([0, 3, 5])
+    assert token_positions(torch.tensor([7, 0]), 5, ends).tolist() == [[7, 8, 9, 0, 1]]
+    assert token_positions(torch.tensor([7, 0]), 2, None).tolist() == [[7, 8], [0, 1]]
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rope_turns_pairs_like_complex_numbers(interleaved):
+    x = torch.randn(1, 6, 1, 8, dtype=torch.float64)
+    got = apply_rope(x, torch.arange(6)[None] + 3, base=100.0, interleaved=interleaved)
+    pairs = x.unflatten(-1, (4, 2)) if interleaved else x.unflatten(-1, (2, 4)).transpose(-1, -2)
+    angle = (torch.arange(6) + 3)[:, None] * 100.0 ** (-2 * torch.arange(4) / 8)
+    turned = torch.view_as_complex(pairs.contiguous()) * torch.polar(torch.ones_like(angle), angle)[None, :, None].to(
+        torch.complex128
+    )
+    want = torch.view_as_real(turned)
+    want = want.flatten(-2) if interleaved else want.transpose(-1, -2).flatten(-2)
+    assert_close(got, want, 1e-6)  # angles are float32 by definition
+
+
+def test_partial_rope_leaves_the_other_channels():
+    x = torch.randn(1, 4, 2, 8)
+    got = apply_rope(x, torch.arange(4)[None], base=10.0, rotary_dim=4)
+    assert torch.equal(got[..., 4:], x[..., 4:])
+    assert_close(got[..., :4], apply_rope(x[..., :4], torch.arange(4)[None], base=10.0), 1e-7)
+
+
+def test_convolution_is_its_definition():
+    x, weight, bias = torch.randn(2, 7, 3).double(), torch.randn(3, 4).double(), torch.randn(3).double()
+    y, tail = causal_conv(x, weight, bias, torch.zeros(2, 3, 3).double())
+    for t in range(7):
+        want = bias + sum(weight[:, k] * x[:, t - 3 + k] for k in range(4) if t - 3 + k >= 0)
+        assert_close(y[:, t], want, 1e-12)
+    assert torch.equal(tail, x[:, 4:])
+
+
+def test_a_short_piece_keeps_the_older_part_of_the_tail():
+    x, weight = torch.randn(1, 1, 2), torch.randn(2, 4)
+    before = torch.randn(1, 3, 2)
+    _, tail = causal_conv(x, weight, None, before)
+    assert torch.equal(tail, torch.cat([before[:, 1:], x], 1))
+
+
+def test_packed_convolution_equals_single_documents():
+    lengths, weight, bias = [1, 6, 2, 4], torch.randn(3, 4).double(), torch.randn(3).double()
+    x, before = torch.randn(1, 13, 3).double(), torch.randn(4, 3, 3).double()
+    ends = torch.tensor([0, *lengths]).cumsum(0)
+    y, tail = causal_conv(x, weight, bias, before, cu_seqlens=ends)
+    for n in range(4):
+        want, want_tail = causal_conv(x[:, ends[n] : ends[n + 1]], weight, bias, before[n : n + 1])
+        assert_close(y[:, ends[n] : ends[n + 1]], want, 1e-12)
+        assert torch.equal(tail[n : n + 1], want_tail)
