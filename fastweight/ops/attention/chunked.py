@@ -1,0 +1,198 @@
+"""Blocks of queries against the slots they can see, each one call of PyTorch's fused attention.
+
+The keys of a row are its cache followed by the new tokens, one slot each. A block of queries is given the slots between
+the oldest that its first query sees and its last query, so a window W costs O(T · W). Packed documents of similar
+length are read together as one batch, filled up on the right: what stands there comes later and causality hides it.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastweight.ops import dispatch
+from fastweight.ops.attention import AttentionState
+from fastweight.ops.sequences import advance
+from fastweight.state import map_tensors
+
+MIN_BLOCK, MAX_BLOCK = 128, 1024  # queries per call; a tile, not part of the function
+STEPS_PER_OCTAVE = 8  # lengths of packed documents are rounded up to this many sizes per power of two
+
+
+class _Setting(NamedTuple):
+    window: int | None
+    scale: float
+
+
+@dispatch.register_backend("attention", "chunked")
+def chunked(
+    q: Tensor, k: Tensor, v: Tensor, state: AttentionState, *,
+    window: int | None, num_sinks: int, scale: float, cu_seqlens: Tensor | None,
+) -> tuple[Tensor, AttentionState]:  # fmt: skip
+    setting = _Setting(window, scale)
+    lengths = None if cu_seqlens is None else cu_seqlens.diff().tolist()
+    state = state._replace(k=state.k.to(k.dtype), v=state.v.to(v.dtype))
+    if num_sinks:
+        state = _read_sinks(k, v, state, cu_seqlens)
+    y = _read_batch(q, k, v, state, setting) if lengths is None else _read_packed(q, k, v, state, lengths, setting)
+    capacity = state.k.shape[1] + (q.shape[1] if lengths is None else max(lengths))
+    capacity = capacity if window is None else min(capacity, window - 1)
+    caches = _append(k, v, state, capacity, cu_seqlens)
+    position = advance(state.position, q.shape[1], cu_seqlens)
+    return y.to(q.dtype), AttentionState(*caches, position, state.sink_k, state.sink_v)
+
+
+def _append(
+    k: Tensor, v: Tensor, state: AttentionState, capacity: int, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The last `capacity` entries of cache and new tokens, per sequence."""
+    if cu_seqlens is None:
+        grown = [torch.cat((old, new), 1) for old, new in ((state.k, k), (state.v, v))]
+        return grown[0][:, grown[0].shape[1] - capacity :], grown[1][:, grown[1].shape[1] - capacity :]
+    n, slots = state.k.shape[:2]
+    ends = cu_seqlens.to(k.device, torch.int64)
+    # Rows to choose from: the new tokens, then the caches, then zeros.
+    caches, zeros = k.shape[1], k.shape[1] + n * slots
+    age = torch.arange(capacity - 1, -1, -1, device=k.device)[None]  # 0 is the newest
+    new = ends[1:, None] - 1 - age
+    slot = slots - 1 - (age - ends.diff()[:, None])
+    old = torch.where(slot >= 0, caches + torch.arange(n, device=k.device)[:, None] * slots + slot, zeros)
+    source = torch.where(new >= ends[:-1, None], new, old).flatten()
+
+    def choose(cache: Tensor, tokens: Tensor) -> Tensor:
+        rows = torch.cat((tokens[0], cache.flatten(0, 1), tokens.new_zeros(1, *tokens.shape[2:])))
+        return rows.index_select(0, source).unflatten(0, (n, capacity))
+
+    return choose(state.k, k), choose(state.v, v)
+
+
+def _read_sinks(k: Tensor, v: Tensor, state: AttentionState, cu_seqlens: Tensor | None) -> AttentionState:
+    """Keep those of the new tokens that are among the first of their sequence."""
+    assert state.sink_k is not None
+    assert state.sink_v is not None
+    n, num_sinks = state.sink_k.shape[:2]
+    if cu_seqlens is None:
+        starts = torch.arange(n, device=k.device)[:, None] * k.shape[1]
+        lengths = torch.full_like(starts, k.shape[1])
+    else:
+        ends = cu_seqlens.to(k.device, torch.int64)
+        starts, lengths = ends[:-1, None], ends.diff()[:, None]
+    index = torch.arange(num_sinks, device=k.device) - state.position[:, None]
+    is_new = ((index >= 0) & (index < lengths))[..., None, None]
+    source = (starts + torch.minimum(index.clamp(min=0), lengths - 1)).flatten()
+
+    def keep(old: Tensor, new: Tensor) -> Tensor:
+        chosen = new.flatten(0, 1).index_select(0, source).unflatten(0, (n, num_sinks))
+        return torch.where(is_new, chosen, old.to(new.dtype))
+
+    return state._replace(sink_k=keep(state.sink_k, k), sink_v=keep(state.sink_v, v))
+
+
+def _read_packed(
+    q: Tensor, k: Tensor, v: Tensor, state: AttentionState, lengths: list[int], setting: _Setting
+) -> Tensor:
+    """Documents [1, total] in groups of similar length, each group a batch."""
+    groups: dict[int, list[int]] = {}
+    for n, length in enumerate(lengths):
+        groups.setdefault(_round_up(length), []).append(n)
+    starts = torch.tensor([0, *lengths]).cumsum(0)
+    outputs, places, offset = [], [], 0
+    for size, members in groups.items():
+        size = max(lengths[n] for n in members)
+        rows = torch.tensor(members)
+        steps = torch.arange(size)
+        inside = steps < torch.tensor([lengths[n] for n in members])[:, None]
+        # The slots behind a document's end repeat its last token; causality hides them from the document.
+        tokens = torch.minimum(starts[rows, None] + steps, starts[rows + 1, None] - 1)
+        places.append((tokens[inside], offset + inside.flatten().nonzero().flatten()))
+        offset += inside.numel()
+        flat, rows = tokens.flatten().to(q.device), rows.to(q.device)
+        group_q, group_k, group_v = (x[0].index_select(0, flat).unflatten(0, inside.shape) for x in (q, k, v))
+        part = map_tensors(partial(torch.index_select, dim=0, index=rows), state)
+        outputs.append(_read_batch(group_q, group_k, group_v, part, setting).flatten(0, 1))
+    slot = torch.zeros(sum(lengths), dtype=torch.int64)
+    for tokens, where in places:
+        slot[tokens] = where
+    return torch.cat(outputs).index_select(0, slot.to(q.device))[None]
+
+
+def _round_up(length: int) -> int:
+    """The next of STEPS_PER_OCTAVE sizes per power of two."""
+    step = max((1 << (length - 1).bit_length()) // (2 * STEPS_PER_OCTAVE), 1)
+    return -(-length // step) * step
+
+
+def _read_batch(q: Tensor, k: Tensor, v: Tensor, state: AttentionState, setting: _Setting) -> Tensor:
+    """All queries of a batch [N, T, ...], its rows at any positions: y [N, T, Hq, D]."""
+    # GPUs have fused kernels for 16-bit inputs with float32 sums; elsewhere the inputs are widened.
+    wide = q.dtype if q.is_cuda else torch.promote_types(q.dtype, torch.float32)
+    q, k, v = (x.to(wide) for x in (q, k, v))
+    sink_k, sink_v = map_tensors(lambda x: x.to(wide), (state.sink_k, state.sink_v))
+    window, slots, length = setting.window, state.k.shape[1], q.shape[1]
+    if slots == 0 and (window is None or (length <= window and (window > 1 or sink_k is None))):
+        return _attend(q, k, v, None, setting.scale)  # nothing was read before and nothing is out of sight
+    block = MAX_BLOCK if window is None else min(max(window // 2, MIN_BLOCK), MAX_BLOCK)
+    # The cache, then the new tokens in tiles of the blocks' size: tile i + 1 holds the keys of block i.
+    tiles_k, tiles_v = [state.k.to(wide), *k.split(block, 1)], [state.v.to(wide), *v.split(block, 1)]
+    reach = len(tiles_k) if window is None else -(-(window - 1) // block)
+    masks = _Masks(state, window, length)
+    outputs = []
+    for i, queries in enumerate(q.split(block, 1)):
+        oldest = max(i + 1 - reach, 0)
+        keys, values = torch.cat(tiles_k[oldest : i + 2], 1), torch.cat(tiles_v[oldest : i + 2], 1)
+        mask = masks.get(i * block, queries.shape[1], (oldest - 1) * block if oldest else -slots, keys.shape[1])
+        if sink_k is not None and sink_v is not None:
+            keys, values = torch.cat((sink_k, keys), 1), torch.cat((sink_v, values), 1)
+        outputs.append(_attend(queries, keys, values, mask, setting.scale))
+    return torch.cat(outputs, 1)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Fused attention, [N, T, H, D] each; causal if there is no mask."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    grouped = q.shape[1] != k.shape[1]
+    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=grouped)
+    return y.transpose(1, 2)
+
+
+class _Masks:
+    """Which keys each block of queries sees. Blocks far from the start of every row share one mask."""
+
+    def __init__(self, state: AttentionState, window: int | None, length: int):
+        self.window, self.position = window, state.position
+        self.num_sinks = 0 if state.sink_k is None else state.sink_k.shape[1]
+        self.shared: dict[tuple[int, int, int], Tensor] = {}
+        self.lowest: int | None = None  # one token per row does not pay for a look at the positions: they sync a GPU
+        if length > 1:
+            positions = state.position.tolist()
+            self.lowest = min(positions)
+            self.position = state.position[:1] if self.lowest == max(positions) else state.position
+
+    def get(self, query: int, num_queries: int, key: int, num_keys: int) -> Tensor:
+        """[1 or N, 1, queries, sinks + keys] for queries and keys that begin so many tokens after the position."""
+        shape = (num_queries, query - key, num_keys)
+        if self.lowest is None or not self._is_inner(query, key):
+            return self._make(query, num_queries, key, num_keys, self.position)
+        if shape not in self.shared:
+            self.shared[shape] = self._make(query, num_queries, key, num_keys, self.position[:1])
+        return self.shared[shape]
+
+    def _is_inner(self, query: int, key: int) -> bool:
+        """All keys exist and all sinks are out of the window, in every row."""
+        assert self.lowest is not None
+        exist = self.lowest + key >= 0
+        return exist and (not self.num_sinks or self.lowest + query >= self.num_sinks - 1 + (self.window or 0))
+
+    def _make(self, query: int, num_queries: int, key: int, num_keys: int, position: Tensor) -> Tensor:
+        device = position.device
+        start = position[:, None, None, None]
+        t = start + torch.arange(query, query + num_queries, device=device)[:, None]
+        s = start + torch.arange(key, key + num_keys, device=device)
+        seen = (s >= 0) & (s <= t)
+        if self.window is None:
+            return seen
+        seen &= s > t - self.window
+        sinks = torch.arange(self.num_sinks, device=device) <= t - self.window
+        return torch.cat((sinks, seen), -1)
