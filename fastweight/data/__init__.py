@@ -1,19 +1,31 @@
 """Corpora, tokenizers, the token store, the sampler and batches: text in, `Batch` out."""
 
 from fastweight.data.batches import IGNORED, Batch, check_batch, loader, read_once
+from fastweight.data.packing import Bins, Documents
 from fastweight.data.prepare import PrepareProgress, prepare
 from fastweight.data.sampler import Sampler, permute
 from fastweight.data.sources import Source, SourceFile, open_source
 from fastweight.data.store import Split, Store, StoreError
 from fastweight.data.store_writer import StoreWriter
-from fastweight.data.tokenizers import BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer
+from fastweight.data.streams import Streams
+from fastweight.data.tokenizers import (
+    BPETokenizer,
+    ByteTokenizer,
+    FileTokenizer,
+    StreamDecoder,
+    Tokenizer,
+    load_tokenizer,
+)
 from fastweight.data.views import Windows
 
 __all__ = [
     "IGNORED",
     "BPETokenizer",
     "Batch",
+    "Bins",
     "ByteTokenizer",
+    "Documents",
+    "FileTokenizer",
     "PrepareProgress",
     "Sampler",
     "Source",
@@ -22,6 +34,8 @@ __all__ = [
     "Store",
     "StoreError",
     "StoreWriter",
+    "StreamDecoder",
+    "Streams",
     "Tokenizer",
     "Windows",
     "check_batch",

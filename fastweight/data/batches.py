@@ -31,8 +31,8 @@ class Batch:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
         """Return the batch on `device`."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        moved = {k: v if v is None else v.to(device, non_blocking=non_blocking) for k, v in fields.items()}
+        fields = [(field.name, getattr(self, field.name)) for field in dataclasses.fields(self)]
+        moved = {name: x.to(device, non_blocking=non_blocking) for name, x in fields if x is not None}
         return Batch(**moved)
 
     @property

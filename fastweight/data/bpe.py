@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +36,8 @@ class BPETokenizer:
         self.vocab_size: int = self._inner.get_vocab_size()
         self.name = f"bpe-{self.vocab_size}"
         self.hash = hashlib.sha256(canonical(definition).encode()).hexdigest()
-        self._lengths = np.array([len(piece) for piece in self.token_bytes], dtype=np.int64)
+        self._table = byte_table(self._inner, {bos_id}, self.vocab_size)
+        self._lengths = np.array([len(piece) for piece in self._table], dtype=np.int64)
         self.max_token_bytes: int | None = int(self._lengths.max())
 
     @classmethod
@@ -67,10 +67,10 @@ class BPETokenizer:
             )
         return cls(inner.to_str())
 
-    @cached_property
-    def token_bytes(self) -> list[bytes]:
+    @property
+    def token_bytes(self) -> list[bytes] | None:
         """The bytes of each id; the document start is the empty string."""
-        return byte_table(self._inner, special={self.bos_id})
+        return self._table
 
     def encode(self, text: str) -> Encoded:
         """Return ids and the bytes of each; they sum to len(text.encode()). Raises ValueError on lone surrogates."""
@@ -86,8 +86,7 @@ class BPETokenizer:
 
     def decode(self, ids: np.ndarray | list[int]) -> str:
         """Return the text; document starts are dropped, broken UTF-8 becomes U+FFFD."""
-        pieces = self.token_bytes
-        return b"".join(pieces[i] for i in check_ids(ids, self.vocab_size, self.name)).decode("utf-8", errors="replace")
+        return join_bytes(self._table, check_ids(ids, self.vocab_size, self.name)).decode("utf-8", errors="replace")
 
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json (readable by any program that reads that format) and the marker of this kind."""
@@ -102,7 +101,7 @@ def canonical(definition: str) -> str:
     return json.dumps({**data, "truncation": None, "padding": None}, sort_keys=True, ensure_ascii=True)
 
 
-def byte_table(inner: tokenizers.Tokenizer, special: set[int]) -> list[bytes]:
+def byte_table(inner: tokenizers.Tokenizer, special: set[int], vocab_size: int) -> list[bytes]:
     """Return the bytes of every id of a byte-level vocabulary, b"" for ids in `special` or without an entry.
 
     Raises ValueError if an entry is not written in the byte alphabet.
@@ -110,7 +109,7 @@ def byte_table(inner: tokenizers.Tokenizer, special: set[int]) -> list[bytes]:
     to_byte = _byte_alphabet()
     added = {i: token.content.encode() for i, token in inner.get_added_tokens_decoder().items()}
     table = []
-    for i in range(inner.get_vocab_size()):
+    for i in range(vocab_size):
         piece = inner.id_to_token(i)
         if i in special or piece is None:
             table.append(b"")
@@ -121,6 +120,11 @@ def byte_table(inner: tokenizers.Tokenizer, special: set[int]) -> list[bytes]:
         else:
             raise ValueError(f"vocabulary entry {i} ({piece!r}) is not written in the byte-level alphabet.")
     return table
+
+
+def join_bytes(table: list[bytes], ids: np.ndarray) -> bytes:
+    """Return the bytes of a sequence of ids."""
+    return b"".join([table[i] for i in ids.tolist()])
 
 
 def _byte_alphabet() -> dict[str, int]:

@@ -39,8 +39,9 @@ class _Chunks(io.RawIOBase):
             if chunk is None:
                 return 0
             self._rest = memoryview(chunk)
-        size = min(len(buffer), len(self._rest))
-        buffer[:size], self._rest = self._rest[:size], self._rest[size:]
+        with memoryview(buffer) as out:
+            size = min(len(out), len(self._rest))
+            out[:size], self._rest = self._rest[:size], self._rest[size:]
         return size
 
 

@@ -232,3 +232,10 @@ class _Preparation:
         if self.report is not None:
             self.report(self._progress(len(self.files)))
         return manifest
+
+
+def _encode_or_none(tokenizer: Tokenizer, text: str) -> Encoded | None:
+    try:
+        return tokenizer.encode(text)
+    except UnencodableTextError:
+        return None

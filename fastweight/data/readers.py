@@ -51,7 +51,7 @@ def _text_of_line(line: bytes, text_field: str, where: str) -> str:
         raise ValueError(f"{where}: a JSON {type(record).__name__}, an object with the key {text_field!r} is needed.")
     if text_field not in record:
         raise ValueError(f"{where}: no key {text_field!r}; set text_field.{near_names(text_field, map(str, record))}")
-    return _checked(record[text_field], where, text_field)
+    return check_text(record[text_field], where, text_field)
 
 
 def read_parquet(path: Path, text_field: str) -> Iterator[str]:
@@ -88,7 +88,7 @@ def _rows(batches: Any, text_field: str, path: Path) -> Iterator[str]:
     for batch in batches:
         column = batch.column(batch.schema.get_field_index(text_field))
         for value in column:
-            yield _checked(value.as_py(), f"{path}, row {row}", text_field)
+            yield check_text(value.as_py(), f"{path}, row {row}", text_field)
             row += 1
 
 
@@ -97,8 +97,11 @@ def _check_column(names: list[str], text_field: str, path: Path) -> None:
         raise ValueError(f"{path}: no column {text_field!r}; set text_field.{near_names(text_field, names)}")
 
 
-def _checked(value: Any, where: str, text_field: str) -> str:
-    """The text itself; null is an empty document, half a surrogate pair becomes U+FFFD as it is no character."""
+def check_text(value: Any, where: str, text_field: str) -> str:
+    """Return the text; null is an empty document, half a surrogate pair becomes U+FFFD as it is no character.
+
+    Raises ValueError, with `where` in it, for anything but text.
+    """
     if value is None:
         return ""
     if not isinstance(value, str):

@@ -1,8 +1,8 @@
 """Which item is sample number n? A pure function of (n, seed), so the position in a run is one integer.
 
 A keyed permutation of 0..N-1 replaces the shuffled list: nothing to store, nothing to replay, any entry in O(1). Built
-as a balanced Feistel network on the smallest even number of bits that holds N, with cycle walking for the values beyond N
-(Black and Rogaway 2002, "Ciphers with arbitrary finite domains", section 4).
+as a balanced Feistel network on the smallest even number of bits that holds N, with cycle walking for the values
+beyond N (Black and Rogaway 2002, "Ciphers with arbitrary finite domains", section 4).
 """
 
 import dataclasses
@@ -11,6 +11,7 @@ import numpy as np
 
 _ROUNDS = 8
 _MASK64 = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
 
 
 def permute(index: np.ndarray | int, num_items: int, key: int) -> np.ndarray:
@@ -24,7 +25,7 @@ def permute(index: np.ndarray | int, num_items: int, key: int) -> np.ndarray:
     if index.size and (index.min() < 0 or index.max() >= num_items):
         raise ValueError(f"permute: indices must lie in 0..{num_items - 1}, got {index.min()}..{index.max()}.")
     half_bits = max(1, (int(num_items - 1).bit_length() + 1) // 2)
-    round_keys = [_mix(key + (r + 1) * 0x9E3779B97F4A7C15) for r in range(_ROUNDS)]
+    round_keys = [_mix(key + (r + 1) * _GOLDEN) for r in range(_ROUNDS)]
     values = _feistel(index.astype(np.uint64).reshape(-1), half_bits, round_keys)
     outside = np.flatnonzero(values >= num_items)
     while outside.size:
@@ -39,6 +40,14 @@ def _feistel(values: np.ndarray, half_bits: int, round_keys: list[int]) -> np.nd
     for round_key in round_keys:
         left, right = right, left ^ (_mix_array(right ^ np.uint64(round_key)) & mask)
     return (left << shift) | right
+
+
+def derive_seed(*parts: int) -> int:
+    """Return a 64-bit seed that depends on every part and on their order."""
+    seed = 0
+    for part in parts:
+        seed = _mix(seed + _GOLDEN + _mix(part))
+    return seed
 
 
 def _mix(x: int) -> int:
@@ -75,5 +84,5 @@ class Sampler:
         items = np.empty_like(places)
         for epoch in np.unique(epochs):
             chosen = epochs == epoch
-            items[chosen] = permute(places[chosen], self.num_samples, _mix(_mix(self.seed) + int(epoch)))
+            items[chosen] = permute(places[chosen], self.num_samples, derive_seed(self.seed, int(epoch)))
         return epochs, items

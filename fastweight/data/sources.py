@@ -1,61 +1,24 @@
-"""Where documents come from: a source is a sorted list of files and a way to read the documents of each.
+"""Where documents come from, by name: files, folders, globs, Hugging Face data sets, the built-in corpus.
 
 Nothing here depends on the machine or on the order in which a folder lists its files, so a source always yields the
 same documents in the same order; preparation relies on that to resume.
 """
 
-import dataclasses
 import glob
 import os
 import platform
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
 
 from fastweight.configs import near_names
+from fastweight.data.huggingface import is_saved_dataset, open_dataset
 from fastweight.data.readers import READERS, kind_of, read_text
+from fastweight.data.source_base import FileSource, Source, SourceFile, as_files
+
+__all__ = ["STDLIB", "FileSource", "Source", "SourceFile", "StdlibSource", "open_source"]
 
 STDLIB = "python-stdlib"
-
-
-@dataclasses.dataclass(frozen=True)
-class SourceFile:
-    """One resumable unit: `name` within the source, `path` on this machine, `size_bytes` to notice a change."""
-
-    name: str
-    path: str
-    size_bytes: int
-
-
-class Source(Protocol):
-    """Documents in a fixed order. skipped: files that `files` leaves out, because they are not UTF-8."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def skipped(self) -> int: ...
-    def files(self) -> list[SourceFile]: ...
-    def documents(self, file: SourceFile) -> Iterator[str]: ...
-
-
-class FileSource:
-    """Files read by their kind: text (one document per file), jsonl, parquet or arrow (one document per row)."""
-
-    skipped = 0
-
-    def __init__(self, name: str, files: list[SourceFile], kind: str | None, text_field: str) -> None:
-        self.name, self._files, self._kind, self._text_field = name, files, kind, text_field
-
-    def files(self) -> list[SourceFile]:
-        """Return the files, sorted by name."""
-        return self._files
-
-    def documents(self, file: SourceFile) -> Iterator[str]:
-        """Yield the documents of `file`. Raises ValueError that names the file and the line or row that is wrong."""
-        kind = self._kind or kind_of(file.path)
-        assert kind is not None
-        return READERS[kind](Path(file.path), self._text_field)
 
 
 class StdlibSource:
@@ -74,7 +37,7 @@ class StdlibSource:
         readable = [path for path in paths if _is_utf8(path)]
         self.name = f"{STDLIB}-{platform.python_version()}"
         self.skipped = len(paths) - len(readable)
-        self._files = _as_files(root, readable)
+        self._files = as_files(root, readable)
 
     def files(self) -> list[SourceFile]:
         """Return the .py files, sorted by their path relative to the library."""
@@ -88,9 +51,9 @@ class StdlibSource:
 def open_source(spec: str, text_field: str = "text") -> Source:
     """Return the source that `spec` names.
 
-    spec: "python-stdlib"; or a file, folder or glob, whose files are read by their suffix (.txt .text .md .jsonl .ndjson
-    .json, each also with .gz or .zst; .parquet .arrow); or "KIND:PATTERN" to read all of them as text, jsonl, parquet or
-    arrow; or "hf:FOLDER" (written by `save_to_disk`) or "hf:NAME" or "hf:NAME:SPLIT" (needs `datasets`).
+    spec: "python-stdlib"; or a file, folder or glob, whose files are read by their suffix (.txt .text .md .jsonl
+    .ndjson .json, each also with .gz or .zst; .parquet .arrow); or "KIND:PATTERN" to read all of them as text, jsonl,
+    parquet or arrow; or "hf:FOLDER[:SPLIT]" (written by `save_to_disk`) or "hf:NAME[:SPLIT]" (needs `datasets`).
     text_field: the column or key that holds the text.
     Raises ValueError for an unknown kind, nothing found, or a suffix that says nothing.
     """
@@ -98,11 +61,11 @@ def open_source(spec: str, text_field: str = "text") -> Source:
     if spec == STDLIB:
         return StdlibSource()
     if colon and kind == "hf":
-        from fastweight.data.huggingface import open_dataset
-
         return open_dataset(rest, text_field)
     if colon and kind in READERS:
         return FileSource(spec, _find(rest, spec, any_suffix=True), kind, text_field)
+    if is_saved_dataset(Path(spec)):
+        return open_dataset(spec, text_field)
     if Path(spec).exists() or glob.has_magic(spec):
         return FileSource(spec, _find(spec, spec, any_suffix=False), None, text_field)
     known = [STDLIB, "hf:", *(f"{reader}:" for reader in READERS)]
@@ -118,7 +81,8 @@ def _find(pattern: str, spec: str, *, any_suffix: bool) -> list[SourceFile]:
     elif path.exists():
         root, found = path.parent, [path]
     else:
-        found = [Path(name) for name in glob.glob(pattern, recursive=True)]  # noqa: PTH207  (Path has no glob from absolute patterns)
+        # Path.glob takes no absolute pattern.
+        found = [Path(name) for name in glob.glob(pattern, recursive=True)]  # noqa: PTH207
         root = Path(os.path.commonpath([p.parent for p in found])) if found else Path()
     found = [p for p in found if p.is_file()]
     if not found:
@@ -129,7 +93,11 @@ def _find(pattern: str, spec: str, *, any_suffix: bool) -> list[SourceFile]:
             f"source {spec!r}: {len(found)} file(s), e.g. {min(found).name}, but none with a known suffix. "
             f"Say how to read them: {', '.join(f'{kind}:{pattern}' for kind in READERS)}."
         )
-    return _as_files(root, readable)
+    kinds = sorted({str(kind_of(p)) for p in readable})
+    if not any_suffix and len(kinds) > 1:
+        choices = ", ".join(f"{kind}:<glob>" for kind in kinds)
+        raise ValueError(f"source {spec!r}: mixes {' and '.join(kinds)} files. Choose one with {choices}.")
+    return as_files(root, readable)
 
 
 def _is_utf8(path: Path) -> bool:
@@ -142,8 +110,3 @@ def _is_utf8(path: Path) -> bool:
 
 def _hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
-
-
-def _as_files(root: Path, paths: list[Path]) -> list[SourceFile]:
-    files = [SourceFile(p.relative_to(root).as_posix(), str(p), p.stat().st_size) for p in paths]
-    return sorted(files, key=lambda file: file.name)

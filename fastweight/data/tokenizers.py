@@ -5,6 +5,8 @@ from pathlib import Path
 
 from fastweight.configs import near_names
 from fastweight.data.bpe import BPETokenizer
+from fastweight.data.file_tokenizer import FileTokenizer
+from fastweight.data.streaming import StreamDecoder
 from fastweight.data.tokenizer_base import (
     MARKER_FILE,
     ByteTokenizer,
@@ -13,28 +15,47 @@ from fastweight.data.tokenizer_base import (
     UnencodableTextError,
 )
 
-__all__ = ["BPETokenizer", "ByteTokenizer", "Encoded", "Tokenizer", "UnencodableTextError", "load_tokenizer"]
+__all__ = [
+    "BPETokenizer",
+    "ByteTokenizer",
+    "Encoded",
+    "FileTokenizer",
+    "StreamDecoder",
+    "Tokenizer",
+    "UnencodableTextError",
+    "load_tokenizer",
+]
 
 
 def load_tokenizer(spec: str | Path) -> Tokenizer:
-    """Return the tokenizer named by `spec`: "bytes", "bpe:FOLDER", or a folder written by `save`.
+    """Return the tokenizer named by `spec`.
 
-    Raises ValueError for an unknown name or a folder without a tokenizer.
+    spec: "bytes"; "bpe:FOLDER" (a `BPETokenizer` that was saved there); a folder written by any tokenizer's `save`; a
+    tokenizer.json or a folder with one. Raises ValueError for anything else, with near names.
     """
     spec = str(spec)
     if spec == "bytes":
         return ByteTokenizer()
     if spec.startswith("bpe:"):
         return _load_bpe(Path(spec.removeprefix("bpe:")))
-    marker = Path(spec) / MARKER_FILE
-    if not marker.is_file():
-        raise ValueError(
-            f"tokenizer {spec!r}: no such name and no {marker}.{near_names(spec, ['bytes', 'bpe:FOLDER'])}"
-        )
-    kind = json.loads(marker.read_text())["kind"]
+    if not Path(spec).exists():
+        raise ValueError(f"tokenizer {spec!r}: no such file or folder, and no such name.{near_names(spec, _NAMES)}")
+    return _load_folder(Path(spec))
+
+
+_NAMES = ("bytes", "bpe:FOLDER")
+
+
+def _load_folder(path: Path) -> Tokenizer:
+    marker = path / MARKER_FILE
+    kind = json.loads(marker.read_text(encoding="utf-8"))["kind"] if marker.is_file() else "file"
     if kind == "bytes":
         return ByteTokenizer()
-    return _load_bpe(Path(spec))
+    if kind == "bpe":
+        return _load_bpe(path)
+    if kind == "file":
+        return FileTokenizer(path)
+    raise ValueError(f"{marker}: unknown tokenizer kind {kind!r}.{near_names(kind, ('bytes', 'bpe', 'file'))}")
 
 
 def _load_bpe(folder: Path) -> BPETokenizer:
