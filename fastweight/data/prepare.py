@@ -19,7 +19,7 @@ from fastweight.data.locks import exclusive
 from fastweight.data.sources import Source, SourceFile, open_source
 from fastweight.data.store import MANIFEST, PROGRESS, TOKENIZER_FOLDER, StoreError, read_manifest
 from fastweight.data.store_writer import StoreWriter
-from fastweight.data.tokenizer_base import Encoded, Tokenizer, UnencodableTextError
+from fastweight.data.tokenizer_base import Encoded, Tokenizer, UnencodableTextError, utf8
 from fastweight.data.tokenizers import load_tokenizer
 
 _BATCH_CHARACTERS = 1 << 20
@@ -84,9 +84,7 @@ def prepare(
             manifest = read_manifest(out)
             _refuse_changes(out, manifest["options"], options)
             return manifest
-        earlier = json.loads((out / PROGRESS).read_text()) if (out / PROGRESS).is_file() else None
-        if earlier is not None:
-            _refuse_changes(out, earlier["options"], options)
+        earlier = _read_progress(out, options) if (out / PROGRESS).is_file() else None
         ready = tokenizer if not isinstance(tokenizer, str) else _bpe(source, out, earlier, options, bpe_vocab_size)
         return _Preparation(source, ready, out, options, earlier, progress).run()
 
@@ -94,6 +92,15 @@ def prepare(
 def _fingerprint(files: list[SourceFile]) -> str:
     listing = json.dumps([(file.name, file.size_bytes) for file in files])
     return hashlib.sha256(listing.encode()).hexdigest()
+
+
+def _read_progress(out: Path, options: dict[str, Any]) -> dict[str, Any]:
+    try:
+        earlier = json.loads((out / PROGRESS).read_text(encoding="utf-8"))
+        _refuse_changes(out, earlier["options"], options)
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise StoreError(f"{out / PROGRESS}: damaged ({error!r}). Remove {out} and prepare again.") from error
+    return earlier
 
 
 def _refuse_changes(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -121,16 +128,16 @@ def _explained(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OSError(
-            error.errno,
-            f"{out}: could not write or read ({error}). What progress.json records is safe: make room or fix the "
-            "permissions, then run the same command again",
-        ) from error
+        message = (
+            f"prepare into {out}: {error}. What {PROGRESS} records is safe: make room on the disk or fix the "
+            "permissions, then run the same command again; it continues."
+        )
+        raise (OSError(message) if error.errno is None else OSError(error.errno, message)) from error
 
 
 def is_heldout(text: str, fraction: float) -> bool:
     """Return whether `text` is held out: its hash, read as a number in [0, 1), is below `fraction`."""
-    number = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+    number = int.from_bytes(hashlib.blake2b(utf8(text), digest_size=8).digest(), "big")
     return number < fraction * 2**64
 
 
@@ -218,6 +225,7 @@ class _Preparation:
 
     def _finish(self) -> dict[str, Any]:
         if not self.writer.count("num_documents"):
+            self.writer.discard()
             raise ValueError(
                 f"source {self.source.name!r}: {len(self.files)} file(s) and not one document with text in them. "
                 f"Check the path and text_field ({self.options['text_field']!r})."

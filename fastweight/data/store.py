@@ -180,14 +180,21 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise StoreError(f"{path}: no token store here ({MANIFEST} is missing). Make one with `data prepare`.")
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        form, version = manifest["format"], manifest["version"]
-    except (ValueError, KeyError, TypeError) as error:
+        form, version, seal = manifest["format"], manifest["version"], manifest.pop("sha256")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise StoreError(
             f"{path / MANIFEST}: not a manifest ({error!r}). Restore the file or prepare again."
         ) from error
     if (form, version) != (FORMAT, VERSION):
         raise StoreError(f"{path}: {form!r} version {version}, this library reads {FORMAT!r} version {VERSION}.")
+    if seal != manifest_seal(manifest):
+        raise StoreError(f"{path / MANIFEST}: changed since it was written. Restore the file or prepare again.")
     return manifest
+
+
+def manifest_seal(manifest: dict[str, Any]) -> str:
+    """Return the sha256 (hex) of the manifest's canonical JSON, so that a change in it does not go unnoticed."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _compare(path: Path, expected: dict[str, Any]) -> list[str]:

@@ -6,6 +6,7 @@ does not count: on resume it is cut off and written again. Checksums are taken f
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,6 +22,7 @@ from fastweight.data.store import (
     TOKENIZER_FOLDER,
     VERSION,
     checksums,
+    manifest_seal,
 )
 from fastweight.data.tokenizers import Tokenizer
 from fastweight.files import write_text
@@ -106,9 +108,19 @@ class StoreWriter:
             "dtypes": self.dtypes,
             "splits": splits,
         }
-        write_text(self.path / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+        manifest = json.loads(json.dumps(manifest))  # as a reader will see it: the seal is over that
+        sealed = {**manifest, "sha256": manifest_seal(manifest)}
+        write_text(self.path / MANIFEST, json.dumps(sealed, indent=1) + "\n")
         (self.path / PROGRESS).unlink(missing_ok=True)
         return manifest
+
+    def discard(self) -> None:
+        """Remove a store without documents, so that the folder can be used for another try."""
+        self.close()
+        shutil.rmtree(self.path / TOKENIZER_FOLDER)
+        for name in self._splits:
+            (self.path / name).rmdir()
+        (self.path / PROGRESS).unlink(missing_ok=True)
 
     def close(self) -> None:
         """Close the open files without recording anything."""

@@ -48,7 +48,7 @@ _NAMES = ("bytes", "bpe:FOLDER")
 
 def _load_folder(path: Path) -> Tokenizer:
     marker = path / MARKER_FILE
-    kind = json.loads(marker.read_text(encoding="utf-8"))["kind"] if marker.is_file() else "file"
+    kind = _kind(marker) if marker.is_file() else "file"
     if kind == "bytes":
         return ByteTokenizer()
     if kind == "bpe":
@@ -56,6 +56,13 @@ def _load_folder(path: Path) -> Tokenizer:
     if kind == "file":
         return FileTokenizer(path)
     raise ValueError(f"{marker}: unknown tokenizer kind {kind!r}.{near_names(kind, ('bytes', 'bpe', 'file'))}")
+
+
+def _kind(marker: Path) -> str:
+    try:
+        return json.loads(marker.read_text(encoding="utf-8"))["kind"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{marker}: damaged ({error!r}). Save the tokenizer there again.") from error
 
 
 def _load_bpe(folder: Path) -> BPETokenizer:
