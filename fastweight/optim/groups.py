@@ -1,0 +1,96 @@
+"""Which parameter goes to which optimiser, and which of them decay."""
+
+import fnmatch
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+from torch import nn
+
+from fastweight.configs import near_names, require
+
+OptimizerName = Literal["adamw", "muon"]
+MuonScale = Literal["original", "match_rms_adamw"]
+VECTORS = "vectors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), or Muon (Jordan et al. 2024) for hidden matrices beside it.
+
+    lr: peak rate. decay_exclude: names of parameters without weight decay, as patterns ("*norm*"); the word "vectors"
+    stands for all parameters with fewer than two dimensions; an empty tuple decays everything.
+    muon_lr: peak rate of the matrices, 0 for `lr`. muon_scale: step size of a matrix [A, B] relative to its orthogonal
+    update: "match_rms_adamw" 0.2 sqrt(max(A, B)), which takes AdamW's rates (Liu et al. 2025, arXiv:2502.16982, eq. 4),
+    or "original" sqrt(max(1, A/B)), which wants rates near 0.02.
+    """
+
+    name: OptimizerName = "adamw"
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    decay_exclude: tuple[str, ...] = (VECTORS,)
+    muon_lr: float = 0.0
+    muon_momentum: float = 0.95
+    muon_scale: MuonScale = "match_rms_adamw"
+    muon_steps: int = 5
+
+    def __post_init__(self) -> None:
+        for field, known in (("name", get_args(OptimizerName)), ("muon_scale", get_args(MuonScale))):
+            value = getattr(self, field)
+            require(value in known, f"optimizer: unknown {field} {value!r}.{near_names(str(value), known)}")
+        require(self.lr > 0, f"optimizer: lr must be positive, got {self.lr}.")
+        require(
+            len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
+            f"optimizer: betas must be two numbers in [0, 1), got {self.betas}.",
+        )
+        require(self.eps > 0, f"optimizer: eps must be positive, got {self.eps}.")
+        require(self.weight_decay >= 0, f"optimizer: weight_decay must not be negative, got {self.weight_decay}.")
+        require(self.muon_lr >= 0, f"optimizer: muon_lr must not be negative, got {self.muon_lr}.")
+        require(0 <= self.muon_momentum < 1, f"optimizer: muon_momentum must lie in [0, 1), got {self.muon_momentum}.")
+        require(1 <= self.muon_steps < 100, f"optimizer: muon_steps must lie in 1..99, got {self.muon_steps}.")
+
+
+class ParameterGroup(NamedTuple):
+    """Parameters that are treated alike: the optimiser's name, whether they decay, and (name, parameter) pairs."""
+
+    optimizer: str
+    decays: bool
+    parameters: list[tuple[str, nn.Parameter]]
+
+
+def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[ParameterGroup]:
+    """Sort the trainable parameters of `model` into groups, each parameter once.
+
+    Muon takes the weight matrices of hidden linear layers. Embedding, head, norms, biases, convolutions and initial
+    fast weights go to AdamW. Raises ValueError for a `decay_exclude` pattern that fits no parameter.
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    require(bool(named), "optimizer: the model has no trainable parameter.")
+    _check_patterns(config.decay_exclude, [name for name, _ in named])
+    matrices = _hidden_matrices(model) if config.name == "muon" else set()
+    groups = {
+        (optimizer, decays): ParameterGroup(optimizer, decays, [])
+        for optimizer in ("muon", "adamw")
+        for decays in (True, False)
+    }
+    for name, p in named:
+        key = ("muon" if name in matrices else "adamw", not _excluded(name, p, config.decay_exclude))
+        groups[key].parameters.append((name, p))
+    return [group for group in groups.values() if group.parameters]
+
+
+def _hidden_matrices(model: nn.Module) -> set[str]:
+    linears = {f"{name}.weight" for name, part in model.named_modules() if isinstance(part, nn.Linear)}
+    return linears - {"head.weight"}
+
+
+def _excluded(name: str, p: nn.Parameter, patterns: tuple[str, ...]) -> bool:
+    is_vector = VECTORS in patterns and p.dim() < 2
+    return is_vector or any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _check_patterns(patterns: tuple[str, ...], names: list[str]) -> None:
+    for pattern in patterns:
+        fits = pattern == VECTORS or any(fnmatch.fnmatchcase(name, pattern) for name in names)
+        require(fits, f"optimizer: decay_exclude {pattern!r} fits no parameter.{near_names(pattern, names[:40])}")

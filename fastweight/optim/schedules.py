@@ -1,0 +1,78 @@
+"""Learning-rate schedules: a warm-up by steps times a decay by the fraction of the run that is over."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from fastweight.configs import near_names, require
+
+ScheduleKind = Literal["cosine", "wsd", "linear"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """How the learning rate moves over a run.
+
+    kind: "cosine" (Loshchilov & Hutter 2017, arXiv:1608.03983, eq. 5, one period) from the warm-up to the end; "wsd"
+    constant, then 1 - sqrt over the last `decay_steps` (Hägele et al. 2024, arXiv:2405.18392; 0: a fifth of the run);
+    "linear" constant, then linear over the last `decay_steps` (0: all steps after the warm-up).
+    warmup_steps: linear rise from 0 to the peak. zero_first: the rise counts from 0, so that the first update has
+    rate 0, as optax does; else the first update has rate peak/warmup_steps.
+    final_ratio: the last rate as a part of the peak. final_lr: the same as a rate; replaces final_ratio.
+    """
+
+    kind: ScheduleKind = "cosine"
+    warmup_steps: int = 0
+    zero_first: bool = False
+    decay_steps: int = 0
+    final_ratio: float = 0.1
+    final_lr: float | None = None
+
+    def __post_init__(self) -> None:
+        kinds = get_args(ScheduleKind)
+        require(self.kind in kinds, f"schedule: unknown kind {self.kind!r}.{near_names(str(self.kind), kinds)}")
+        require(self.warmup_steps >= 0, f"schedule: warmup_steps must not be negative, got {self.warmup_steps}.")
+        require(self.decay_steps >= 0, f"schedule: decay_steps must not be negative, got {self.decay_steps}.")
+        require(
+            self.kind != "cosine" or self.decay_steps == 0,
+            'schedule: "cosine" decays over the whole run and takes no decay_steps. Use kind="wsd" or "linear".',
+        )
+        require(0 <= self.final_ratio <= 1, f"schedule: final_ratio must lie in [0, 1], got {self.final_ratio}.")
+        require(self.final_lr is None or self.final_lr >= 0, f"schedule: final_lr is negative: {self.final_lr}.")
+
+
+def schedule_factor(
+    config: ScheduleConfig, step: int, total_steps: int, peak: float, fraction: float | None = None
+) -> float:
+    """The learning rate of update `step` (0, 1, ... total_steps - 1) as a part of its peak.
+
+    peak: the rate that `final_lr` is compared with. fraction: the part of the run that is over, in [0, 1]; None:
+    step / total_steps. A run with a time budget passes the part of its time instead.
+    """
+    floor = config.final_ratio if config.final_lr is None else min(1.0, config.final_lr / peak)
+    fraction = step / total_steps if fraction is None else fraction
+    start = _decay_start(config, total_steps)
+    progress = min(1.0, max(0.0, (fraction - start) / (1 - start))) if start < 1 else 0.0
+    return _warmup(config, step) * (floor + (1 - floor) * _decay(config.kind, progress))
+
+
+def _warmup(config: ScheduleConfig, step: int) -> float:
+    if step >= config.warmup_steps:
+        return 1.0
+    return (step if config.zero_first else step + 1) / config.warmup_steps
+
+
+def _decay_start(config: ScheduleConfig, total_steps: int) -> float:
+    """The part of the run after which the rate falls."""
+    decay_steps = config.decay_steps
+    if config.kind == "wsd" and decay_steps == 0:
+        decay_steps = max(1, total_steps // 5)
+    if decay_steps == 0:
+        return min(1.0, config.warmup_steps / total_steps)
+    return max(0.0, 1 - decay_steps / total_steps)
+
+
+def _decay(kind: str, progress: float) -> float:
+    if kind == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * progress))
+    return 1 - (math.sqrt(progress) if kind == "wsd" else progress)

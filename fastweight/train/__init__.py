@@ -1,0 +1,28 @@
+"""Training: one loop, resumable bit by bit, whose only output is a folder."""
+
+from fastweight.train.config import (
+    DataConfig,
+    InnerRateWarmup,
+    LogConfig,
+    ModelSource,
+    TrainConfig,
+)
+from fastweight.train.folders import CheckpointError
+from fastweight.train.loop import DivergedError
+from fastweight.train.metrics import read_metrics
+from fastweight.train.run import load_run_config, train
+from fastweight.train.tally import TrainResult
+
+__all__ = [
+    "CheckpointError",
+    "DataConfig",
+    "DivergedError",
+    "InnerRateWarmup",
+    "LogConfig",
+    "ModelSource",
+    "TrainConfig",
+    "TrainResult",
+    "load_run_config",
+    "read_metrics",
+    "train",
+]

@@ -1,0 +1,163 @@
+"""Folders that appear whole or not at all, and the run folder's checkpoints.
+
+A checkpoint is written beside its place, forced to the disk, described by a manifest of sizes and SHA-256 sums, and
+moved into place by one rename; only then does the pointer `latest` name it, and only then are old checkpoints removed.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from fastweight import files
+from fastweight.configs import require, to_json
+
+POINTER, FOLDER, MANIFEST = "latest", "checkpoints", "manifest.json"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, truncated, changed or of another run."""
+
+
+def replace_folder(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary folder beside `path`, then put it in the place of `path`.
+
+    On any error the temporary folder is removed and `path` is untouched.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary, old = (path.with_name(f".{path.name}.{part}") for part in ("tmp", "old"))
+    _restore(path, old)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        write(temporary)
+        sync_tree(temporary)
+        if path.exists():
+            path.replace(old)
+        temporary.replace(path)
+        files.sync(path.parent)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        _restore(path, old)
+        if isinstance(error, (OSError, SafetensorError)):
+            raise OSError(f"could not write {path}: {error}") from error
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _restore(path: Path, old: Path) -> None:
+    """Undo a replacement that was interrupted between its two renames."""
+    if old.exists() and not path.exists():
+        old.replace(path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def sync_tree(folder: Path) -> None:
+    """Force every file and folder under `folder` to the disk."""
+    for path in [*folder.rglob("*"), folder]:
+        files.sync(path)
+
+
+def checkpoint_name(step: int) -> str:
+    """The folder name of the checkpoint after `step` steps."""
+    return f"step-{step:06d}"
+
+
+def write_checkpoint(out: Path, step: int, write: Callable[[Path], None], keep: int) -> Path:
+    """Write a checkpoint, point `latest` at it, and remove all but the `keep` newest. Returns its folder.
+
+    Raises OSError if the disk is full or not writable; what was there before is then untouched.
+    """
+    name = checkpoint_name(step)
+    before = latest(out)
+    for unfinished in (out / FOLDER).glob(".step-*.tmp"):
+        shutil.rmtree(unfinished)
+
+    def write_all(folder: Path) -> None:
+        write(folder)
+        _write_manifest(folder)
+
+    try:
+        replace_folder(out / FOLDER / name, write_all)
+        files.write_text(out / POINTER, name + "\n")
+    except OSError as error:
+        kept = f"The last good checkpoint, {before}, is untouched" if before else "There is no earlier checkpoint"
+        raise OSError(
+            f"saving failed: {error}. {kept}. Free some space or choose another disk, then resume."
+        ) from error
+    for old in sorted(_present(out), key=_step)[:-keep]:
+        if old != name:
+            shutil.rmtree(out / FOLDER / old)
+    return out / FOLDER / name
+
+
+def latest(out: Path) -> str | None:
+    """The name in the pointer file, None if nothing was ever saved."""
+    pointer = out / POINTER
+    return pointer.read_text().strip() if pointer.is_file() else None
+
+
+def open_checkpoint(out: Path, name: str | None = None) -> Path:
+    """The folder of checkpoint `name` (None: the latest) after every file was compared with the manifest.
+
+    Raises CheckpointError naming the damaged file and the other checkpoints.
+    """
+    name = name or latest(out)
+    if name is None:
+        raise CheckpointError(
+            f"{out} holds no checkpoint, so there is nothing to resume. Start the run in a new folder."
+        )
+    folder = out / FOLDER / name
+    problem = _problem(folder)
+    if problem:
+        others = [other for other in sorted(_present(out), key=_step) if other != name]
+        advice = (
+            f'Resume from another one: {", ".join(others)} (resume="{others[-1]}").'
+            if others
+            else ("There is no other checkpoint; start the run again in a new folder.")
+        )
+        raise CheckpointError(f"checkpoint {folder}: {problem}. {advice}")
+    return folder
+
+
+def _present(out: Path) -> list[str]:
+    return [path.name for path in (out / FOLDER).glob("step-*") if path.is_dir()]
+
+
+def _step(name: str) -> int:
+    return int(name.removeprefix("step-"))
+
+
+def _write_manifest(folder: Path) -> None:
+    listing = {str(path.relative_to(folder)): _fingerprint(path) for path in folder.rglob("*") if path.is_file()}
+    files.write_text(folder / MANIFEST, to_json(listing) + "\n")
+
+
+def _fingerprint(path: Path) -> dict[str, int | str]:
+    with path.open("rb") as file:
+        return {"size_bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _problem(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, None if nothing is."""
+    manifest = folder / MANIFEST
+    if not manifest.is_file():
+        return f"{MANIFEST} is missing" if folder.is_dir() else "the folder does not exist"
+    try:
+        listing = json.loads(manifest.read_text())
+        require(isinstance(listing, dict), "not an object")
+    except ValueError as error:
+        return f"{MANIFEST} is damaged ({error})"
+    for name, expected in listing.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        found = _fingerprint(path)
+        if found["size_bytes"] != expected["size_bytes"]:
+            return f"{name} is {found['size_bytes']} bytes long, {expected['size_bytes']} were written (truncated?)"
+        if found["sha256"] != expected["sha256"]:
+            return f"{name} was changed after it was written (its checksum differs)"
+    return None

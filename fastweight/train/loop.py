@@ -1,0 +1,235 @@
+"""The loop: read, learn, report, save; and go on exactly where it stopped."""
+
+import itertools
+import math
+import time
+from pathlib import Path
+
+import torch
+
+from fastweight.configs import require
+from fastweight.data import Batch, Store
+from fastweight.model import Model
+from fastweight.optim import Optimizer, schedule_factor
+from fastweight.state import ModelState
+from fastweight.train import checkpoint, folders
+from fastweight.train.config import TrainConfig
+from fastweight.train.heldout import heldout_loss
+from fastweight.train.inner import inner_statistics
+from fastweight.train.loss import count, train_on
+from fastweight.train.metrics import Metrics
+from fastweight.train.report import Report, summary, warn_of_faults
+from fastweight.train.signals import StopRequest
+from fastweight.train.source import step_batches
+from fastweight.train.tally import Tally, TrainResult
+
+# The attribute by which a layer lets its base inner learning rate be scaled.
+INNER_RATE = "inner_lr_scale"
+
+
+class DivergedError(ValueError):
+    """Too many steps in a row had a loss or gradient that is not finite."""
+
+
+class Trainer:
+    """One run in one folder, from wherever `tally` says to the end."""
+
+    def __init__(
+        self, config: TrainConfig, out: Path, model: Model, store: Store, tally: Tally, report: Report, metrics: Metrics
+    ):
+        self.config, self.out, self.model, self.store = config, out, model, store
+        self.tally, self.report, self.metrics = tally, report, metrics
+        self.device = model.device
+        self.optimizer = Optimizer(model, config.optimizer)
+        self.carried: list[ModelState] | None = None
+        self.saved_step = -1
+        self._started = time.monotonic() - tally.seconds
+        self._mark = (time.monotonic(), tally.tokens)
+        self._last_states: list[ModelState] = []
+        self._scaled = [mixer for mixer in model.mixers() if hasattr(mixer, INNER_RATE)]
+        require(
+            bool(self._scaled) or not config.inner_rate.steps,
+            "inner_rate.steps: no layer of this model has a base inner learning rate to warm up. Set it to 0.",
+        )
+
+    def run(self, stop: StopRequest) -> TrainResult:
+        """Train until the steps, the time or a signal end it; save, and say what came out."""
+        config, tally = self.config, self.tally
+        if self.saved_step < 0:
+            # The first checkpoint before the first step: a disk that is full or read-only shows now, not in an hour.
+            self.save()
+        self.report.start(tally.step)
+        steps = step_batches(self.store.split("train"), config.data, config.seed, tally.step)
+        try:
+            while not (ended := self._ended(stop)):
+                self._step(next(steps))
+        finally:
+            self.report.stop()
+            self._set_inner_rate(1.0)
+        if self.saved_step != tally.step:
+            self.save()
+        return self._finish("" if ended == "steps" else ended)
+
+    def save(self) -> None:
+        """Write a checkpoint of now."""
+        self.tally.seconds = self._seconds()
+
+        def write(folder: Path) -> None:
+            checkpoint.save_model(folder, self.model, self.store.tokenizer)
+            checkpoint.save_trainer(folder, self.optimizer, self.tally, self.carried)
+
+        folders.write_checkpoint(self.out, self.tally.step, write, self.config.log.keep_checkpoints)
+        self.saved_step = self.tally.step
+
+    def restore(self, resumed: checkpoint.Resumed) -> None:
+        """Take over what a checkpoint holds besides model and tally."""
+        self.optimizer.load_state_tensors(resumed.optimizer)
+        checkpoint.set_random_state(resumed.rng)
+        self.carried = resumed.carried
+        self.saved_step = self.tally.step
+
+    def _ended(self, stop: StopRequest) -> str:
+        if stop.name:
+            return stop.name
+        if self.tally.step >= self.config.steps:
+            return "steps"
+        return "time" if self.config.max_seconds and self._seconds() >= self.config.max_seconds else ""
+
+    def _seconds(self) -> float:
+        return time.monotonic() - self._started
+
+    def _fraction(self) -> float:
+        """The part of the run that is over."""
+        part = self.tally.step / self.config.steps
+        return max(part, min(1.0, self._seconds() / self.config.max_seconds)) if self.config.max_seconds else part
+
+    def _step(self, batches: list[Batch]) -> None:
+        config, log, tally = self.config, self.config.log, self.tally
+        rate = self._update(batches)
+        tally.step += 1
+        done = tally.step == config.steps
+        if tally.step % log.every == 0 or done:
+            self._log(rate)
+        if log.stats_every and tally.step % log.stats_every == 0:
+            self._log_inner(batches[0])
+        if log.heldout_every and (tally.step % log.heldout_every == 0 or done):
+            self._log_heldout()
+        if log.checkpoint_every and tally.step % log.checkpoint_every == 0:
+            self.save()
+        self.report.advance(tally.step, self._fraction())
+
+    def _update(self, batches: list[Batch]) -> float:
+        """One update of the weights, or a skipped one; returns the learning rate."""
+        config, tally = self.config, self.tally
+        counts = count(batches)
+        tally.tokens += sum(batch.tokens.numel() for batch in batches)
+        self._warm_inner_rate()
+        factor = schedule_factor(
+            config.schedule,
+            tally.step,
+            config.steps,
+            config.optimizer.lr,
+            self._fraction() if config.max_seconds else None,
+        )
+        nats, norm = self._gradients(batches, max(1, counts.targets))
+        if math.isfinite(nats) and math.isfinite(norm):
+            self.optimizer.set_factor(factor)
+            self.optimizer.step()
+            tally.add(nats, counts.targets, counts.bytes)
+            tally.bad_row, tally.grad_norm = 0, norm
+        else:
+            self._skip(nats, norm)
+        self.optimizer.zero_grad()
+        return factor * config.optimizer.lr
+
+    def _gradients(self, batches: list[Batch], num_targets: int) -> tuple[float, float]:
+        """Summed loss in nats and global gradient norm, the gradients clipped. The one device sync of a step."""
+        states, total = [], torch.zeros((), device=self.device)
+        for i, batch in enumerate(batches):
+            batch = batch.to(self.device, non_blocking=True)
+            nats, state = train_on(self.model, batch, self._start_state(i, batch), num_targets, self.config.precision)
+            total = total + nats
+            states.append(state)
+        if self.config.carry_state:
+            self.carried = states
+        self._last_states = states
+        parameters = list(self.optimizer.parameters())
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if self.config.clip_norm:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.config.clip_norm, norm)
+        nats, value = torch.stack([total, norm.to(total.dtype)]).tolist()
+        return nats, value
+
+    def _start_state(self, i: int, batch: Batch) -> ModelState | None:
+        """None for new states; with carry_state, the carried rows where a document goes on."""
+        if not self.config.carry_state or self.carried is None:
+            return None
+        assert batch.continues is not None
+        return self.carried[i].where(batch.continues, self.model.init_state(batch.tokens.shape[0]))
+
+    def _skip(self, nats: float, norm: float) -> None:
+        """Count a step that is not finite. Memories that are carried start anew: theirs may be what broke."""
+        tally = self.tally
+        tally.bad_steps, tally.bad_row = tally.bad_steps + 1, tally.bad_row + 1
+        self.carried = None
+        self.report.say(f"warning: step {tally.step} skipped: loss {nats:g} nats, gradient norm {norm:g}")
+        if tally.bad_row >= self.config.max_bad_steps:
+            raise DivergedError(
+                f"{tally.bad_row} steps in a row were not finite (the last: step {tally.step}, loss {nats:g} nats, "
+                f"gradient norm {norm:g}). The last good checkpoint is {folders.latest(self.out)}. Lower optimizer.lr "
+                f"(now {self.config.optimizer.lr:g}) or lengthen schedule.warmup_steps, and start again."
+            )
+
+    def _warm_inner_rate(self) -> None:
+        warmup = self.config.inner_rate
+        if warmup.steps:
+            self._set_inner_rate(
+                warmup.first_ratio + min(1.0, self.tally.step / warmup.steps) * (1 - warmup.first_ratio)
+            )
+
+    def _set_inner_rate(self, scale: float) -> None:
+        for mixer in self._scaled:
+            setattr(mixer, INNER_RATE, scale)
+
+    def _log(self, rate: float) -> None:
+        tally = self.tally
+        tally.close_interval()
+        tally.seconds = self._seconds()
+        before, tokens = self._mark
+        self._mark = (time.monotonic(), tally.tokens)
+        faults = list(itertools.chain.from_iterable(self.model.describe_faults(state) for state in self._last_states))
+        tally.fault_reports += len(faults)
+        warn_of_faults(self.report, faults)
+        names = ("loss_nats", "bits_per_byte", "grad_norm", "tokens", "bad_steps", "fault_reports", "seconds")
+        values = {name: getattr(tally, name) for name in names} | {"lr": rate}
+        values["tokens_per_second"] = (tally.tokens - tokens) / max(1e-9, self._mark[0] - before)
+        self.metrics.write("train", tally.step, values)
+        self.report.advance(tally.step, self._fraction(), summary(values))
+
+    def _log_inner(self, batch: Batch) -> None:
+        with torch.compiler.set_stance("force_eager"):
+            layers = inner_statistics(self.model, batch.to(self.device), self.config.log.stats_tokens)
+        self.metrics.write("inner", self.tally.step, {"layers": layers})
+
+    def _log_heldout(self) -> None:
+        self._set_inner_rate(1.0)
+        nats, bits = heldout_loss(self.model, self.store.split("heldout"), self.config)
+        self.tally.heldout_nats, self.tally.heldout_bits_per_byte = nats, bits
+        self.metrics.write("heldout", self.tally.step, {"loss_nats": nats, "bits_per_byte": bits})
+        self.report.say(f"step {self.tally.step}: held-out loss {nats:.4f} nats, {bits:.3f} bits/byte")
+
+    def _finish(self, stopped: str) -> TrainResult:
+        folder = self.out / "model"
+        by_signal = stopped not in ("", "time")
+        if not by_signal:
+            folders.replace_folder(folder, lambda new: checkpoint.save_model(new, self.model, self.store.tokenizer))
+        tally, names = self.tally, TrainResult.__dataclass_fields__
+        return TrainResult(
+            **{name: value for name, value in tally.to_dict().items() if name in names},
+            out=str(self.out),
+            model="" if by_signal else str(folder),
+            checkpoint=str(self.out / folders.FOLDER / folders.checkpoint_name(tally.step)),
+            stopped=stopped,
+            tokens_per_second=tally.tokens / max(1e-9, tally.seconds),
+            parameters=self.model.num_parameters,
+        )

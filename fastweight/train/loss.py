@@ -1,0 +1,73 @@
+"""Forward and backward of one micro-batch, without ever holding the logits of the whole batch."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastweight.data import IGNORED, Batch
+from fastweight.model import Model
+from fastweight.state import ModelState
+
+# 2^26 float32 logits are 256 MB.
+MAX_LOGITS = 1 << 26
+
+
+class Counts(NamedTuple):
+    """Targets asked for, and their UTF-8 bytes."""
+
+    targets: int
+    bytes: int
+
+
+def count(batches: list[Batch]) -> Counts:
+    """Counts over all micro-batches of a step; taken before they move to the device."""
+    return Counts(sum(batch.num_targets for batch in batches), sum(batch.num_bytes for batch in batches))
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """bfloat16 autocast for precision "bfloat16", nothing for "float32"."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+
+
+def total_nats(model: Model, features: Tensor, targets: Tensor) -> Tensor:
+    """Sum of -log p(target) over targets that are not ignored, float32 scalar. features: [T, D]; targets: [T]."""
+    logits = model.logits(features).float()
+    return F.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORED)
+
+
+def _pieces(model: Model, features: Tensor, targets: Tensor) -> list[tuple[Tensor, Tensor]]:
+    rows = max(1, MAX_LOGITS // model.config.vocab_size)
+    return list(zip(features.flatten(0, 1).split(rows), targets.flatten().split(rows), strict=True))
+
+
+def train_on(
+    model: Model, batch: Batch, state: ModelState | None, num_targets: int, precision: str
+) -> tuple[Tensor, ModelState]:
+    """Add the gradients of this micro-batch to the parameters.
+
+    num_targets: targets of the whole step, so that the step's gradient is that of the mean over all its targets.
+    precision: "bfloat16" runs the forward pass under autocast. The head runs and is differentiated in pieces of the
+    sequence, before the blocks. Returns the summed loss in nats and the state after the batch, both detached.
+    """
+    with autocast(batch.tokens.device, precision):
+        features, after = model.features(batch.tokens, state, batch.cu_seqlens)
+    leaf = features.detach().requires_grad_()
+    nats = torch.zeros((), device=leaf.device)
+    for piece, targets in _pieces(model, leaf, batch.targets):
+        with autocast(leaf.device, precision):
+            loss = total_nats(model, piece, targets)
+        (loss / num_targets).backward()
+        nats = nats + loss.detach()
+    features.backward(leaf.grad)
+    return nats, after.detach()
+
+
+@torch.no_grad()
+def score_batch(model: Model, batch: Batch, precision: str) -> Tensor:
+    """Summed loss of a batch in nats, each row from its own start."""
+    with autocast(batch.tokens.device, precision):
+        features, _ = model.features(batch.tokens, None, batch.cu_seqlens)
+        parts = [total_nats(model, piece, targets) for piece, targets in _pieces(model, features, batch.targets)]
+    return torch.stack(parts).sum()

@@ -1,0 +1,79 @@
+"""Where the numbers of a run go: metrics.jsonl always, TensorBoard and Weights & Biases on request."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fastweight import files
+from fastweight.train.config import LogConfig
+
+FILE = "metrics.jsonl"
+
+
+class Metrics:
+    """Writes one JSON object per line, and the same numbers to the chosen viewers.
+
+    step: records beyond it belong to a future that a restart has undone; they are dropped from the file.
+    """
+
+    def __init__(self, out: Path, config: LogConfig, step: int, run_config: dict[str, Any]):
+        _keep_until(out / FILE, step)
+        self._file = (out / FILE).open("a", encoding="utf-8")
+        self._board = _open_tensorboard(out, step) if config.tensorboard else None
+        self._wandb = _open_wandb(out, config, run_config) if config.wandb else None
+
+    def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        """Record `values` as a line {"kind", "step", ...}."""
+        self._file.write(json.dumps({"kind": kind, "step": step, **values}, allow_nan=False) + "\n")
+        self._file.flush()
+        scalars = {f"{kind}/{name}": value for name, value in values.items() if isinstance(value, (int, float))}
+        if self._board is not None:
+            for name, value in scalars.items():
+                self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(scalars, step=step)
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def read_metrics(out: str | Path, kind: str = "") -> list[dict[str, Any]]:
+    """The records of a run, those of one `kind` ("train", "heldout", "inner") if given."""
+    records = _records(Path(out) / FILE)
+    return [record for record in records if not kind or record["kind"] == kind]
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    # A kill may cut the last line short; only complete lines end in a newline.
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def _keep_until(path: Path, step: int) -> None:
+    kept = [json.dumps(record) + "\n" for record in _records(path) if record["step"] <= step]
+    files.write_text(path, "".join(kept))
+
+
+def _open_tensorboard(out: Path, step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError('log.tensorboard needs TensorBoard: pip install "fastweight[log]".') from error
+    return SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
+
+
+def _open_wandb(out: Path, config: LogConfig, run_config: dict[str, Any]) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise ValueError('log.wandb needs Weights & Biases: pip install "fastweight[wandb]".') from error
+    # The same name continues the same run after a restart.
+    name = out.resolve().name
+    return wandb.init(project=config.wandb_project, name=name, id=name, resume="allow", dir=str(out), config=run_config)

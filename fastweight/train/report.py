@@ -1,0 +1,119 @@
+"""What a run tells its user, on stderr: first what runs, then a progress bar, then what happened."""
+
+import time
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fastweight.configs import near_names
+from fastweight.data import Store
+from fastweight.model import Model
+from fastweight.ops import dispatch
+from fastweight.train.config import TrainConfig
+
+SECONDS_BETWEEN_LINES = 10
+
+
+class Report:
+    """Progress of one run. On a terminal a bar; elsewhere a line every few seconds. quiet: nothing at all."""
+
+    def __init__(self, config: TrainConfig, quiet: bool):
+        self.console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
+        self.total = config.steps
+        self.max_seconds = config.max_seconds
+        self._bar: Progress | None = None
+        self._last_line = 0.0
+
+    def say(self, text: str) -> None:
+        """Print one line."""
+        self.console.print(text, markup=False)
+
+    def start(self, step: int) -> None:
+        """Show the bar, if there is a terminal."""
+        if not self.console.is_terminal or self.console.quiet:
+            return
+        columns = (
+            TextColumn("step {task.fields[step]}/{task.fields[steps]}"),
+            BarColumn(),
+            TextColumn("{task.fields[text]}"),
+        )
+        self._bar = Progress(*columns, TimeRemainingColumn(), TextColumn("left"), console=self.console)
+        self._bar.add_task("train", total=1.0, step=step, steps=self.total, text="")
+        self._bar.start()
+
+    def advance(self, step: int, fraction: float, text: str = "") -> None:
+        """Move the bar to `fraction` of the run; `text` (loss, tokens/s) where there is news."""
+        if self._bar is not None:
+            task = self._bar.task_ids[0]
+            self._bar.update(task, completed=fraction)
+            self._bar.tasks[0].fields.update({"step": step} | ({"text": text} if text else {}))
+        elif text and (time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES or step >= self.total):
+            self._last_line = time.monotonic()
+            self.say(f"step {step}/{self.total}  {text}")
+
+    def stop(self) -> None:
+        """Remove the bar."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def describe_run(config: TrainConfig, model: Model, store: Store, device: torch.device) -> list[str]:
+    """Lines that say what runs: model, data, optimiser, and the backend of each op with the reason."""
+    data, train = config.data, store.split("train")
+    kinds = [block.mixer.kind for block in model.config.blocks]
+    layers = ", ".join(f"{kinds.count(kind)} × {kind}" for kind in dict.fromkeys(kinds))
+    where = config.model.preset or config.model.folder or "given in Python"
+    tokens = data.batch_size * data.seq_len
+    budget = f", at most {config.max_seconds:g} s" if config.max_seconds else ""
+    lines = [
+        f"model: {where}, {model.num_parameters:,} parameters, blocks: {layers}, on {device} ({config.precision})",
+        f"data: {data.store}, {train.num_tokens:,} training tokens, tokenizer {store.tokenizer.name}, view {data.view}",
+        f"run: {config.steps:,} steps of {data.batch_size} × {data.seq_len} = {tokens:,} tokens, "
+        f"{config.optimizer.name}, {config.schedule.kind}{budget}",
+    ]
+    return lines + [f"op {op}: {text}" for op, text in backends(model).items()]
+
+
+def backends(model: Model) -> dict[str, str]:
+    """For each op of the model: the backend that runs and why no faster one does."""
+    found = {}
+    for mixer in model.mixers():
+        if mixer.op is None or mixer.op in found:
+            continue
+        example = next(mixer.parameters()).detach()
+        chosen = dispatch.choose(mixer.op, mixer.backend, example)
+        refused = [f"{name} {reason}" for name, reason in dispatch.explain(mixer.op, example) if reason]
+        found[mixer.op] = chosen + (f" ({'; '.join(refused)})" if refused else "")
+    return found
+
+
+def warn_of_faults(report: Report, sentences: list[str]) -> None:
+    """Say which inner updates were skipped; the first three by name."""
+    for sentence in sentences[:3]:
+        report.say(f"warning: {sentence}")
+    if len(sentences) > 3:
+        report.say(f"warning: and {len(sentences) - 3} more")
+
+
+def check_device(name: str) -> torch.device:
+    """The device that `name` stands for. Raises ValueError if it does not exist here."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    known = ["auto", "cpu", "cuda"]
+    kind = name.split(":")[0]
+    if kind not in known:
+        raise ValueError(f"device: unknown {name!r}.{near_names(name, known)}")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f'device: {name!r} is not available here. Use device="cpu" or "auto".')
+    return torch.device(name)
+
+
+def summary(values: dict[str, Any]) -> str:
+    """The numbers beside the bar."""
+    loss, bits = values["loss_nats"], values["bits_per_byte"]
+    parts = ["no good step" if loss is None else f"loss {loss:.4f} nats"]
+    parts += [f"{bits:.3f} bits/byte"] if bits is not None else []
+    return "  ".join([*parts, f"{values['tokens_per_second']:,.0f} tokens/s"])

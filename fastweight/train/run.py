@@ -1,0 +1,168 @@
+"""Starting and resuming runs: folders, configs, models; then the loop."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastweight import files
+from fastweight.configs import require, to_json
+from fastweight.data import Store, Windows
+from fastweight.model import Model, load
+from fastweight.train import checkpoint, folders
+from fastweight.train.config import TrainConfig
+from fastweight.train.loop import Trainer
+from fastweight.train.metrics import Metrics
+from fastweight.train.report import Report, check_device, describe_run
+from fastweight.train.signals import stop_requests
+from fastweight.train.source import make_view
+from fastweight.train.tally import Tally, TrainResult
+
+FORMAT, VERSION = "fastweight-run", 1
+# What may differ when a run is resumed: nothing here changes the weights of a given step.
+FREE = ("log", "max_seconds", "max_bad_steps", "device")
+
+
+def train(
+    config: TrainConfig | None,
+    out: str | Path,
+    *,
+    resume: bool | str = False,
+    model: Model | None = None,
+    quiet: bool = False,
+) -> TrainResult:
+    """Run `config` in the folder `out` and return what came out; the final model is in out/model.
+
+    resume: True goes on from the latest checkpoint in `out`, a name ("step-000500") from that one; the following steps
+    are bit-equal to an uninterrupted run on the same CPU. config may then be None: the run's own is used.
+    model: train this model instead of config.model. quiet: nothing on stderr.
+    The first SIGTERM or SIGINT saves after the current step and returns (`stopped`, `exit_code` say so).
+    Raises ValueError for settings that do not fit, CheckpointError for a damaged checkpoint, OSError if saving fails,
+    DivergedError after max_bad_steps steps in a row that were not finite.
+    """
+    out = Path(out)
+    config = _resumed_config(config, out) if resume else _new_config(config, out)
+    device = check_device(config.device)
+    store = Store.open(config.data.store)
+    report = Report(config, quiet)
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())), stop_requests() as stop:
+        torch.manual_seed(config.seed)
+        if resume:
+            same = _read_record(out)["store"] == _fingerprint(store)
+            require(same, f"{store.path} holds other data than the run in {out} was started with. Give its own store.")
+            folder = folders.open_checkpoint(out, resume if isinstance(resume, str) else None)
+            trained, resumed = checkpoint.read_checkpoint(folder, device)
+        else:
+            trained, resumed = _new_model(config, store, model).to(device), None
+        _check_vocabulary(trained, store)
+        _check_data(store, config)
+        for line in describe_run(config, trained, store, device):
+            report.say(line)
+        if resumed is None:
+            _record(config, trained, store, out)
+        _prepare(trained, config)
+        tally = Tally() if resumed is None else resumed.tally
+        metrics = Metrics(out, config.log, tally.step, config.to_dict())
+        try:
+            trainer = Trainer(config, out, trained, store, tally, report, metrics)
+            if resumed is not None:
+                trainer.restore(resumed)
+                report.say(f"resumed after step {tally.step}")
+            return trainer.run(stop)
+        finally:
+            metrics.close()
+
+
+def load_run_config(out: str | Path) -> TrainConfig:
+    """The settings of the run in folder `out`."""
+    return TrainConfig.from_dict(_read_record(Path(out))["train"])
+
+
+def _new_config(config: TrainConfig | None, out: Path) -> TrainConfig:
+    require(config is not None, "train: config is None; only a resumed run can take its settings from its folder.")
+    assert config is not None
+    held = folders.latest(out)
+    if held is not None:
+        raise FileExistsError(f"{out} already holds a run (checkpoint {held}). Resume it, or choose another folder.")
+    return config
+
+
+def _resumed_config(config: TrainConfig | None, out: Path) -> TrainConfig:
+    """The settings to go on with; those that shape the weights must be the run's own."""
+    before = load_run_config(out)
+    if config is None:
+        return before
+    old, new = before.to_dict(), config.to_dict()
+    # The store is known by its contents, not by its place.
+    old["data"]["store"] = new["data"]["store"]
+    changed = [f"{name}: {old[name]} → {new[name]}" for name in old if name not in FREE and old[name] != new[name]]
+    require(
+        not changed,
+        f"{out} was started with other settings ({'; '.join(changed)}). Resume with the run's own, or start a new run "
+        "from its weights (model.folder) in another folder.",
+    )
+    return config
+
+
+def _read_record(out: Path) -> dict[str, Any]:
+    path = out / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: {out} holds no run to resume. Start one without resume.")
+    try:
+        record = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}). Restore it, or start a new run.") from error
+    known = isinstance(record, dict) and (record.get("format"), record.get("version")) == (FORMAT, VERSION)
+    require(known, f"{path} is not a {FORMAT} of version {VERSION}. Start a new run in another folder.")
+    return record
+
+
+def _record(config: TrainConfig, model: Model, store: Store, out: Path) -> None:
+    import fastweight
+
+    software = {"fastweight": fastweight.__version__, "torch": torch.__version__}
+    record = {"format": FORMAT, "version": VERSION, "train": config.to_dict(), "software": software}
+    record |= {"model": model.config.to_dict(), "store": _fingerprint(store)}
+    files.write_text(out / "config.json", to_json(record) + "\n")
+
+
+def _fingerprint(store: Store) -> str:
+    """A name for the data itself: the folder may move, its contents may not change."""
+    return hashlib.sha256(to_json(store.manifest["splits"]).encode()).hexdigest()
+
+
+def _new_model(config: TrainConfig, store: Store, model: Model | None) -> Model:
+    source = config.model
+    if model is not None:
+        return model
+    if source.folder:
+        return load(source.folder)
+    require(bool(source.preset), "model: name a preset (model.preset) or a model folder (model.folder).")
+    vocab_size = source.vocab_size or store.tokenizer.vocab_size
+    return Model.from_preset(source.preset, **(source.changes | {"vocab_size": vocab_size}))
+
+
+def _check_vocabulary(model: Model, store: Store) -> None:
+    have, need = model.config.vocab_size, store.tokenizer.vocab_size
+    require(
+        have >= need,
+        f"the model's vocabulary has {have} entries, tokenizer {store.tokenizer.name!r} of the data needs {need}. "
+        "Set model.vocab_size to 0 or prepare the data with the model's tokenizer.",
+    )
+
+
+def _check_data(store: Store, config: TrainConfig) -> None:
+    """Raise before the run starts if a split is too small for what is asked of it."""
+    make_view(store.split("train"), config.data)
+    if config.log.heldout_every:
+        Windows(store.split("heldout"), config.data.seq_len)
+
+
+def _prepare(model: Model, config: TrainConfig) -> None:
+    model.train()
+    model.checkpointing = config.activation_checkpointing
+    if config.compile:
+        for block in model.blocks:
+            block.compile()
