@@ -27,14 +27,16 @@ class Mixer(nn.Module):
     must agree for every cut of a sequence; the law tests check that for each registered mixer.
 
     Config: the mixer's config class. op: name of the op behind it (for backends), or None.
-    has_memory: what lies beyond any attention window can still change the output.
+    has_memory: what lies beyond any attention window can still change the output; an instance may say otherwise.
+    learns: there is an inner loop that `learning = False` stops.
     backend: which implementation of the op runs; never stored. learning: False freezes the memory at its initial value.
     """
 
     kind: ClassVar[str]
     Config: ClassVar[type[MixerConfig]]
     op: ClassVar[str | None] = None
-    has_memory: ClassVar[bool] = True
+    has_memory: bool = True
+    learns: bool = True
 
     def __init__(self, d_model: int, config: Any):
         super().__init__()

@@ -198,10 +198,10 @@ def frozen(subject: Subject) -> None:
     """With learning off the layer is static: a past beyond every window and convolution changes nothing at all."""
     mixer, x = subject.build(), subject.tokens(2, 64)
     changed = torch.cat([subject.tokens(2, 16, seed=9), x[:, 16:]], 1)
-    if not mixer.has_memory:
+    if not mixer.learns:
         learning = whole(mixer, x)[0]
         mixer.learning = False
-        assert torch.equal(whole(mixer, x)[0], learning), "there is no memory to freeze, yet freezing changed outputs"
+        assert torch.equal(whole(mixer, x)[0], learning), "nothing learns here, yet freezing changed outputs"
         return
     mixer.learning = False
     for read in (whole, by_token, in_pieces(CUTS)):

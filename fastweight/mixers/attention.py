@@ -1,0 +1,160 @@
+"""Softmax attention as a mixer: full or sliding-window, grouped queries, rotary positions, optional norms and gates."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastweight.configs import near_names, require
+from fastweight.layers import RMSNorm
+from fastweight.mixers.base import Mixer, MixerConfig, register
+from fastweight.ops.attention import AttentionState, attention, check_window
+from fastweight.ops.rope import apply_rope
+from fastweight.ops.sequences import token_positions
+
+QK_NORMS = ("none", "head", "full")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionConfig(MixerConfig):
+    """num_heads query heads of head_dim (0: d_model / num_heads) over num_kv_heads key heads (0: num_heads).
+
+    window: tokens that a token sees, itself included; None for all. num_sinks: first tokens that stay visible.
+    rope_base: None for no position encoding. rope_interleaved: pairs (2i, 2i+1) rotate, else (i, i + rotary_dim/2).
+    rotary_dim: channels of a head that rotate, the first ones (0: all).
+    qk_norm: RMSNorm of q and k before the rotation: "none", "head" (over head_dim) or "full" (over all heads together).
+    qk_gain: initial value of a learned factor per head on q, None for no such factor.
+    output_gate: a sigmoid gate per head, computed from the layer's input. qkv_bias, out_bias: of the projections.
+    """
+
+    num_heads: int
+    num_kv_heads: int = 0
+    head_dim: int = 0
+    window: int | None = None
+    num_sinks: int = 0
+    rope_base: float | None = 10000.0
+    rope_interleaved: bool = False
+    rotary_dim: int = 0
+    qk_norm: str = "none"
+    qk_gain: float | None = None
+    output_gate: bool = False
+    qkv_bias: bool = False
+    out_bias: bool = False
+    norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        require(self.num_heads > 0, f"attention: num_heads must be positive, got {self.num_heads}.")
+        require(
+            self.num_kv_heads >= 0 and self.num_heads % (self.num_kv_heads or self.num_heads) == 0,
+            f"attention: num_kv_heads must divide num_heads {self.num_heads} (0: the same), got {self.num_kv_heads}.",
+        )
+        require(self.head_dim >= 0, f"attention: head_dim must not be negative, got {self.head_dim}.")
+        check_window(self.window, self.num_sinks)
+        require(
+            self.rope_base is None or self.rope_base > 0,
+            f"attention: rope_base must be positive, or None for no rotation, got {self.rope_base}.",
+        )
+        require(
+            self.rotary_dim >= 0 and self.rotary_dim % 2 == 0,
+            f"attention: rotary_dim must be even (channels rotate in pairs) or 0 for all, got {self.rotary_dim}.",
+        )
+        require(
+            self.qk_norm in QK_NORMS,
+            f"attention: unknown qk_norm {self.qk_norm!r}.{near_names(self.qk_norm, QK_NORMS)}",
+        )
+
+
+@register("attention")
+class Attention(Mixer):
+    """Causal softmax attention (Vaswani et al. 2017, arXiv:1706.03762). [B, T, D] → [B, T, D].
+
+    It has no weights that learn while it reads, so `learning` changes nothing. With a window and no sinks it has no
+    memory beyond that window.
+    """
+
+    Config = AttentionConfig
+    op = "attention"
+    learns = False
+    config: AttentionConfig
+
+    def __init__(self, d_model: int, config: AttentionConfig):
+        super().__init__(d_model, config)
+        self.has_memory = config.window is None or config.num_sinks > 0
+        self.head_dim, self.rotary_dim = _head_sizes(d_model, config)
+        kv_heads = config.num_kv_heads or config.num_heads
+        self.sizes = [n * self.head_dim for n in (config.num_heads, kv_heads, kv_heads)]
+        self.qkv = nn.Linear(d_model, sum(self.sizes), bias=config.qkv_bias)
+        norm_dims = {"none": None, "head": [self.head_dim] * 2, "full": self.sizes[:2]}[config.qk_norm]
+        self.q_norm = RMSNorm(norm_dims[0], config.norm_eps) if norm_dims else None
+        self.k_norm = RMSNorm(norm_dims[1], config.norm_eps) if norm_dims else None
+        self.gain = nn.Parameter(torch.ones(config.num_heads)) if config.qk_gain is not None else None
+        self.gate = nn.Linear(d_model, config.num_heads, bias=False) if config.output_gate else None
+        self.out = nn.Linear(self.sizes[0], d_model, bias=config.out_bias)
+
+    def reset_parameters(self, init_std: float) -> None:
+        super().reset_parameters(init_std)
+        if self.gain is not None and self.config.qk_gain is not None:
+            nn.init.constant_(self.gain, self.config.qk_gain)
+
+    def init_state(self, num_sequences: int) -> AttentionState:
+        weight = self.qkv.weight
+        return AttentionState.empty(
+            num_sequences, self.sizes[1] // self.head_dim, self.head_dim, num_sinks=self.config.num_sinks,
+            dtype=weight.dtype, device=weight.device,
+        )  # fmt: skip
+
+    def parallel(
+        self, x: Tensor, state: AttentionState, *, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, AttentionState]:
+        positions = token_positions(state.position, x.shape[1], cu_seqlens)
+        q, k, v = self._project(x, positions)
+        options: dict[str, Any] = {"window": self.config.window, "num_sinks": self.config.num_sinks}
+        y, state = attention(q, k, v, state, cu_seqlens=cu_seqlens, backend=self.backend, **options)
+        if self.gate is not None:
+            y = y * self.gate(x).sigmoid().unsqueeze(-1)
+        return self.out(y.flatten(2)), state
+
+    def _project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v [B, T, heads, head_dim], normalised and rotated."""
+        # Contiguous: PyTorch rounds twice when it adds a bias to the product of a strided bfloat16 input.
+        q, k, v = self.qkv(x.contiguous()).split(self.sizes, -1)
+        if self.config.qk_norm == "full":
+            q, k = self._norm(q, k)
+        q, k, v = (z.unflatten(-1, (-1, self.head_dim)) for z in (q, k, v))
+        if self.config.qk_norm == "head":
+            q, k = self._norm(q, k)
+        if self.config.rope_base is not None:
+            q, k = (
+                apply_rope(
+                    z, positions, base=self.config.rope_base, interleaved=self.config.rope_interleaved,
+                    rotary_dim=self.rotary_dim,
+                )
+                for z in (q, k)
+            )  # fmt: skip
+        return (q if self.gain is None else q * self.gain.to(q.dtype)[:, None]), k, v
+
+    def _norm(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.q_norm is not None
+        assert self.k_norm is not None
+        return self.q_norm(q), self.k_norm(k)
+
+
+def _head_sizes(d_model: int, config: AttentionConfig) -> tuple[int, int]:
+    """(head_dim, rotary_dim) with the defaults filled in."""
+    require(
+        config.head_dim > 0 or d_model % config.num_heads == 0,
+        f"attention: d_model {d_model} is not a multiple of num_heads {config.num_heads}. "
+        "Change one of them, or give head_dim.",
+    )
+    head_dim = config.head_dim or d_model // config.num_heads
+    rotary_dim = config.rotary_dim or head_dim
+    require(
+        config.rope_base is None or rotary_dim <= head_dim,
+        f"attention: rotary_dim {rotary_dim} exceeds head_dim {head_dim}.",
+    )
+    require(
+        config.rope_base is None or rotary_dim % 2 == 0,
+        f"attention: head_dim {head_dim} is odd and cannot rotate in pairs. Give an even rotary_dim or rope_base=None.",
+    )
+    return head_dim, rotary_dim
