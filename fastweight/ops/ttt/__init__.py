@@ -1,0 +1,154 @@
+"""TTT-Linear and TTT-MLP: a small network per head that takes one gradient step per mini-batch of tokens it reads."""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fastweight.ops import dispatch
+from fastweight.ops.delta import count_faults
+from fastweight.ops.sequences import advance
+from fastweight.state import Faults, map_tensors, register_state
+
+
+@register_state
+class TTTWeights(NamedTuple):
+    """w1: [N, H, D, C], b1: [N, H, 1, C]; for the MLP (else None, and C = D) w2: [N, H, C, D], b2: [N, H, 1, D]."""
+
+    w1: Tensor
+    b1: Tensor
+    w2: Tensor | None = None
+    b2: Tensor | None = None
+
+
+@register_state
+class TTTState(NamedTuple):
+    """weights: the fast weights at the start of the running mini-batch, float32 or wider.
+
+    pending: the gradients of the mini-batch's tokens so far, each times its own rate, summed; shaped like `weights`.
+    position: [N] int64. faults: tokens whose gradient, or mini-batches whose update, was not finite.
+    """
+
+    weights: TTTWeights
+    pending: TTTWeights
+    position: Tensor
+    faults: Faults
+
+
+def new_state(weights: TTTWeights) -> TTTState:
+    """The state before the first token, from the initial fast weights of each sequence."""
+    n, device = weights.w1.shape[0], weights.w1.device
+    pending = map_tensors(torch.zeros_like, weights)
+    return TTTState(weights, pending, torch.zeros(n, dtype=torch.int64, device=device), Faults.none(n, device))
+
+
+def ttt_linear(
+    q: Float[Tensor, "B T H D"],
+    k: Float[Tensor, "B T H D"],
+    v: Float[Tensor, "B T H D"],
+    inner_lr: Float[Tensor, "B T H"],
+    tau: Float[Tensor, " K"],
+    ln_weight: Float[Tensor, "H D"],
+    ln_bias: Float[Tensor, "H D"],
+    state: TTTState,
+    *,
+    chunk_size: int,
+    eps: float = 1e-6,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Float[Tensor, "B T H D"], TTTState]:
+    """Learn f(x) = x W + b to map k to v − k under a layer norm, mini-batch by mini-batch, and read o = q + LN(f(q)).
+
+    Token i of a mini-batch (i = position mod chunk_size) reads with W_i = W − τ_i Σ_{j ≤ i} inner_lr_j ∇ℓ_j(W),
+    ℓ_j = ½‖LN(f(k_j)) − (v_j − k_j)‖²; the last token's weights become the next mini-batch's W. Exact for any cut of
+    T, also inside a mini-batch: the sum is part of the state. Inputs are not modified; arithmetic and state are float32
+    or wider; y has q's dtype.
+
+    inner_lr: rate of each token and head (in the paper base · sigmoid(·) / D). tau: [chunk_size], ≥ 0, 1/(i + 1) plus a
+    learned offset. ln_weight, ln_bias: the layer norm inside loss and read. cu_seqlens: [N+1], packed input of batch 1.
+    A token whose gradient is not finite contributes nothing, an update that is not finite is not applied; both are
+    counted in `state.faults`. Raises ValueError for shapes that disagree or a named backend that cannot run.
+    Source: Sun et al. 2024, arXiv:2407.04620, eq. 4–6 and appendix A (dual form).
+    """
+    args = (q, k, v, inner_lr, tau, ln_weight, ln_bias, state)
+    return _run("ttt_linear", *args, chunk_size=chunk_size, eps=eps, cu_seqlens=cu_seqlens, backend=backend)
+
+
+def ttt_mlp(
+    q: Float[Tensor, "B T H D"],
+    k: Float[Tensor, "B T H D"],
+    v: Float[Tensor, "B T H D"],
+    inner_lr: Float[Tensor, "B T H"],
+    tau: Float[Tensor, " K"],
+    ln_weight: Float[Tensor, "H D"],
+    ln_bias: Float[Tensor, "H D"],
+    state: TTTState,
+    *,
+    chunk_size: int,
+    eps: float = 1e-6,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Float[Tensor, "B T H D"], TTTState]:
+    """`ttt_linear` with a two-layer memory f(x) = GELU(x W1 + b1) W2 + b2 (tanh GELU); all else as there."""
+    args = (q, k, v, inner_lr, tau, ln_weight, ln_bias, state)
+    return _run("ttt_mlp", *args, chunk_size=chunk_size, eps=eps, cu_seqlens=cu_seqlens, backend=backend)
+
+
+def _run(
+    op: str, q: Tensor, k: Tensor, v: Tensor, inner_lr: Tensor, tau: Tensor, ln_weight: Tensor, ln_bias: Tensor,
+    state: TTTState, *, chunk_size: int, eps: float, cu_seqlens: Tensor | None, backend: str,
+) -> tuple[Tensor, TTTState]:  # fmt: skip
+    _check_shapes(op, q, {"k": k, "v": v}, inner_lr, tau, (ln_weight, ln_bias), chunk_size)
+    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+    _check_state(op, q, state, sequences)
+    wide = torch.promote_types(q.dtype, state.weights.w1.dtype)
+    k, v, rate, bad = _drop_bad_tokens(k.to(wide), v.to(wide), inner_lr.to(wide))
+    tau, ln_weight, ln_bias = tau.to(wide), ln_weight.to(wide), ln_bias.to(wide)
+    y, weights, pending, skipped = dispatch.call(
+        op, backend, q, q.to(wide), k, v, rate, tau, ln_weight, ln_bias, state.weights, state.pending, state.position,
+        eps=eps, cu_seqlens=cu_seqlens,
+    )  # fmt: skip
+    faults = count_faults(state.faults, bad if skipped is None else bad | skipped, state.position, cu_seqlens)
+    return y.to(q.dtype), TTTState(weights, pending, advance(state.position, q.shape[1], cu_seqlens), faults)
+
+
+def _check_shapes(
+    op: str, q: Tensor, like_q: dict[str, Tensor], inner_lr: Tensor, tau: Tensor, ln: tuple[Tensor, Tensor],
+    chunk_size: int,
+) -> None:  # fmt: skip
+    if q.dim() != 4 or 0 in q.shape:
+        raise ValueError(f"{op}: q must be [B, T, H, D] and not empty, got {list(q.shape)}.")
+    if chunk_size < 1:
+        raise ValueError(f"{op}: chunk_size must be at least 1, got {chunk_size}.")
+    wanted = {name: (tensor, tuple(q.shape)) for name, tensor in like_q.items()}
+    wanted["inner_lr"] = (inner_lr, tuple(q.shape[:3]))
+    wanted |= {name: (x, tuple(q.shape[2:])) for name, x in zip(("ln_weight", "ln_bias"), ln, strict=True)}
+    for name, (tensor, shape) in wanted.items():
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{op}: {name} must be {list(shape)} to fit q {list(q.shape)}, got {list(tensor.shape)}.")
+    if tuple(tau.shape) != (chunk_size,):
+        raise ValueError(f"{op}: tau must be [{chunk_size}], one entry per token of a chunk, got {list(tau.shape)}.")
+
+
+def _check_state(op: str, q: Tensor, state: TTTState, sequences: int) -> None:
+    heads, dim = q.shape[2:]
+    width = state.weights.w1.shape[-1] if op == "ttt_mlp" else dim
+    shapes = {"w1": (sequences, heads, dim, width), "b1": (sequences, heads, 1, width)}
+    if op == "ttt_mlp":
+        shapes |= {"w2": (sequences, heads, width, dim), "b2": (sequences, heads, 1, dim)}
+    for part in ("weights", "pending"):
+        for name, tensor in getattr(state, part)._asdict().items():
+            got, want = None if tensor is None else tuple(tensor.shape), shapes.get(name)
+            if got != want:
+                raise ValueError(f"{op}: state.{part}.{name} must be {want} to fit q {list(q.shape)}, got {got}.")
+
+
+def _drop_bad_tokens(k: Tensor, v: Tensor, rate: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Tokens with something not finite teach nothing (their rate is 0); also say which tokens [B, T] had that."""
+    good = k.isfinite().all(-1) & v.isfinite().all(-1) & rate.isfinite()
+    k, v = (torch.where(good[..., None], x, torch.zeros_like(x)) for x in (k, v))
+    return k, v, torch.where(good, rate, torch.zeros_like(rate)), ~good.all(-1)
+
+
+from fastweight.ops.ttt import chunked, naive  # noqa: E402, F401  # they register themselves
