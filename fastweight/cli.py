@@ -1,0 +1,93 @@
+"""The command line: finds the command's file, runs it, and says in one line what a user did wrong."""
+
+import importlib
+import sys
+import traceback
+
+from fastweight import __version__
+from fastweight.configs import near_names
+
+# Each command is a file in fastweight/commands with `main(arguments)`; nothing heavy is imported before it is chosen.
+COMMANDS = {
+    "demo": ("demo", "train a small model here and see its memory work (minutes, CPU is enough)"),
+    "data": ("data", "prepare, verify and describe token stores"),
+    "train": ("train", "train a model by a recipe, or continue a run"),
+    "eval": ("evaluate", "bits per byte and loss by position, with memory on, frozen and as sliding windows"),
+    "generate": ("generate", "continue a text; keep what was read in a file and go on later"),
+    "import": ("convert", "published checkpoint → model folder"),
+    "export": ("convert", "model folder → published checkpoint"),
+    "presets": ("presets", "named model sizes with their parameter counts"),
+    "doctor": ("doctor", "versions, devices, and which backend each op takes and why"),
+}
+USER_ERROR, INTERRUPTED = 2, 130
+
+
+def usage() -> str:
+    """The top-level help."""
+    width = max(map(len, COMMANDS)) + 2
+    lines = [f"  {name:<{width}}{summary}" for name, (_, summary) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: fastweight COMMAND [OPTIONS]",
+            "",
+            "Language models whose memory is a small model that keeps learning while it reads.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "options:",
+            "  -h, --help     this text; `fastweight COMMAND --help` shows a command's options and examples",
+            "  --version      print the version",
+            "  --debug        anywhere: show the traceback of an error",
+            "",
+            "a first run:",
+            "  fastweight data prepare --source python-stdlib --tokenizer bytes --out data/stdlib",
+            "  fastweight train tiny-delta --data.store data/stdlib --out runs/first --steps 100",
+            "  fastweight eval runs/first data/stdlib --max-tokens 20000",
+            '  fastweight generate runs/first --prompt "def main(" --max-tokens 200',
+            "",
+            "Results go to stdout (the last line is JSON), progress to stderr. Exit codes: 0 done, 2 wrong input,",
+            "130 interrupted.",
+        ]
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one command and leave with its exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    try:
+        sys.exit(run(arguments))
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    except BrokenPipeError:
+        # The reader of our output has gone (`| head`): nobody is left to tell; keep the interpreter from flushing.
+        sys.stdout = None  # type: ignore[assignment]
+        sys.exit(USER_ERROR)
+    except Exception as error:
+        if debug or not _is_user_error(error):
+            traceback.print_exc()
+            sys.exit(USER_ERROR if _is_user_error(error) else 1)
+        print(f"fastweight: error: {error}", file=sys.stderr)
+        sys.exit(USER_ERROR)
+
+
+def run(arguments: list[str]) -> int:
+    """Run the command that `arguments` name. Raises ValueError for an unknown one."""
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if arguments else USER_ERROR
+    if arguments[0] in ("--version", "-V", "version"):
+        print(__version__)
+        return 0
+    name = arguments[0]
+    if name not in COMMANDS:
+        raise ValueError(f"unknown command {name!r}.{near_names(name, COMMANDS)} `fastweight --help` describes them.")
+    module = importlib.import_module(f"fastweight.commands.{COMMANDS[name][0]}")
+    return module.main(name, arguments[1:]) or 0
+
+
+def _is_user_error(error: Exception) -> bool:
+    """Wrong input and a refusing machine, as opposed to a mistake of ours."""
+    return isinstance(error, (ValueError, OSError, ImportError)) or type(error).__name__ == "OutOfMemoryError"

@@ -1,0 +1,74 @@
+"""fastweight import, fastweight export"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from fastweight.commands.base import emit, parse, say
+
+IMPORT_EXAMPLES = [
+    "fastweight import lact-760m-hf/ models/lact-760m --format lact",
+    "fastweight import streaming_train_state models/ttt --format ttt-lm-jax --config jax_config.json",
+]
+EXPORT_EXAMPLES = ["fastweight export models/ttt exported/ttt --to ttt-lm"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Import:
+    """Read a published checkpoint and write it as a model folder. Every tensor keeps its bytes, or the import fails."""
+
+    source: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="SOURCE")]]
+    """The checkpoint: a folder or file, as its format has it."""
+    destination: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="DESTINATION")]]
+    """The new model folder."""
+    format: str
+    """Format of the checkpoint; the formats are listed below the examples."""
+    config: Path | None = None
+    """JSON file with what the checkpoint itself does not say."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """Write a model folder as a published checkpoint."""
+
+    source: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="MODEL")]]
+    """Model folder, or the folder of a training run."""
+    destination: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="DESTINATION")]]
+    """The new checkpoint folder."""
+    to: str
+    """Format to write; the formats are listed below the examples."""
+
+
+def main(name: str, arguments: list[str]) -> None:
+    """Run `fastweight import` or `fastweight export`."""
+    (import_ if name == "import" else export)(name, arguments)
+
+
+def import_(name: str, arguments: list[str]) -> None:
+    """Run `fastweight import`."""
+    from fastweight.convert import import_checkpoint
+
+    args = parse(Import, name, [*IMPORT_EXAMPLES, *_formats()], arguments)
+    say(f"reading   {args.source} ({args.format})", f"writing   {args.destination}")
+    model = import_checkpoint(args.source, args.destination, args.format, args.config)
+    emit({"model": str(args.destination), "format": args.format, "parameters": model.num_parameters})
+
+
+def export(name: str, arguments: list[str]) -> None:
+    """Run `fastweight export`."""
+    from fastweight.commands.models import find_model
+    from fastweight.convert import export_checkpoint
+
+    args = parse(Export, name, [*EXPORT_EXAMPLES, *_formats()], arguments)
+    folder = find_model(args.source)
+    say(f"reading   {folder}", f"writing   {args.destination} ({args.to})")
+    export_checkpoint(folder, args.destination, args.to)
+    emit({"model": str(folder), "checkpoint": str(args.destination), "format": args.to})
+
+
+def _formats() -> list[str]:
+    from fastweight.convert import FORMATS
+
+    return ["", "formats:", *(f"  {name:<12}{form.describe}" for name, form in FORMATS.items())]

@@ -1,0 +1,135 @@
+"""fastweight data prepare | verify | info"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.table import Table
+
+from fastweight.commands.base import emit, parse, progress_bar, say, show
+from fastweight.configs import near_names
+
+USAGE = """usage: fastweight data {prepare,verify,info} [OPTIONS]
+
+A token store is a folder with the tokens of a corpus, ready to train on and to score.
+
+commands:
+  prepare    tokenize text into a store; run again after an interruption, it continues
+  verify     read every byte of a store and compare it with its checksums
+  info       what a store holds
+
+examples:
+  fastweight data prepare --source python-stdlib --tokenizer bytes --out data/stdlib
+  fastweight data verify data/stdlib
+
+`fastweight data COMMAND --help` shows its options."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepare:
+    """Tokenize text into a token store. Run the same command again after an interruption: it continues."""
+
+    source: str
+    """python-stdlib (the interpreter's own library), a file, folder or glob of text, jsonl or parquet, or hf:NAME."""
+    out: Path
+    """Folder of the new store."""
+    tokenizer: str = "bytes"
+    """bytes, bpe (trained here on the corpus), or a folder with a tokenizer.json."""
+    bpe_vocab_size: int = 4096
+    """Size of the vocabulary that --tokenizer bpe trains."""
+    heldout_fraction: float = 0.05
+    """Part of the documents that is kept from training, chosen by the hash of their text."""
+    text_field: str = "text"
+    """Column or key that holds the text."""
+    shard_tokens: int = 1 << 27
+    """Tokens per file of the store."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verify:
+    """Read every byte of a token store and compare it with its checksums. Damage is named: file and block."""
+
+    store: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="STORE")]]
+    """Folder of the store."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Info:
+    """What a token store holds: its splits, tokenizer and source."""
+
+    store: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="STORE")]]
+    """Folder of the store."""
+
+
+PREPARE_EXAMPLES = [
+    "fastweight data prepare --source python-stdlib --out data/stdlib",
+    "fastweight data prepare --source 'books/**/*.txt' --tokenizer bpe --bpe-vocab-size 8192 --out data/books",
+    "fastweight data prepare --source web.jsonl.zst --text-field content --tokenizer my-tokenizer/ --out data/web",
+]
+
+
+def main(name: str, arguments: list[str]) -> int | None:
+    """Run `fastweight data ...`."""
+    commands = {"prepare": prepare, "verify": verify, "info": info}
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if arguments else 2
+    if arguments[0] not in commands:
+        raise ValueError(f"unknown command {f'data {arguments[0]}'!r}.{near_names(arguments[0], commands)}")
+    commands[arguments[0]](arguments[1:])
+    return None
+
+
+def prepare(arguments: list[str]) -> None:
+    """Run `fastweight data prepare`."""
+    args = parse(Prepare, "data prepare", PREPARE_EXAMPLES, arguments)
+    import fastweight.data as data
+
+    say(f"source    {args.source}", f"tokenizer {args.tokenizer}", f"store     {args.out}")
+    with progress_bar("preparing", "files") as update:
+        data.prepare(
+            args.source, args.tokenizer, args.out, heldout_fraction=args.heldout_fraction, text_field=args.text_field,
+            bpe_vocab_size=args.bpe_vocab_size, shard_tokens=args.shard_tokens,
+            progress=lambda p: update(p.num_files_done, p.num_files),
+        )  # fmt: skip
+    _describe(args.out)
+
+
+def verify(arguments: list[str]) -> None:
+    """Run `fastweight data verify`."""
+    args = parse(Verify, "data verify", ["fastweight data verify data/stdlib"], arguments)
+    from fastweight.data import Store
+
+    store = Store.open(args.store)
+    store.verify(progress=lambda file: say(f"reading   {file}"))
+    emit({"store": str(args.store), "verified": True, **_summary(store)})
+
+
+def info(arguments: list[str]) -> None:
+    """Run `fastweight data info`."""
+    _describe(parse(Info, "data info", ["fastweight data info data/stdlib"], arguments).store)
+
+
+def _describe(path: Path) -> None:
+    from fastweight.data import Store
+
+    store = Store.open(path)
+    table = Table("split", title=f"{path}", title_justify="left")
+    for column in ("documents", "tokens", "bytes", "bytes/token"):
+        table.add_column(column, justify="right")
+    for name, split in _summary(store)["splits"].items():
+        words = max(split["tokens"] - split["documents"], 1)
+        counts = (f"{split[key]:,}" for key in ("documents", "tokens", "bytes"))
+        table.add_row(name, *counts, f"{split['bytes'] / words:.2f}")
+    show(table)
+    emit({"store": str(path), **_summary(store)})
+
+
+def _summary(store: Any) -> dict[str, Any]:
+    splits = {name: store.split(name) for name in store.manifest["splits"]}
+    counts = {
+        name: {"documents": s.num_documents, "tokens": s.num_tokens, "bytes": s.num_bytes} for name, s in splits.items()
+    }
+    tokenizer = {"name": store.tokenizer.name, "vocab_size": store.tokenizer.vocab_size, "hash": store.tokenizer.hash}
+    return {"splits": counts, "tokenizer": tokenizer, "options": store.manifest["options"]}

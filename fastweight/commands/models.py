@@ -1,0 +1,113 @@
+"""Finding a model and its tokenizer, and saying what will run."""
+
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+from fastweight.configs import require
+from fastweight.data.tokenizers import Tokenizer, load_tokenizer
+from fastweight.generate import WEIGHTS_FILE
+from fastweight.model import Model, load
+from fastweight.ops import dispatch
+
+TOKENIZER_FOLDER = "tokenizer"
+
+
+def find_model(path: str | Path) -> Path:
+    """The model folder that `path` means: itself, or the final model or newest checkpoint of a run's folder."""
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"model {path} does not exist. Give a model folder or the folder of a training run.")
+    pointer = path / "latest"
+    candidates = [path, path / "model"]
+    if pointer.is_file():
+        candidates.append(path / "checkpoints" / Path(pointer.read_text().strip()).name)
+    for folder in candidates:
+        if (folder / WEIGHTS_FILE).is_file():
+            return folder
+    holds = ", ".join(sorted(p.name for p in path.iterdir())[:8]) if path.is_dir() else "is a file"
+    raise ValueError(
+        f"{path} is no model folder: it needs config.json and {WEIGHTS_FILE} (found: {holds or 'nothing'}). "
+        "Train one with `fastweight train`, or bring one with `fastweight import`."
+    )
+
+
+def open_model(folder: Path, device: str, backend: str) -> Model:
+    """Load a model folder onto `device` ("auto": a GPU if there is one) with one backend for all its ops."""
+    model = load(folder, pick_device(device)).set_backend(backend)
+    sample = _sample(model)
+    for op in _ops(model):
+        dispatch.choose(op, backend, sample)
+    return model.eval()
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called `name`, "auto" being a GPU if there is one. Raises ValueError for one that is not here."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"unknown device {name!r}. Use auto, cpu, cuda or cuda:0.") from error
+    require(
+        device.type != "cuda" or torch.cuda.is_available(),
+        f"device {name!r}: torch {torch.__version__} sees no CUDA GPU here. Use --device cpu.",
+    )
+    return device
+
+
+def find_tokenizer(folder: Path, chosen: str | None, model: Model) -> Tokenizer:
+    """The tokenizer `chosen` by the user, else the one inside the model folder; its ids must fit the model."""
+    inside = folder / TOKENIZER_FOLDER
+    if chosen is None and not inside.is_dir():
+        raise ValueError(
+            f"{folder} has no {TOKENIZER_FOLDER}/ inside. Name one: --tokenizer bytes, or --tokenizer FOLDER."
+        )
+    tokenizer = load_tokenizer(str(inside) if chosen is None else chosen)
+    check_vocabulary(tokenizer, model)
+    return tokenizer
+
+
+def check_vocabulary(tokenizer: Tokenizer, model: Model) -> None:
+    """Refuse a tokenizer with more ids than the model has rows."""
+    require(
+        tokenizer.vocab_size <= model.config.vocab_size,
+        f"tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, the model only {model.config.vocab_size}. "
+        "Use the tokenizer that the model was trained with.",
+    )
+
+
+def describe_model(folder: Path, model: Model) -> list[str]:
+    """Lines that say which model runs, and on which backends."""
+    kinds = Counter(model.config.blocks[i].mixer.kind for i in model.config.visits)
+    layers = ", ".join(f"{count} × {kind}" for kind, count in kinds.items())
+    dtype = str(model.embedding.weight.dtype).removeprefix("torch.")
+    return [
+        f"model     {folder} · {model.num_parameters:,} parameters · {layers} · {dtype} on {model.device}",
+        *(f"backend   {op}: {reason}" for op, reason in describe_backends(model).items()),
+    ]
+
+
+def describe_backends(model: Model) -> dict[str, str]:
+    """For each op of the model, the backend that will run and why no faster one does."""
+    sample, backend = _sample(model), model.mixers()[0].backend
+    return {op: explain_choice(op, sample, backend) for op in _ops(model)}
+
+
+def explain_choice(op: str, sample: torch.Tensor, backend: str = "auto") -> str:
+    """ "chunked (triton needs CUDA tensors, got cpu)": the backend that runs, and what the ones before it say."""
+    chosen = dispatch.choose(op, backend, sample)
+    if backend != "auto":
+        return f"{chosen} (asked for)"
+    refused = [f"{name} {reason}" for name, reason in dispatch.explain(op, sample) if reason is not None]
+    return chosen + (f" ({'; '.join(refused)})" if refused else "")
+
+
+def _ops(model: Model) -> list[str]:
+    return sorted({mixer.op for mixer in model.mixers() if mixer.op is not None})
+
+
+def _sample(model: Model) -> torch.Tensor:
+    """What the ops will see, as far as the choice of a backend goes: [B, T, H, D]."""
+    return torch.zeros(1, 2, 1, 64, dtype=model.embedding.weight.dtype, device=model.device)

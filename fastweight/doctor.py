@@ -1,0 +1,76 @@
+"""What is installed here, and what will therefore run."""
+
+import importlib.metadata
+import os
+import platform
+from typing import Any
+
+import torch
+
+import fastweight.mixers  # noqa: F401  # registers every op's backends
+from fastweight import __version__
+from fastweight.ops import dispatch
+
+REQUIRED = ("torch", "numpy", "safetensors", "tokenizers", "tyro", "rich", "matplotlib", "msgpack")
+OPTIONAL = {
+    "triton": "GPU kernels",
+    "transformers": "the Hugging Face interface",
+    "pyarrow": "parquet and arrow data",
+    "zstandard": ".zst data",
+    "datasets": "hf: data",
+    "tensorboard": "TensorBoard logs",
+    "wandb": "Weights & Biases logs",
+}
+
+
+def examine() -> dict[str, Any]:
+    """Versions, devices, and for each device and op every backend with the reason why it cannot run (None: it can)."""
+    devices = [_describe_device(device) for device in available_devices()]
+    return {
+        "fastweight": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in REQUIRED},
+        "optional_packages": {name: _version(name) for name in OPTIONAL},
+        "torch_cuda": torch.version.cuda,
+        "threads": torch.get_num_threads(),
+        "cpu_cores": os.cpu_count(),
+        "devices": devices,
+        "backends": {device["name"]: backends_on(torch.device(device["name"])) for device in devices},
+    }
+
+
+def available_devices() -> list[torch.device]:
+    """The CPU and every CUDA device."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return [torch.device("cpu"), *(torch.device("cuda", i) for i in range(count))]
+
+
+def backends_on(device: torch.device, dtype: torch.dtype = torch.float32) -> dict[str, dict[str, Any]]:
+    """For each op: the backend that "auto" takes for a long sequence and for one token, and why others cannot run."""
+    found = {}
+    for op in dispatch.ops():
+        long, step = (torch.zeros(1, length, 1, 64, dtype=dtype, device=device) for length in (1024, 1))
+        found[op] = {
+            "auto": dispatch.choose(op, "auto", long),
+            "auto_one_token": dispatch.choose(op, "auto", step),
+            "refusals": dict(dispatch.explain(op, long)),
+        }
+    return found
+
+
+def _describe_device(device: torch.device) -> dict[str, Any]:
+    if device.type == "cpu":
+        return {"name": "cpu", "kind": platform.processor() or platform.machine()}
+    properties = torch.cuda.get_device_properties(device)
+    capability = f"{properties.major}.{properties.minor}"
+    return {
+        "name": str(device), "kind": properties.name, "memory_bytes": properties.total_memory, "capability": capability,
+    }  # fmt: skip
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,120 @@
+"""What is read in one step of scoring: documents, pieces of documents, windows."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastweight.configs import require
+from fastweight.data.tokenizers import Tokenizer
+
+Document = tuple[np.ndarray, np.ndarray]
+
+
+class DocumentSet(Protocol):
+    """What `score` reads: the documents of a token store's split, or a list wrapped by `DocumentList`."""
+
+    @property
+    def num_documents(self) -> int: ...
+    def document(self, index: int) -> Document: ...
+
+
+class DocumentList:
+    """Documents in memory, each (tokens, num_bytes), both [length]; the first token is read and not scored."""
+
+    def __init__(self, documents: Sequence[Document]):
+        self.documents = list(documents)
+
+    @property
+    def num_documents(self) -> int:
+        return len(self.documents)
+
+    def document(self, index: int) -> Document:
+        return self.documents[index]
+
+
+def encode_documents(tokenizer: Tokenizer, texts: Iterable[str]) -> DocumentList:
+    """Tokenize texts as the token store does: [document start, tokens ...], the document start standing for 0 bytes."""
+    encoded = (tokenizer.encode(text) for text in texts)
+    return DocumentList([(np.append(tokenizer.bos_id, ids), np.append(0, num_bytes)) for ids, num_bytes in encoded])
+
+
+@dataclass(frozen=True)
+class Text:
+    """One document: its number, tokens [length] and the bytes of each; targets are tokens[1:]."""
+
+    index: int
+    tokens: Tensor
+    num_bytes: np.ndarray
+
+    @property
+    def num_targets(self) -> int:
+        return len(self.tokens) - 1
+
+    def first_piece(self, seq_len: int) -> "Piece":
+        """The first seq_len inputs, all of whose targets are scored."""
+        return Piece(self, 0, min(seq_len, self.num_targets), 1)
+
+
+class Reader:
+    """The documents that have targets, within the limits."""
+
+    def __init__(self, documents: DocumentSet, max_tokens: int | None, max_documents: int | None):
+        self.source = documents
+        self.limit = min(documents.num_documents, max_documents or documents.num_documents)
+        self.documents_read = 0
+        self.total = self._count_targets(max_tokens)
+
+    def _count_targets(self, max_tokens: int | None) -> int:
+        known = getattr(self.source, "num_tokens", None)
+        total = known - self.limit if known is not None and self.limit == self.source.num_documents else None
+        if total is None:
+            total = sum(max(len(self.source.document(i)[0]) - 1, 0) for i in range(self.limit))
+        return total if max_tokens is None else min(total, max_tokens)
+
+    def __iter__(self) -> Iterator[Text]:
+        left = self.total
+        for index in range(self.limit):
+            if left == 0:
+                return
+            tokens, num_bytes = self.source.document(index)
+            require(
+                len(tokens) == len(num_bytes), f"document {index}: {len(tokens)} tokens, {len(num_bytes)} byte counts."
+            )
+            if len(tokens) < 2:
+                continue
+            stop = min(len(tokens), left + 1)
+            left -= stop - 1
+            self.documents_read += 1
+            yield Text(index, torch.from_numpy(tokens[:stop].astype(np.int64)), num_bytes[:stop])
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Inputs text.tokens[start:stop]; the targets at positions first..stop (start < first) are scored."""
+
+    text: Text
+    start: int
+    stop: int
+    first: int
+
+    @property
+    def is_last(self) -> bool:
+        return self.stop == self.text.num_targets
+
+    def next_piece(self, seq_len: int) -> "Piece":
+        """The seq_len inputs that follow."""
+        return Piece(self.text, self.stop, min(self.stop + seq_len, self.text.num_targets), self.stop + 1)
+
+
+def windows(text: Text, seq_len: int, stride: int) -> Iterator[Piece]:
+    """The first window scores all it reads: its targets have their whole past in view. Each later one adds `stride`."""
+    piece = text.first_piece(seq_len)
+    yield piece
+    stop = piece.stop
+    while stop < text.num_targets:
+        first, stop = stop + 1, min(stop + stride, text.num_targets)
+        yield Piece(text, stop - seq_len, stop, first)

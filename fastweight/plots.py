@@ -1,0 +1,55 @@
+"""Pictures of results, drawn with matplotlib (imported when a picture is asked for)."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from fastweight.configs import require
+from fastweight.evaluate import Scored
+from fastweight.files import write_atomically
+
+# Okabe and Ito's palette, which the common kinds of colour blindness keep apart; dashes and markers do so in grey.
+_STYLES = [
+    ("#0072B2", "-", "o"),
+    ("#D55E00", "--", "s"),
+    ("#009E73", "-.", "^"),
+    ("#CC79A7", ":", "D"),
+    ("#E69F00", "-", "v"),
+    ("#56B4E9", "--", "P"),
+]
+# Buckets with fewer targets than this jump about and say nothing.
+MIN_TOKENS = 100
+
+
+def plot_loss_by_position(curves: Mapping[str, Scored], path: str | Path, *, title: str = "") -> None:
+    """Draw bits per byte against the number of tokens before the target, one line per entry of `curves`, as a PNG.
+
+    Buckets with fewer than 100 targets are left out where larger ones exist. Raises ValueError for no curves.
+    """
+    require(len(curves) > 0, "plot_loss_by_position: no curves; give at least one Scored by name.")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter
+
+    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for i, (name, scored) in enumerate(curves.items()):
+        color, line, marker = _STYLES[i % len(_STYLES)]
+        x, y = _points(scored)
+        label = f"{name}: {scored.bits_per_byte:.3f} bits per byte overall"
+        axes.plot(x, y, line, color=color, marker=marker, markersize=4, linewidth=1.8, label=label)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.set_xlabel("position in the document (tokens before the predicted one)")
+    axes.set_ylabel("loss (bits per byte)")
+    axes.set_title(title, fontsize=11)
+    axes.grid(True, which="major", color="#dddddd", linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="upper right")
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
+
+
+def _points(scored: Scored) -> tuple[list[float], list[float]]:
+    buckets = [bucket for bucket in scored.positions if bucket.bytes]
+    steady = [bucket for bucket in buckets if bucket.tokens >= MIN_TOKENS] or buckets
+    return [b.center for b in steady], [b.bits_per_byte or 0.0 for b in steady]
