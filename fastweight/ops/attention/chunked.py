@@ -17,7 +17,7 @@ from fastweight.ops.attention import AttentionState
 from fastweight.ops.sequences import advance
 from fastweight.state import map_tensors
 
-MIN_BLOCK, MAX_BLOCK = 128, 1024  # queries per call; a tile, not part of the function
+MIN_BLOCK, MAX_BLOCK = 64, 1024  # queries per call; a tile, not part of the function
 STEPS_PER_OCTAVE = 8  # lengths of packed documents are rounded up to this many sizes per power of two
 
 
@@ -94,28 +94,47 @@ def _read_packed(
     q: Tensor, k: Tensor, v: Tensor, state: AttentionState, lengths: list[int], setting: _Setting
 ) -> Tensor:
     """Documents [1, total] in groups of similar length, each group a batch."""
+    groups = _group(lengths)
+    tokens, slot = _place(lengths, groups)
+    # One gather for all groups: a gather per group would touch all tokens once more for each in the backward pass.
+    areas = [len(group) * max(lengths[n] for n in group) for group in groups]
+    parts = [x[0].index_select(0, tokens.to(q.device)).split(areas) for x in (q, k, v)]
+    rows = torch.tensor([n for group in groups for n in group], device=q.device)
+    state = map_tensors(partial(torch.index_select, dim=0, index=rows), state)
+    outputs, done = [], 0
+    for group, *part in zip(groups, *parts, strict=True):
+        group_q, group_k, group_v = (x.unflatten(0, (len(group), -1)) for x in part)
+        some = map_tensors(partial(torch.narrow, dim=0, start=done, length=len(group)), state)
+        outputs.append(_read_batch(group_q, group_k, group_v, some, setting).flatten(0, 1))
+        done += len(group)
+    return torch.cat(outputs).index_select(0, slot.to(q.device))[None]
+
+
+def _group(lengths: list[int]) -> list[list[int]]:
+    """Documents of similar length together."""
     groups: dict[int, list[int]] = {}
     for n, length in enumerate(lengths):
         groups.setdefault(_round_up(length), []).append(n)
+    return list(groups.values())
+
+
+def _place(lengths: list[int], groups: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """The token in each slot of the groups [slots], and the slot of each token [total].
+
+    The slots behind a document's end repeat its last token; causality hides them from the document.
+    """
     starts = torch.tensor([0, *lengths]).cumsum(0)
-    outputs, places, offset = [], [], 0
-    for size, members in groups.items():
-        size = max(lengths[n] for n in members)
-        rows = torch.tensor(members)
-        steps = torch.arange(size)
-        inside = steps < torch.tensor([lengths[n] for n in members])[:, None]
-        # The slots behind a document's end repeat its last token; causality hides them from the document.
-        tokens = torch.minimum(starts[rows, None] + steps, starts[rows + 1, None] - 1)
-        places.append((tokens[inside], offset + inside.flatten().nonzero().flatten()))
-        offset += inside.numel()
-        flat, rows = tokens.flatten().to(q.device), rows.to(q.device)
-        group_q, group_k, group_v = (x[0].index_select(0, flat).unflatten(0, inside.shape) for x in (q, k, v))
-        part = map_tensors(partial(torch.index_select, dim=0, index=rows), state)
-        outputs.append(_read_batch(group_q, group_k, group_v, part, setting).flatten(0, 1))
+    tokens, own = [], []
+    for group in groups:
+        rows, steps = torch.tensor(group), torch.arange(max(lengths[n] for n in group))
+        index = starts[rows, None] + steps
+        tokens.append(torch.minimum(index, starts[rows + 1, None] - 1).flatten())
+        own.append((index < starts[rows + 1, None]).flatten())
+    source = torch.cat(tokens)
+    slots = torch.cat(own).nonzero().flatten()
     slot = torch.zeros(sum(lengths), dtype=torch.int64)
-    for tokens, where in places:
-        slot[tokens] = where
-    return torch.cat(outputs).index_select(0, slot.to(q.device))[None]
+    slot[source[slots]] = slots
+    return source, slot
 
 
 def _round_up(length: int) -> int:
