@@ -3,8 +3,10 @@
 import dataclasses
 import difflib
 import json
+import types
+import typing
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
 def near_names(name: str, known: Iterable[str]) -> str:
@@ -41,3 +43,30 @@ def from_dict(cls: type, data: Any) -> Any:
 def to_json(data: Any) -> str:
     """The one JSON spelling of a config: sorted keys, so that equal configs have equal text."""
     return json.dumps(data, indent=2, sort_keys=True, allow_nan=False)
+
+
+def check_types(config: Any, owner: str) -> None:
+    """Raise ValueError for a field whose value is not of its annotated type; int passes as float."""
+    for name, hint in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if get_origin(hint) is Literal:
+            known = get_args(hint)
+            require(value in known, f"{owner}: unknown {name} {value!r}.{near_names(str(value), known)}")
+        else:
+            needed = str(hint) if get_origin(hint) else getattr(hint, "__name__", str(hint))
+            require(_fits(value, hint), f"{owner}: {name} must be {needed}, got {type(value).__name__} {value!r}.")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return any(_fits(value, arg) for arg in args)
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(k, args[0]) and _fits(v, args[1]) for k, v in value.items())
+    if origin is tuple:
+        kinds = [args[0]] * len(value) if isinstance(value, tuple) and args[-1] is ... else args
+        same_length = isinstance(value, tuple) and len(value) == len(kinds)
+        return same_length and all(_fits(v, kind) for v, kind in zip(value, kinds))
+    if hint in (int, float):
+        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+    return isinstance(value, hint)

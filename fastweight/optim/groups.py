@@ -2,11 +2,11 @@
 
 import fnmatch
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 from torch import nn
 
-from fastweight.configs import near_names, require
+from fastweight.configs import check_types, near_names, require
 
 OptimizerName = Literal["adamw", "muon"]
 MuonScale = Literal["original", "match_rms_adamw"]
@@ -36,14 +36,10 @@ class OptimizerConfig:
     muon_steps: int = 5
 
     def __post_init__(self) -> None:
-        for field, known in (("name", get_args(OptimizerName)), ("muon_scale", get_args(MuonScale))):
-            value = getattr(self, field)
-            require(value in known, f"optimizer: unknown {field} {value!r}.{near_names(str(value), known)}")
+        check_types(self, "optimizer")
         require(self.lr > 0, f"optimizer: lr must be positive, got {self.lr}.")
-        require(
-            len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
-            f"optimizer: betas must be two numbers in [0, 1), got {self.betas}.",
-        )
+        in_range = all(0 <= beta < 1 for beta in self.betas)
+        require(in_range, f"optimizer: betas must be two numbers in [0, 1), got {self.betas}.")
         require(self.eps > 0, f"optimizer: eps must be positive, got {self.eps}.")
         require(self.weight_decay >= 0, f"optimizer: weight_decay must not be negative, got {self.weight_decay}.")
         require(self.muon_lr >= 0, f"optimizer: muon_lr must not be negative, got {self.muon_lr}.")

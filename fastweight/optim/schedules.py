@@ -2,9 +2,9 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
-from fastweight.configs import near_names, require
+from fastweight.configs import check_types, require
 
 ScheduleKind = Literal["cosine", "wsd", "linear"]
 
@@ -29,8 +29,7 @@ class ScheduleConfig:
     final_lr: float | None = None
 
     def __post_init__(self) -> None:
-        kinds = get_args(ScheduleKind)
-        require(self.kind in kinds, f"schedule: unknown kind {self.kind!r}.{near_names(str(self.kind), kinds)}")
+        check_types(self, "schedule")
         require(self.warmup_steps >= 0, f"schedule: warmup_steps must not be negative, got {self.warmup_steps}.")
         require(self.decay_steps >= 0, f"schedule: decay_steps must not be negative, got {self.decay_steps}.")
         require(

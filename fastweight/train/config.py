@@ -1,12 +1,11 @@
 """The settings of a run: nested frozen dataclasses with a strict JSON form."""
 
 import dataclasses
-import types
 import typing
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_type_hints
 
-from fastweight.configs import check_keys, near_names, require
+from fastweight.configs import check_keys, check_types, require
 from fastweight.optim import OptimizerConfig, ScheduleConfig
 
 Scalar = int | float | bool | str
@@ -184,26 +183,3 @@ def _from_dict(cls: type, data: Any, owner: str) -> Any:
             value = _from_dict(typing.cast(type, hints[key]), value, key)
         values[key] = tuple(value) if isinstance(value, list) else value
     return cls(**values)
-
-
-def check_types(config: Any, owner: str) -> None:
-    """Raise ValueError for a field whose value is not of its annotated type; int passes as float."""
-    for name, hint in get_type_hints(type(config)).items():
-        value = getattr(config, name)
-        if get_origin(hint) is Literal:
-            known = get_args(hint)
-            require(value in known, f"{owner}: unknown {name} {value!r}.{near_names(str(value), known)}")
-        else:
-            needed = getattr(hint, "__name__", str(hint))
-            require(_fits(value, hint), f"{owner}: {name} must be {needed}, got {type(value).__name__} {value!r}.")
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    origin, args = get_origin(hint), get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        return any(_fits(value, arg) for arg in args)
-    if origin is dict:
-        return isinstance(value, dict) and all(_fits(k, args[0]) and _fits(v, args[1]) for k, v in value.items())
-    if hint in (int, float):
-        return isinstance(value, (int, hint)) and not isinstance(value, bool)
-    return isinstance(value, hint)

@@ -1,6 +1,5 @@
 """The loop: read, learn, report, save; and go on exactly where it stopped."""
 
-import itertools
 import math
 import time
 from pathlib import Path
@@ -44,8 +43,8 @@ class Trainer:
         self.carried: list[ModelState] | None = None
         self.saved_step = -1
         self._started = time.monotonic() - tally.seconds
-        self._mark = (time.monotonic(), tally.tokens)
-        self._last_states: list[ModelState] = []
+        self._interval = (0.0, 0)
+        self._faults: list[str] = []
         self._scaled = [mixer for mixer in model.mixers() if hasattr(mixer, INNER_RATE)]
         require(
             bool(self._scaled) or not config.inner_rate.steps,
@@ -95,6 +94,9 @@ class Trainer:
             return "steps"
         return "time" if self.config.max_seconds and self._seconds() >= self.config.max_seconds else ""
 
+    def _is_logged(self, step: int) -> bool:
+        return step % self.config.log.every == 0 or step == self.config.steps
+
     def _seconds(self) -> float:
         return time.monotonic() - self._started
 
@@ -105,10 +107,13 @@ class Trainer:
 
     def _step(self, batches: list[Batch]) -> None:
         config, log, tally = self.config, self.config.log, self.tally
+        started, tokens = time.monotonic(), sum(batch.tokens.numel() for batch in batches)
         rate = self._update(batches)
-        tally.step += 1
+        tally.step, tally.tokens = tally.step + 1, tally.tokens + tokens
+        seconds, before = self._interval
+        self._interval = (seconds + time.monotonic() - started, before + tokens)
         done = tally.step == config.steps
-        if tally.step % log.every == 0 or done:
+        if self._is_logged(tally.step):
             self._log(rate)
         if log.stats_every and tally.step % log.stats_every == 0:
             self._log_inner(batches[0])
@@ -122,7 +127,6 @@ class Trainer:
         """One update of the weights, or a skipped one; returns the learning rate."""
         config, tally = self.config, self.tally
         counts = count(batches)
-        tally.tokens += sum(batch.tokens.numel() for batch in batches)
         self._warm_inner_rate()
         factor = schedule_factor(
             config.schedule,
@@ -144,15 +148,16 @@ class Trainer:
 
     def _gradients(self, batches: list[Batch], num_targets: int) -> tuple[float, float]:
         """Summed loss in nats and global gradient norm, the gradients clipped. The one device sync of a step."""
+        carry, logged = self.config.carry_state, self._is_logged(self.tally.step + 1)
         states, total = [], torch.zeros((), device=self.device)
         for i, batch in enumerate(batches):
             batch = batch.to(self.device, non_blocking=True)
             nats, state = train_on(self.model, batch, self._start_state(i, batch), num_targets, self.config.precision)
             total = total + nats
-            states.append(state)
-        if self.config.carry_state:
-            self.carried = states
-        self._last_states = states
+            # Looking for faults waits for the device, and states are large: only where they are needed.
+            self._faults += self.model.describe_faults(state) if logged else []
+            states += [state] if carry else []
+        self.carried = states if carry else None
         parameters = list(self.optimizer.parameters())
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if self.config.clip_norm:
@@ -195,14 +200,13 @@ class Trainer:
         tally = self.tally
         tally.close_interval()
         tally.seconds = self._seconds()
-        before, tokens = self._mark
-        self._mark = (time.monotonic(), tally.tokens)
-        faults = list(itertools.chain.from_iterable(self.model.describe_faults(state) for state in self._last_states))
-        tally.fault_reports += len(faults)
-        warn_of_faults(self.report, faults)
+        seconds, tokens = self._interval
+        tally.fault_reports += len(self._faults)
+        warn_of_faults(self.report, self._faults)
+        self._interval, self._faults = (0.0, 0), []
         names = ("loss_nats", "bits_per_byte", "grad_norm", "tokens", "bad_steps", "fault_reports", "seconds")
         values = {name: getattr(tally, name) for name in names} | {"lr": rate}
-        values["tokens_per_second"] = (tally.tokens - tokens) / max(1e-9, self._mark[0] - before)
+        values["tokens_per_second"] = tokens / max(1e-9, seconds)
         self.metrics.write("train", tally.step, values)
         self.report.advance(tally.step, self._fraction(), summary(values))
 

@@ -32,8 +32,9 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 def total_nats(model: Model, features: Tensor, targets: Tensor) -> Tensor:
-    """Sum of -log p(target) over targets that are not ignored, float32 scalar. features: [T, D]; targets: [T]."""
-    logits = model.logits(features).float()
+    """Sum of -log p(target) over targets that are not ignored, in float32 or wider. features: [T, D]; targets: [T]."""
+    logits = model.logits(features)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORED)
 
 

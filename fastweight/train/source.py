@@ -9,13 +9,13 @@ from fastweight.data.batches import View
 from fastweight.train.config import DataConfig
 
 
-def make_view(split: data.Split, config: DataConfig) -> View:
+def make_view(split: data.Split, config: DataConfig, seed: int) -> View:
     """The view that `config` names over one split; streams have a lane per sequence of a step."""
     if config.view == "windows":
         return data.Windows(split, config.seq_len)
     if config.view == "bins":
         return data.Bins(split, config.seq_len)
-    return data.Streams(split, config.seq_len, config.batch_size)
+    return data.Streams(split, config.seq_len, config.batch_size, seed)
 
 
 def step_batches(split: data.Split, config: DataConfig, seed: int, start_step: int) -> Iterator[list[Batch]]:
@@ -23,7 +23,7 @@ def step_batches(split: data.Split, config: DataConfig, seed: int, start_step: i
 
     The samples of a step do not depend on the micro-batch size.
     """
-    view = make_view(split, config)
+    view = make_view(split, config, seed)
     pieces = config.batch_size // config.rows
     if view.lanes is not None:
         # A lane is a row of the whole batch: read the batch, then cut it.
