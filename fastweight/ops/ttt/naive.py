@@ -45,7 +45,7 @@ def _read(
         writes, good = _gradient(fast, k, v - k, tokens[3][:, t, :, None, None], norm)
         total = tuple(torch.where(good, s + w, s) for s, w in zip(total, writes, strict=True))
         local = tuple(w - tau[slot][:, None, None, None] * s for w, s in zip(fast, total, strict=True))
-        outputs.append((q + _layer_norm(_apply(local, q)[-1], norm)).squeeze(2))
+        outputs.append((q + predict(local, q, norm)).squeeze(2))
         last = (slot == tau.numel() - 1)[:, None, None, None]
         sound = _finite(local)
         fast = tuple(torch.where(last & sound, new, old) for new, old in zip(local, fast, strict=True))
@@ -54,8 +54,14 @@ def _read(
     return torch.stack(outputs, 1), TTTWeights(*fast), TTTWeights(*total), torch.stack(skipped, 1)
 
 
-def _apply(fast: tuple[Tensor, ...], x: Tensor) -> list[Tensor]:
-    """Pre-activations of each layer of the memory at x [N, H, 1, D]."""
+def predict(fast: tuple[Tensor, ...], x: Tensor, norm: tuple) -> Tensor:
+    """LN(f(x)) for x [N, H, T, D]. fast: w1, b1, and for the MLP w2, b2. norm: weight, bias [H, 1, D] and eps."""
+    z, (weight, bias, eps) = _layers(fast, x)[-1], norm
+    return F.layer_norm(z, z.shape[-1:], eps=eps) * weight + bias
+
+
+def _layers(fast: tuple[Tensor, ...], x: Tensor) -> list[Tensor]:
+    """Pre-activations of each layer of the memory at x."""
     z = [x @ fast[0] + fast[1]]
     if len(fast) == 4:
         z.append(F.gelu(z[0], approximate="tanh") @ fast[2] + fast[3])
@@ -66,7 +72,7 @@ def _gradient(
     fast: tuple[Tensor, ...], k: Tensor, target: Tensor, rate: Tensor, norm: tuple
 ) -> tuple[list[Tensor], Tensor]:
     """rate · ∂ℓ/∂(each fast weight), and whether all of it is finite, [N, H, 1, 1]."""
-    z = _apply(fast, k)
+    z = _layers(fast, k)
     g = inner_gradient(z[-1], target, *norm)
     writes = []
     if len(fast) == 4:
@@ -96,8 +102,3 @@ def gelu_slope(x: Tensor) -> Tensor:
     c = math.sqrt(2 / math.pi)
     t = torch.tanh(c * x * (1 + 0.044715 * x * x))
     return 0.5 * x * (1 - t * t) * c * (1 + 3 * 0.044715 * x * x) + 0.5 * (1 + t)
-
-
-def _layer_norm(z: Tensor, norm: tuple) -> Tensor:
-    weight, bias, eps = norm
-    return F.layer_norm(z, z.shape[-1:], eps=eps) * weight + bias
