@@ -84,6 +84,7 @@ def prepare(
             manifest = read_manifest(out)
             _refuse_changes(out, manifest["options"], options)
             return manifest
+        _sweep(out)
         earlier = _read_progress(out, options) if (out / PROGRESS).is_file() else None
         ready = tokenizer if not isinstance(tokenizer, str) else _bpe(source, out, earlier, options, bpe_vocab_size)
         return _Preparation(source, ready, out, options, earlier, progress).run()
@@ -92,6 +93,13 @@ def prepare(
 def _fingerprint(files: list[SourceFile]) -> str:
     listing = json.dumps([(file.name, file.size_bytes) for file in files])
     return hashlib.sha256(listing.encode()).hexdigest()
+
+
+def _sweep(out: Path) -> None:
+    """Remove the temporary files that a kill in the middle of an atomic write leaves behind."""
+    patterns = (f".{PROGRESS}.*.tmp", f".{MANIFEST}.*.tmp", f"{TOKENIZER_FOLDER}/.*.tmp")
+    for leftover in [path for pattern in patterns for path in out.glob(pattern)]:
+        leftover.unlink()
 
 
 def _read_progress(out: Path, options: dict[str, Any]) -> dict[str, Any]:

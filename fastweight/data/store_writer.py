@@ -58,12 +58,18 @@ class StoreWriter:
             raise ValueError(f"StoreWriter: shard_tokens must be at least 1, got {shard_tokens}.")
         self.path, self.tokenizer = Path(path), tokenizer
         self.dtypes = storage_dtypes(tokenizer)
+        self._splits: dict[str, _SplitWriter] = {}
+        for name in SPLITS:
+            before = record[name] if record else None
+            self._splits[name] = _SplitWriter(self.path / name, self.dtypes, shard_tokens, before)
         if record is None:
             tokenizer.save(self.path / TOKENIZER_FOLDER)
-        splits = {name: (record or {}).get(name) for name in SPLITS}
-        self._splits = {
-            name: _SplitWriter(self.path / name, self.dtypes, shard_tokens, split) for name, split in splits.items()
-        }
+        try:
+            for split in self._splits.values():
+                split.reopen()
+        except BaseException:
+            self.close()
+            raise
 
     def add(self, split: str, ids: np.ndarray, num_bytes: np.ndarray) -> None:
         """Append one document: ids and their byte counts, both [length], without the document start.
@@ -124,8 +130,7 @@ class StoreWriter:
 
     def close(self) -> None:
         """Close the open files without recording anything."""
-        for split in self._splits.values():
-            split.close()
+        _close_all([split.close for split in self._splits.values()])
 
 
 class _SplitWriter:
@@ -142,10 +147,9 @@ class _SplitWriter:
         folder.mkdir(parents=True, exist_ok=True)
         if record is None and any(folder.iterdir()):
             raise ValueError(f"{folder}: not empty, and no preparation was begun here. Use a new folder.")
-        self._cut_back()
 
-    def _cut_back(self) -> None:
-        """Remove what was written after the last commit."""
+    def reopen(self) -> None:
+        """Remove what was written after the last commit, and open the unfinished shard."""
         known = {shard[part]["file"] for shard in self.shards for part in self.dtypes}
         if self.counts["num_documents"]:
             self._open_files()
@@ -161,12 +165,13 @@ class _SplitWriter:
         for part, dtype in self.dtypes.items():
             path = self.folder / self._file_name(part)
             length = dtype.itemsize * self.counts["num_documents" if part == "documents" else "num_tokens"]
-            file = path.open("r+b" if length else "w+b")
-            self.files[part] = file
-            if (size := file.seek(0, os.SEEK_END)) < length:
+            size = path.stat().st_size if length and path.is_file() else 0
+            if size < length:
+                self.close()
                 raise ValueError(f"{path}: {size} bytes, {length} were recorded. Remove the store and prepare again.")
-            file.truncate(length)
-            file.seek(length)
+            self.files[part] = path.open("r+b" if length else "w+b")
+            self.files[part].truncate(length)
+            self.files[part].seek(length)
 
     def add(self, ids: np.ndarray, num_bytes: np.ndarray, total_bytes: int) -> None:
         if not self.files:

@@ -7,7 +7,8 @@ import numpy as np
 from fastweight.data.tokenizer_base import Tokenizer, check_ids
 
 _REPLACEMENT = "\ufffd"
-_MAX_UNFINISHED_TOKENS = 3
+# A character has at most 4 bytes, so at most 3 tokens wait for its end; tokens without any text may stand among them.
+_MAX_UNFINISHED_TOKENS = 12
 
 
 class StreamDecoder:
@@ -30,8 +31,11 @@ class StreamDecoder:
         ids = check_ids(ids, self._tokenizer.vocab_size, self._tokenizer.name)
         if self._table is not None:
             return self._utf8.decode(b"".join([self._table[i] for i in ids.tolist()]))
-        self._ids += ids.tolist()
-        return self._show(final=False) if ids.size else ""
+        return "".join([self._push_one(i) for i in ids.tolist()])
+
+    def _push_one(self, token: int) -> str:
+        self._ids.append(token)
+        return self._show(final=False)
 
     def finish(self) -> str:
         """Return what is left; an unfinished character becomes U+FFFD. The decoder is then ready for a new sequence."""
