@@ -1,6 +1,7 @@
 """The command line: finds the command's file, runs it, and says in one line what a user did wrong."""
 
 import importlib
+import os
 import sys
 import traceback
 
@@ -19,7 +20,7 @@ COMMANDS = {
     "presets": ("presets", "named model sizes with their parameter counts"),
     "doctor": ("doctor", "versions, devices, and which backend each op takes and why"),
 }
-USER_ERROR, INTERRUPTED = 2, 130
+INTERNAL_ERROR, USER_ERROR, INTERRUPTED, PIPE_CLOSED = 1, 2, 130, 141
 
 
 def usage() -> str:
@@ -56,21 +57,31 @@ def main(arguments: list[str] | None = None) -> None:
     """Run one command and leave with its exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
-    arguments = [argument for argument in arguments if argument != "--debug"]
     try:
-        sys.exit(run(arguments))
+        code = run([argument for argument in arguments if argument != "--debug"])
+        sys.stdout.flush()
     except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
+        code = INTERRUPTED
     except BrokenPipeError:
-        # The reader of our output has gone (`| head`): nobody is left to tell; keep the interpreter from flushing.
-        sys.stdout = None  # type: ignore[assignment]
-        sys.exit(USER_ERROR)
+        # The reader of our output has gone (`| head`). Python would complain about it once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = PIPE_CLOSED
     except Exception as error:
-        if debug or not _is_user_error(error):
-            traceback.print_exc()
-            sys.exit(USER_ERROR if _is_user_error(error) else 1)
-        print(f"fastweight: error: {error}", file=sys.stderr)
-        sys.exit(USER_ERROR)
+        code = explain(error, debug)
+    sys.exit(code)
+
+
+def explain(error: Exception, debug: bool) -> int:
+    """Say on stderr what went wrong and return the exit code; a traceback only for `debug` and for mistakes of ours."""
+    user_error = isinstance(error, (ValueError, OSError, ImportError)) or type(error).__name__ == "OutOfMemoryError"
+    if debug or not user_error:
+        traceback.print_exception(error)
+    if not user_error:
+        print("fastweight: this is a mistake in fastweight, not in what you asked for.", file=sys.stderr)
+        return INTERNAL_ERROR
+    hint = " Lower --batch-size or --seq-len." if type(error).__name__ == "OutOfMemoryError" else ""
+    print(f"fastweight: error: {error}{hint}", file=sys.stderr)
+    return USER_ERROR
 
 
 def run(arguments: list[str]) -> int:
@@ -86,8 +97,3 @@ def run(arguments: list[str]) -> int:
         raise ValueError(f"unknown command {name!r}.{near_names(name, COMMANDS)} `fastweight --help` describes them.")
     module = importlib.import_module(f"fastweight.commands.{COMMANDS[name][0]}")
     return module.main(name, arguments[1:]) or 0
-
-
-def _is_user_error(error: Exception) -> bool:
-    """Wrong input and a refusing machine, as opposed to a mistake of ours."""
-    return isinstance(error, (ValueError, OSError, ImportError)) or type(error).__name__ == "OutOfMemoryError"

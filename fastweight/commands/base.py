@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import tyro
 from rich.console import Console
@@ -16,6 +16,9 @@ from rich.table import Table
 from fastweight.files import write_text
 
 T = TypeVar("T")
+MaybeStr = Annotated[str | None, tyro.conf.arg(metavar="STR")]
+MaybeInt = Annotated[int | None, tyro.conf.arg(metavar="INT")]
+MaybePath = Annotated[Path | None, tyro.conf.arg(metavar="PATH")]
 
 
 def parse(cls: type[T], prog: str, examples: list[str], arguments: list[str], **options: Any) -> T:

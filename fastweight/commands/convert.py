@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from fastweight.commands.base import emit, parse, say
+from fastweight.commands.base import MaybePath, emit, parse, say
 
 IMPORT_EXAMPLES = [
     "fastweight import lact-760m-hf/ models/lact-760m --format lact",
@@ -25,7 +25,7 @@ class Import:
     """The new model folder."""
     format: str
     """Format of the checkpoint; the formats are listed below the examples."""
-    config: Path | None = None
+    config: MaybePath = None
     """JSON file with what the checkpoint itself does not say."""
 
 

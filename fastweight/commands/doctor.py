@@ -1,19 +1,18 @@
 """fastweight doctor"""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from fastweight.commands.base import emit, parse, show
+from fastweight.commands.base import MaybePath, emit, parse, show
 
 
 @dataclass(frozen=True, kw_only=True)
 class Doctor:
     """Versions, devices, and which backend each op takes on each device and why."""
 
-    json: Path | None = None
+    json: MaybePath = None
     """Also write the findings to this file."""
 
 

@@ -1,5 +1,6 @@
 """fastweight eval"""
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -7,7 +8,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from rich.table import Table
 
-from fastweight.commands.base import emit, parse, progress_bar, say, show
+from fastweight.commands.base import MaybePath, MaybeStr, emit, parse, progress_bar, say, show
 
 Mode = Literal["memory", "frozen", "windows"]
 EXAMPLES = [
@@ -46,15 +47,15 @@ class Eval:
     """Score at most this many tokens; 0 is no limit."""
     max_documents: int = 0
     """Score at most this many documents; 0 is no limit."""
-    tokenizer: str | None = None
+    tokenizer: MaybeStr = None
     """bytes or a folder; by default the tokenizer inside the model folder. A token store brings its own."""
     text_field: str = "text"
     """Column or key that holds the text of jsonl and parquet data."""
     bucket_width: int = 0
     """Tokens per bucket of positions; 0 spaces buckets evenly on a logarithmic axis."""
-    json: Path | None = None
+    json: MaybePath = None
     """Also write everything, the losses by position included, to this file."""
-    plot: Path | None = None
+    plot: MaybePath = None
     """Draw the loss by position into this PNG file."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 ..."""
@@ -99,7 +100,9 @@ def open_documents(args: Eval, folder: Path, model: Any) -> tuple[Any, str]:
         return split, f"{path}, split {split.name}: {counts}, tokenizer {store.tokenizer.name}"
     tokenizer = find_tokenizer(folder, args.tokenizer, model)
     source = open_source(args.data, args.text_field)
-    documents = encode_documents(tokenizer, (text for file in source.files() for text in source.documents(file)))
+    texts = (text for file in source.files() for text in source.documents(file))
+    texts = itertools.islice(texts, args.max_documents or None)
+    documents = encode_documents(tokenizer, texts, args.max_tokens or None)
     return documents, f"{args.data}: {documents.num_documents:,} documents, tokenizer {tokenizer.name}"
 
 

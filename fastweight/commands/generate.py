@@ -2,14 +2,16 @@
 
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
-from fastweight.commands.base import emit, parse, progress_bar, say
+from fastweight.commands.base import MaybeInt, MaybePath, MaybeStr, emit, parse, progress_bar, say
 from fastweight.configs import require
+
+INTERRUPTED = 130
 
 EXAMPLES = [
     'fastweight generate runs/first --prompt "def main(" --max-tokens 200',
@@ -30,9 +32,9 @@ class Generate:
 
     model: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]]
     """Model folder, or the folder of a training run."""
-    prompt: str | None = None
+    prompt: MaybeStr = None
     """Text to continue."""
-    prompt_file: Path | None = None
+    prompt_file: MaybePath = None
     """File with the text to continue (UTF-8)."""
     max_tokens: int = 256
     """How many tokens to generate; 0 only reads the prompt."""
@@ -42,13 +44,13 @@ class Generate:
     """Draw among this many most probable tokens; 0 is all."""
     top_p: float = 1.0
     """Draw among the fewest tokens whose probabilities reach this sum."""
-    seed: int | None = None
+    seed: MaybeInt = None
     """Makes the text repeatable; a new one is drawn and shown if none is given."""
-    state_in: Path | None = None
+    state_in: MaybePath = None
     """Go on from this state file."""
-    state_out: Path | None = None
+    state_out: MaybePath = None
     """Write the state to this file at the end."""
-    tokenizer: str | None = None
+    tokenizer: MaybeStr = None
     """bytes or a folder; by default the tokenizer inside the model folder."""
     format: Literal["text", "json"] = "text"
     """What stdout gets: the text as it is made, or one line of JSON with the text and its figures at the end."""
@@ -58,44 +60,51 @@ class Generate:
     """Backend of every op: auto, triton, chunked or naive."""
 
 
-def main(name: str, arguments: list[str]) -> None:
-    """Run `fastweight generate`."""
+def main(name: str, arguments: list[str]) -> int:
+    """Run `fastweight generate`; 130 if Ctrl-C ended the text."""
     args = parse(Generate, name, EXAMPLES, arguments)
     text = read_prompt(args)
     from fastweight.commands.models import describe_model, find_model, find_tokenizer, open_model
-    from fastweight.generate import generate, load_reading, weights_hash
+    from fastweight.generate import weights_hash
 
     folder = find_model(args.model)
     model = open_model(folder, args.device, args.backend)
     tokenizer = find_tokenizer(folder, args.tokenizer, model)
+    say(*describe_model(folder, model))
     weights = weights_hash(folder) if args.state_in or args.state_out else ""
+    start = time.perf_counter()
+    generation, prompt_tokens = _read(args, model, tokenizer, text, weights)
+    middle = time.perf_counter()
+    made, count, interrupted = _stream(generation, tokenizer, args.format == "text")
+    seconds = time.perf_counter() - middle
+    _finish(args, model, generation, weights)
+    state = generation.state
+    say(
+        f"{count:,} tokens in {seconds:.1f} s ({count / max(seconds, 1e-9):.1f}/s) · seed {generation.seed} · "
+        f"state {state.num_bytes:,} bytes after {int(state.position[0]):,} tokens"
+    )
+    if args.format == "json":
+        figures = {"read_seconds": middle - start, "generate_seconds": seconds, "state_bytes": state.num_bytes}
+        counts = {"prompt_tokens": prompt_tokens, "generated_tokens": count, "position": int(state.position[0])}
+        emit({"text": made, "seed": generation.seed, **counts, **figures})
+    return INTERRUPTED if interrupted else 0
+
+
+def _read(args: Generate, model: Any, tokenizer: Any, text: str, weights: str) -> tuple[Any, int]:
+    """Read the prompt, after the state if one was given: (generation, tokens of the prompt)."""
+    from fastweight.generate import generate, load_reading
+
     state, last_token = (None, None) if args.state_in is None else load_reading(args.state_in, weights)
     ids = [*([tokenizer.bos_id] if state is None else []), *tokenizer.encode(text).ids.tolist()]
-    say(
-        *describe_model(folder, model),
-        f"prompt    {len(ids):,} tokens{_after(args, state)}, tokenizer {tokenizer.name}",
-    )
-    start = time.perf_counter()
-    with progress_bar("reading", "tokens") as progress:
+    before = "" if state is None else f" after {int(state.position[0]) + 1:,} tokens read before ({args.state_in})"
+    say(f"prompt    {len(ids):,} tokens{before}, tokenizer {tokenizer.name}")
+    with progress_bar("reading", "tokens") if len(ids) > 1 else nullcontext() as progress:
         generation = generate(
             model, ids, state=None if state is None else state.to(model.device), last_token=last_token,
             max_tokens=args.max_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
             seed=args.seed, stop=(tokenizer.bos_id,), progress=progress,
         )  # fmt: skip
-    read_seconds = time.perf_counter() - start
-    made, count = _stream(generation, tokenizer, args.format == "text")
-    _finish(args, model, generation, weights)
-    seconds = time.perf_counter() - start - read_seconds
-    result = {
-        "text": made, "prompt_tokens": len(ids), "generated_tokens": count, "seed": generation.seed,
-        "read_seconds": read_seconds, "generate_seconds": seconds, "state_bytes": generation.state.num_bytes,
-    }  # fmt: skip
-    say(
-        f"{count:,} tokens in {seconds:.1f} s ({count / max(seconds, 1e-9):.1f}/s) · seed {generation.seed} · "
-        f"state {generation.state.num_bytes:,} bytes after {int(generation.state.position[0]):,} tokens"
-    )
-    if args.format == "json":
-        emit(result)
+    return generation, len(ids)
 
 
 def read_prompt(args: Generate) -> str:
@@ -111,15 +120,11 @@ def read_prompt(args: Generate) -> str:
     return "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read()
 
 
-def _after(args: Generate, state: Any) -> str:
-    return "" if state is None else f" after {int(state.position[0]):,} tokens read before ({args.state_in})"
-
-
-def _stream(generation: Any, tokenizer: Any, visible: bool) -> tuple[str, int]:
-    """Write the text as it comes; (text, number of tokens). Ctrl-C ends the text, not the program."""
+def _stream(generation: Any, tokenizer: Any, visible: bool) -> tuple[str, int, bool]:
+    """Write the text as it comes: (text, tokens, whether Ctrl-C ended it). What was made until then is kept."""
     from fastweight.data.streaming import StreamDecoder
 
-    decoder, parts, count = StreamDecoder(tokenizer), [], 0
+    decoder, parts, count, interrupted = StreamDecoder(tokenizer), [], 0, False
 
     def put(text: str) -> None:
         parts.append(text)
@@ -129,14 +134,15 @@ def _stream(generation: Any, tokenizer: Any, visible: bool) -> tuple[str, int]:
 
     try:
         for token in generation:
-            put(decoder.push([token]))
             count += 1
+            put(decoder.push([token]))
     except KeyboardInterrupt:
-        say("", "interrupted; the text ends here")
+        interrupted = True
     put(decoder.finish())
     if visible and count:
         sys.stdout.write("\n")
-    return "".join(parts), count
+        sys.stdout.flush()
+    return "".join(parts), count, interrupted
 
 
 def _finish(args: Generate, model: Any, generation: Any, weights: str) -> None:

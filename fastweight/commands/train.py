@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from fastweight.commands.base import emit, parse, say
+from fastweight.commands.base import MaybeStr, emit, parse, say
 from fastweight.configs import near_names, require
 
 USAGE = """usage: fastweight train RECIPE --out DIR [OPTIONS]
@@ -58,7 +58,7 @@ class Resume:
 
     run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="DIR")]]
     """The run's folder."""
-    checkpoint: str | None = None
+    checkpoint: MaybeStr = None
     """Name of an earlier checkpoint, e.g. step-000500."""
 
 

@@ -36,10 +36,19 @@ class DocumentList:
         return self.documents[index]
 
 
-def encode_documents(tokenizer: Tokenizer, texts: Iterable[str]) -> DocumentList:
-    """Tokenize texts as the token store does: [document start, tokens ...], the document start standing for 0 bytes."""
-    encoded = (tokenizer.encode(text) for text in texts)
-    return DocumentList([(np.append(tokenizer.bos_id, ids), np.append(0, num_bytes)) for ids, num_bytes in encoded])
+def encode_documents(tokenizer: Tokenizer, texts: Iterable[str], max_tokens: int | None = None) -> DocumentList:
+    """Tokenize texts as the token store does: [document start, tokens ...], the document start standing for 0 bytes.
+
+    max_tokens: read no further text once there are so many targets.
+    """
+    documents, targets = [], 0
+    for text in texts:
+        ids, num_bytes = tokenizer.encode(text)
+        documents.append((np.append(tokenizer.bos_id, ids), np.append(0, num_bytes)))
+        targets += len(ids)
+        if max_tokens is not None and targets >= max_tokens:
+            break
+    return DocumentList(documents)
 
 
 @dataclass(frozen=True)

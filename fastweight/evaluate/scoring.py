@@ -195,14 +195,13 @@ def _read_documents(model: Model, reader: Reader, tally: _Tally, seq_len: int, b
 
 def _extend(model: Model, state: ModelState | None, carried: int, num_sequences: int) -> ModelState:
     """The carried rows, followed by fresh ones."""
-    fresh = model.init_state(num_sequences)
     if state is None:
-        return fresh
+        return model.init_state(num_sequences)
     if carried == num_sequences:
         return state
     rows = [*range(carried), *[0] * (num_sequences - carried)]
     keep = torch.arange(num_sequences, device=model.device) < carried
-    return state.select(rows).where(keep, fresh)
+    return state.select(rows).where(keep, model.init_state(num_sequences))
 
 
 def _read_windows(
