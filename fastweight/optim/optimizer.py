@@ -9,6 +9,9 @@ from torch import Tensor, nn
 from fastweight.configs import require
 from fastweight.optim.groups import OptimizerConfig, ParameterGroup, parameter_groups
 
+# What each optimiser remembers of a parameter after its first step.
+STATE = {torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"), torch.optim.Muon: ("momentum_buffer",)}
+
 
 class Optimizer:
     """The torch optimisers of one model, stepped together.
@@ -67,6 +70,10 @@ class Optimizer:
                 fits = value.dim() == 0 or value.shape == shapes[name]
                 require(fits, f"optimizer state: {name}|{key} is {list(value.shape)}, needs {list(shapes[name])}.")
         for part in self.parts:
+            wanted = STATE[type(part)]
+            for name in (self._names[p] for group in part.param_groups for p in group["params"]):
+                missing = [f"{name}|{key}" for key in wanted if name in entries and key not in entries[name]]
+                require(not missing, f"optimizer state: {', '.join(missing)} is missing.")
             self._load_part(part, entries)
 
     def _load_part(self, part: torch.optim.Optimizer, entries: dict[str, dict[str, Tensor]]) -> None:

@@ -1,7 +1,7 @@
 """Quick runs: models of a few hundred thousand parameters that learn something on two CPU cores in a minute."""
 
-from fastweight.mixers import mixer_kinds
 from fastweight.optim import OptimizerConfig, ScheduleConfig
+from fastweight.presets import preset_names
 from fastweight.recipes.registry import register
 from fastweight.train import DataConfig, LogConfig, ModelSource, TrainConfig
 
@@ -18,13 +18,14 @@ def tiny(preset: str) -> TrainConfig:
     )
 
 
-def _register(kind: str) -> None:
+def _register(preset: str) -> None:
     def make() -> TrainConfig:
-        return tiny(f"tiny-{kind}")
+        return tiny(preset)
 
-    make.__doc__ = f"A tiny model of {kind} layers: 400 steps, about a minute on two CPU cores."
-    register(f"tiny-{kind}")(make)
+    make.__doc__ = f"The preset {preset}: 400 steps of 2,048 bytes, minutes on two CPU cores."
+    register(preset)(make)
 
 
-for _kind in mixer_kinds():
-    _register(_kind.replace("_", "-"))
+for _preset in preset_names():
+    if _preset.startswith("tiny-"):
+        _register(_preset)

@@ -17,10 +17,10 @@ class Metrics:
     """
 
     def __init__(self, out: Path, config: LogConfig, step: int, run_config: dict[str, Any]):
-        _keep_until(out / FILE, step)
-        self._file = (out / FILE).open("a", encoding="utf-8")
         self._board = _open_tensorboard(out, step) if config.tensorboard else None
         self._wandb = _open_wandb(out, config, run_config) if config.wandb else None
+        _keep_until(out / FILE, step)
+        self._file = (out / FILE).open("a", encoding="utf-8")
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """Record `values` as a line {"kind", "step", ...}."""

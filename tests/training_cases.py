@@ -1,0 +1,93 @@
+"""A small corpus, a small model and small runs for the tests of training."""
+
+import dataclasses
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from fastweight import BlockConfig, FeedForwardConfig, Model, ModelConfig
+from fastweight.data import prepare
+from fastweight.mixers.delta import DeltaConfig
+from fastweight.optim import OptimizerConfig, ScheduleConfig
+from fastweight.train import DataConfig, LogConfig, TrainConfig
+
+WORDS = [
+    "the",
+    "memory",
+    "of",
+    "a",
+    "model",
+    "learns",
+    "while",
+    "it",
+    "reads",
+    "what",
+    "was",
+    "written",
+    "before",
+    "and",
+    "after",
+]
+
+
+def make_store(folder: Path) -> Path:
+    """About 40 documents of 100 to 900 bytes, as a byte-level token store."""
+    texts, rng = folder / "texts", random.Random(0)
+    texts.mkdir(parents=True)
+    for i in range(40):
+        words = rng.choices(WORDS, k=rng.randint(20, 160))
+        (texts / f"{i:02d}.txt").write_text(" ".join(words) + ".\n")
+    prepare(f"text:{texts}/*.txt", "bytes", folder / "store", heldout_fraction=0.2)
+    return folder / "store"
+
+
+def tiny_model(dtype: torch.dtype = torch.float32, seed: int = 0) -> Model:
+    """Two delta layers, d_model 16, 257 bytes."""
+    mixer = DeltaConfig(num_heads=2, head_dim=8)
+    block = BlockConfig(mixer=mixer, feed_forward=FeedForwardConfig(hidden=32))
+    torch.manual_seed(seed)
+    return Model(ModelConfig(vocab_size=257, d_model=16, blocks=(block, block))).to(dtype)
+
+
+def tiny_config(store: Path | str, **changes) -> TrainConfig:
+    """8 steps of 4 × 32 tokens, every step logged; a key of a nested config ("lr", "view", ...) is put where it belongs."""
+    config = TrainConfig(
+        data=DataConfig(store=str(store), seq_len=32, batch_size=4),
+        optimizer=OptimizerConfig(lr=3e-3),
+        schedule=ScheduleConfig(kind="linear", warmup_steps=2),
+        log=LogConfig(every=1, checkpoint_every=0),
+        steps=8,
+        device="cpu",
+    )
+    for part in ("data", "optimizer", "schedule", "log"):
+        nested = getattr(config, part)
+        mine = {key: changes.pop(key) for key in list(changes) if key in nested.__dataclass_fields__}
+        config = dataclasses.replace(config, **{part: dataclasses.replace(nested, **mine)})
+    return dataclasses.replace(config, **changes)
+
+
+PRELUDE = """
+import sys, os, signal, torch
+sys.path.insert(0, {tests!r})
+torch.set_num_threads(1)
+from training_cases import *
+from fastweight.train import *
+out = {out!r}
+store = {store!r}
+"""
+
+
+def run_elsewhere(code: str, out: Path, store: Path) -> subprocess.CompletedProcess[str]:
+    """Run `code` in a new Python process that knows `out`, `store` and everything of this module."""
+    prelude = PRELUDE.format(tests=str(Path(__file__).parent), out=str(out), store=str(store))
+    return subprocess.run([sys.executable, "-c", prelude + code], capture_output=True, text=True, timeout=120)
+
+
+def call_at_forward(model: Model, number: int, action) -> Model:
+    """Call action() when `model` starts its forward pass number `number` (0, 1, ...)."""
+    seen = iter(range(10**6))
+    model.embedding.register_forward_pre_hook(lambda module, args: action() if next(seen) == number else None)
+    return model
