@@ -17,7 +17,8 @@ from fastweight.ops.attention import AttentionState
 from fastweight.ops.sequences import advance
 from fastweight.state import map_tensors
 
-MIN_BLOCK, MAX_BLOCK = 64, 1024  # queries per call; a tile, not part of the function
+# Queries per call; a tile, not part of the function. A GPU takes the largest: few large calls keep it busy.
+MIN_BLOCK, MAX_BLOCK = 64, 1024
 STEPS_PER_OCTAVE = 8  # lengths of packed documents are rounded up to this many sizes per power of two
 
 
@@ -152,7 +153,7 @@ def _read_batch(q: Tensor, k: Tensor, v: Tensor, state: AttentionState, setting:
     window, slots, length = setting.window, state.k.shape[1], q.shape[1]
     if slots == 0 and (window is None or (length <= window and (window > 1 or sink_k is None))):
         return _attend(q, k, v, None, setting.scale)  # nothing was read before and nothing is out of sight
-    block = MAX_BLOCK if window is None else min(max(window // 2, MIN_BLOCK), MAX_BLOCK)
+    block = MAX_BLOCK if window is None or q.is_cuda else min(max(window // 2, MIN_BLOCK), MAX_BLOCK)
     # The cache, then the new tokens in tiles of the blocks' size: tile i + 1 holds the keys of block i.
     tiles_k, tiles_v = [state.k.to(wide), *k.split(block, 1)], [state.v.to(wide), *v.split(block, 1)]
     reach = len(tiles_k) if window is None else -(-(window - 1) // block)
