@@ -8,8 +8,10 @@ import math
 import pytest
 import torch
 
+from fastweight.mixers.lact import Lact, LactConfig
 from fastweight.ops.lact import LactWeights, init_lact, lact
 from fastweight.ops.lact.newton_schulz import newton_schulz
+from fastweight.state import ModelState, load_state
 
 L, C, D = 14, 6, 4
 BACKENDS = ("naive", "chunked")
@@ -132,3 +134,70 @@ def test_bfloat16_newton_schulz_gives_the_printed_row():
     assert (
         got[0] - torch.tensor((0.539062, 0.059570, -0.703125, 0.468750))
     ).abs().max() < 4e-3  # half its distance from the exact row
+
+
+PUBLISHED = {  # the published layer's parameter names, sorted, and ours
+    "lr_proj.bias": "rate.bias",
+    "lr_proj.weight": "rate.weight",
+    "momentum_proj.0.bias": "momentum.bias",
+    "momentum_proj.0.weight": "momentum.weight",
+    "o_proj.weight": "out.weight",
+    "qk_offset": "qk_offset",
+    "qk_scale": "qk_scale",
+    "qkv.weight": "qkv.weight",
+    "ttt_norm.weight": "out_norm.weight",
+    "ttt_scale_proj.bias": "gate.bias",
+    "ttt_scale_proj.weight": "gate.weight",
+    "w0.w_left": "w0.left",
+    "w0.w_right": "w0.right",
+    "w1": "w1",
+    "w2.w_left": "w2.left",
+    "w2.w_right": "w2.right",
+}
+
+
+def layer() -> Lact:
+    config = LactConfig(num_heads=2, num_fast_heads=2, chunk_size=4, window=4, low_rank=2)
+    mixer = Lact(16, config)
+    with torch.no_grad():
+        for p, (published, name) in enumerate(PUBLISHED.items()):
+            parameter = mixer.get_parameter(name)
+            parameter.copy_(0.3 * wave(*parameter.shape, a=0.37 + 0.01 * p, c=0.05 * p))
+            if published in ("qk_scale", "ttt_norm.weight"):
+                parameter.add_(1)
+    return mixer
+
+
+def check_layer(y: torch.Tensor) -> None:
+    printed = {
+        0: (0.102122, 0.146216, -1.251869, 0.950933),
+        5: (1.038458, -0.055990, -1.232942, -0.479302),
+        9: (-0.214620, 0.224397, 0.520265, 0.021916),
+    }
+    for t, row in printed.items():
+        assert (y[0, t, :4] - torch.tensor(row)).abs().max() < 1e-4, f"token {t}"
+    assert y.abs().sum().item() == pytest.approx(60.944466, abs=1e-4 * y.numel())
+
+
+LAYER_INPUT = wave(1, 10, 16, a=0.31, c=0.2)
+
+
+@pytest.mark.parametrize("cuts", [(), (3, 8), tuple(range(1, 10))], ids=["whole", "pieces", "tokens"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_layer_gives_the_printed_outputs(backend, cuts):
+    mixer = layer()
+    mixer.backend = backend
+    state, outputs = mixer.init_state(1), []
+    for start, stop in zip((0, *cuts), (*cuts, 10)):
+        y, state = mixer(LAYER_INPUT[:, start:stop], state)
+        outputs.append(y)
+    check_layer(torch.cat(outputs, 1))
+
+
+@pytest.mark.parametrize("cut", [4, 6])
+def test_the_layer_gives_the_printed_outputs_after_its_state_was_saved_and_loaded(cut, tmp_path):
+    mixer = layer()
+    first, state = mixer(LAYER_INPUT[:, :cut], mixer.init_state(1))
+    ModelState((state,), torch.tensor([cut]), "layer").save(tmp_path / "state")
+    second, _ = layer()(LAYER_INPUT[:, cut:], load_state(tmp_path / "state").visits[0])
+    check_layer(torch.cat([first, second], 1))

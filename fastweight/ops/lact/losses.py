@@ -1,0 +1,42 @@
+"""How well the fast network fits each chunk, before and after it learned from it."""
+
+import torch
+from torch import Tensor
+
+from fastweight.ops.lact import LactPending, LactState, LactWeights, Rule
+from fastweight.ops.lact.chunked import lay_out, split_chunks
+from fastweight.ops.lact.update import learn, network
+from fastweight.state import map_tensors
+
+
+@torch.no_grad()
+def chunk_losses(tokens: LactPending, state: LactState, rule: Rule) -> dict[str, Tensor]:
+    """The inner loss −⟨f(k), v⟩, mean over sequences, heads and tokens, of each chunk that the tokens complete.
+
+    tokens: [B, T, ...], read from `state` on; a chunk that had begun before counts whole. Series of one value per
+    chunk number: "initial" under the weights of `state`, "before" and "after" the chunk's own update.
+    """
+    keep = zip(tokens, state.pending, strict=True)
+    tokens = LactPending(*(None if t is None or p is None else t.to(p.dtype) for t, p in keep))  # type: ignore[arg-type]
+    batch, length = tokens.k.shape[:2]
+    plan, _, grid = lay_out(tokens, state, [length] * batch, rule.chunk_size)
+    memory = map_tensors(lambda t: t.index_select(0, plan.order), state.memory)
+    first = memory.weights
+    series = {"initial": [], "before": [], "after": []}
+    for rows, complete, chunk in zip(plan.active, plan.complete, split_chunks(plan, grid), strict=True):
+        done = torch.arange(rows, device=plan.order.device)
+        done = done if complete is None else done[complete]
+        if not done.numel():
+            break
+        # Rows that go on to another chunk are complete and come first, so selecting keeps them in their places.
+        first, memory, chunk = map_tensors(lambda t, done=done: t.index_select(0, done), (first, memory, chunk))
+        series["initial"].append(_loss(first, chunk))
+        series["before"].append(_loss(memory.weights, chunk))
+        memory = learn(memory, chunk, rule)[0] if rule.learn else memory
+        series["after"].append(_loss(memory.weights, chunk))
+    return {name: torch.stack(v) if v else tokens.lr.new_zeros(0) for name, v in series.items()}
+
+
+def _loss(w: LactWeights, chunk: LactPending) -> Tensor:
+    k, v = (t.to(w.w1.dtype).transpose(1, 2) for t in (chunk.k, chunk.v))
+    return -(network(w, k) * v).sum(-1).mean()
