@@ -22,6 +22,8 @@ class DeltaConfig(MixerConfig):
 
     gated: a learned decay per token and head (Gated DeltaNet). order: writes per token. conv_width: width of the causal
     convolutions on q, k, v, 0 for none. output_gate: SiLU gate on the normalised output. overshoot: β in (0, 2).
+    init: "normal", or "induction": queries and keys start as the same features and keys lag one token behind, so the
+    untrained memory already finds what followed the last time it saw the present token (docs/LOG.md has the effect).
     """
 
     num_heads: int
@@ -32,6 +34,7 @@ class DeltaConfig(MixerConfig):
     conv_width: int = 4
     output_gate: bool = True
     overshoot: bool = False
+    init: str = "normal"
     norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
@@ -41,6 +44,11 @@ class DeltaConfig(MixerConfig):
             self.conv_width == 0 or self.conv_width >= 2, f"delta: conv_width must be 0 or >= 2, got {self.conv_width}."
         )
         require(self.value_dim >= 0, f"delta: value_dim must not be negative, got {self.value_dim}.")
+        require(
+            self.init in ("normal", "induction"), f'delta: init must be "normal" or "induction", got {self.init!r}.'
+        )
+        shifts = self.init == "normal" or (self.conv_width > 0 and self.order == 1)
+        require(shifts, 'delta: init="induction" shifts keys by the convolution; it needs conv_width >= 2 and order 1.')
 
 
 @register_state
@@ -84,6 +92,19 @@ class Delta(Mixer):
             self.log_rate.data.log_()
             step = torch.empty_like(self.decay.bias).uniform_(math.log(1e-3), math.log(1e-1)).exp()
             self.decay.bias.data.copy_(step + torch.log(-torch.expm1(-step)))
+        if self.config.init == "induction":
+            self._start_as_induction()
+
+    @torch.no_grad()
+    def _start_as_induction(self) -> None:
+        """Key of token t: the feature of token t − 1; value: token t; query: the feature of token t; and a little noise."""
+        assert self.conv is not None
+        keys = self.sizes[0]
+        self.qkv.weight[keys : 2 * keys] = self.qkv.weight[:keys]
+        taps = nn.init.normal_(self.conv.weight, std=0.1 * self.conv.width**-0.5)
+        taps[:keys, -1] += 1
+        taps[keys : 2 * keys, -2] += 1
+        taps[2 * keys :, -1] += 1
 
     def init_state(self, num_sequences: int) -> DeltaMixerState:
         c, weight = self.config, self.qkv.weight

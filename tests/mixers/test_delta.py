@@ -7,10 +7,27 @@ from fastweight.mixers.delta import Delta, DeltaConfig
 CASES = {
     "delta": DeltaConfig(num_heads=2, head_dim=4),
     "gated": DeltaConfig(num_heads=2, head_dim=4, value_dim=6, gated=True),
+    "induction": DeltaConfig(num_heads=2, head_dim=4, output_gate=False, init="induction"),
     "order2": DeltaConfig(
         num_heads=2, head_dim=4, gated=True, order=2, conv_width=0, output_gate=False, overshoot=True
     ),
 }
+
+
+def test_an_untrained_induction_memory_finds_what_followed_last_time():
+    torch.manual_seed(0)
+    mixer = Delta(32, DeltaConfig(num_heads=1, head_dim=32, init="induction", output_gate=False)).double()
+    mixer.reset_parameters(0.3)
+    letters = torch.randn(6, 32, dtype=torch.float64)
+    text = [0, 1, 2, 3, 4, 5, 2]  # 2 was followed by 3
+    x = letters[text][None]
+    state = mixer.init_state(1)
+    _, state = mixer.parallel(x[:, :-1], state)
+    with torch.no_grad():
+        (q, _, _, _, _), _ = mixer._project(x, mixer.init_state(1).conv, None)
+        values = mixer._project(letters[[0, 1, 2, 3, 4, 5]][None], mixer.init_state(1).conv, None)[0][2][0, :, 0, 0]
+        read = torch.einsum("kv,k->v", state.memory.memory[0, 0], q[0, -1, 0])
+    assert torch.cosine_similarity(read[None], values).argmax() == 3
 
 
 def test_unknown_settings_are_refused_by_name():
