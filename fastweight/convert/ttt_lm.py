@@ -4,19 +4,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from fastweight import files
 from fastweight.configs import require
 from fastweight.convert.base import Format, keep_source, read_json, source_of
+from fastweight.convert.folders import WEIGHTS, check_number, read_weights, same_bytes
 from fastweight.convert.ttt_names import Settings, fill, spread
 from fastweight.model import Model
 
 NAME = "ttt-lm"
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 # Our setting → (key of config.json, value where the key is absent; None: it must be there). A folder that transformers
@@ -48,11 +46,11 @@ def read(src: Path, config: Path | None) -> Model:
     path = src / "config.json" if config is None else config
     data = read_json(path, "the settings of a TTT model (hidden_size, ttt_layer_type, ...)")
     settings = to_settings(data, str(path))
-    found = _read_weights(src)
+    found = read_weights(src)
     head_stored = HEAD in found
     if settings.tied and head_stored:
         embedding, head = found.get(EMBEDDING), found.pop(HEAD)
-        same = embedding is not None and _same_bytes(head, embedding)
+        same = embedding is not None and same_bytes(head, embedding)
         require(same, f"{src}: {HEAD} differs from {EMBEDDING}, but tie_word_embeddings is true.")
     model = fill(settings.to_config(), str(src), found, jax=False)
     return keep_source(model, NAME, {"config": data, "head_stored": head_stored})
@@ -89,14 +87,6 @@ def to_settings(data: dict[str, Any], source: str) -> Settings:
     return Settings(**values)
 
 
-def check_number(what: str, wanted: type, value: Any) -> Any:
-    """`value` as an int, float or bool; anything else, like text or a fraction for an int, is refused."""
-    right = isinstance(value, wanted) or (wanted is float and isinstance(value, int))
-    right = right and isinstance(value, bool) == (wanted is bool)
-    require(right, f"{what} must be {wanted.__name__}, got {type(value).__name__} {value!r}.")
-    return wanted(value)
-
-
 def _to_json(settings: Settings, original: dict[str, Any] | None, weights: dict[str, Tensor]) -> dict[str, Any]:
     """The original config.json if it still describes the model; otherwise what this model is, plus its other keys."""
     if original is not None and to_settings(original, "source_config.json") == settings:
@@ -105,42 +95,6 @@ def _to_json(settings: Settings, original: dict[str, Any] | None, weights: dict[
     fresh = {"architectures": ["TTTForCausalLM"], "torch_dtype": dtype, **FIXED}
     fresh |= {key: getattr(settings, ours) for ours, (key, _) in KEYS.items()}
     return (original or {}) | fresh | {"ttt_layer_type": "mlp" if settings.mlp else "linear"}
-
-
-def _read_weights(src: Path) -> dict[str, Tensor]:
-    """All tensors of a folder with one safetensors file, or with shards and their index."""
-    single, index = src / WEIGHTS, src / INDEX
-    if single.is_file():
-        return _load(single)
-    if not index.is_file():
-        pickled = sorted(p.name for p in src.glob("*.bin"))
-        hint = f" {pickled[0]} is a pickle, which can run code; convert it to safetensors first." if pickled else ""
-        raise FileNotFoundError(f"{src} holds neither {WEIGHTS} nor {INDEX}.{hint}")
-    listed = read_json(index, 'a "weight_map" of tensor names to files').get("weight_map")
-    good = isinstance(listed, dict) and all(isinstance(v, str) and Path(v).name == v for v in listed.values())
-    require(good, f'{index}: "weight_map" must map tensor names to file names in the same folder.')
-    found: dict[str, Tensor] = {}
-    assert isinstance(listed, dict)
-    for shard in sorted(set(listed.values())):
-        part = _load(src / shard)
-        wanted = {name for name, file in listed.items() if file == shard}
-        wrong = sorted(wanted ^ part.keys())
-        require(not wrong, f"{src / shard} and {INDEX} disagree about {', '.join(wrong[:8])}.")
-        found |= part
-    return found
-
-
-def _load(path: Path) -> dict[str, Tensor]:
-    require(path.is_file(), f"{path} is missing.")
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is truncated or damaged ({error}). Fetch it again.") from error
-
-
-def _same_bytes(a: Tensor, b: Tensor) -> bool:
-    """Equal dtype, shape and bits (a NaN equals itself)."""
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
 FORMAT = Format(NAME, read, write, "TTT-Linear and TTT-MLP: folder of the PyTorch code, config.json + safetensors")

@@ -17,7 +17,7 @@ from torch import Tensor
 from fastweight import files
 from fastweight.configs import check_keys, require, to_json
 from fastweight.convert.base import Format, keep_source, read_json, source_of
-from fastweight.convert.ttt_lm import check_number
+from fastweight.convert.folders import check_number
 from fastweight.convert.ttt_names import Settings, fill, spread
 from fastweight.model import Model
 
@@ -184,7 +184,7 @@ def _pack(tensor: Tensor) -> bytes:
     """A record's bytes, exactly as flax packs an array."""
     name = next((name for name, dtype in DTYPES.items() if dtype == tensor.dtype), None)
     require(name is not None, f"{NAME} cannot hold {tensor.dtype}; convert the model to float32 or bfloat16.")
-    raw = tensor.contiguous().view(torch.uint8).numpy().tobytes()
+    raw = tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
     inner = msgpack.Packer().pack((tuple(tensor.shape), name, raw))
     return msgpack.Packer().pack(msgpack.ExtType(ARRAY, inner))
 

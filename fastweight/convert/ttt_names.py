@@ -6,10 +6,10 @@ Sources: the repositories test-time-training/ttt-lm-pytorch and test-time-traini
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from fastweight.configs import require
+from fastweight.convert.folders import require_equal, skeleton
 from fastweight.layers import FeedForwardConfig
 from fastweight.mixers.ttt import TTTConfig, TTTLinearConfig, TTTMLPConfig
 from fastweight.model import BlockConfig, Model, ModelConfig, check_weights
@@ -103,12 +103,6 @@ def names(config: ModelConfig) -> dict[str, Name]:
         ]
     table = {name.ours: name for name in found}
     return {ours: table[ours] for ours in skeleton(config).state_dict()}
-
-
-def skeleton(config: ModelConfig) -> Model:
-    """The model with its shapes but no memory behind them."""
-    with torch.device("meta"):
-        return Model(config)
 
 
 def fill(config: ModelConfig, source: str, found: dict[Any, Tensor], *, jax: bool) -> Model:
@@ -206,20 +200,5 @@ class Settings(NamedTuple):
             config.tie_embeddings,
         )  # fmt: skip
         # Whatever else the model says must be what every model of this format is.
-        wanted, got = _flat(settings.to_config().to_dict()), _flat(config.to_dict())
-        other = [
-            f"{key} is {got.get(key)!r} (needs {wanted.get(key)!r})"
-            for key in sorted(wanted.keys() | got.keys())
-            if got.get(key) != wanted.get(key)
-        ]
-        require(not other, f"{format} cannot hold this model: {'; '.join(other[:4])}.")
+        require_equal(format, config, settings.to_config())
         return settings
-
-
-def _flat(data: Any, name: str = "") -> dict[str, Any]:
-    """Nested JSON as {"blocks[0].mixer.kind": value}."""
-    if isinstance(data, dict):
-        return {k: v for key, child in data.items() for k, v in _flat(child, f"{name}.{key}".lstrip(".")).items()}
-    if isinstance(data, list):
-        return {k: v for i, child in enumerate(data) for k, v in _flat(child, f"{name}[{i}]").items()}
-    return {name: data}
