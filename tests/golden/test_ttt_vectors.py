@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 from safetensors.torch import save_file
+from ttt_checkpoints import VOCAB, published_config, published_shapes
 
 from fastweight.convert import import_checkpoint
 from fastweight.ops.ttt import TTTWeights, new_state, ttt_linear, ttt_mlp
@@ -108,29 +109,7 @@ MODELS = {
     ("mlp", False): (42, 4.726710, (-0.80134, 2.89974, -0.43860, 0.64051), (-0.01100, 1.31350, -0.27632, 1.01267),
                      (-0.91212, 2.47198, -0.30371, -0.63412), (0.33044, -0.18699, -0.81460, 1.38147)),
 }  # fmt: skip
-D, HIDDEN, HEADS, HEAD_DIM, CHUNK, VOCAB = 16, 24, 2, 8, 16, 50
 every_model = pytest.mark.parametrize("which", MODELS, ids=lambda w: f"{w[0]}-{'mamba' if w[1] else 'transformer'}")
-
-
-def published_shapes(kind, mamba):
-    """Name → shape of every tensor of the PyTorch code."""
-    wide = HEAD_DIM if kind == "linear" else 4 * HEAD_DIM
-    block = {f"seq_modeling_block.{n}_proj.weight": (D, D) for n in ("qvog" if mamba else "qkvo")}
-    block |= {"seq_norm.weight": (D,), "ffn_norm.weight": (D,), "mlp.gate_proj.weight": (HIDDEN, D)}
-    block |= {"mlp.up_proj.weight": (HIDDEN, D), "mlp.down_proj.weight": (D, HIDDEN)}
-    if mamba:
-        convs = "conv.conv", "seq_modeling_block.conv_q", "seq_modeling_block.conv_k"
-        block |= {f"{c}.weight": (D, 1, 4) for c in convs} | {f"{c}.bias": (D,) for c in convs}
-        block["conv.norm.weight"] = (D,)
-    inner = {"W1": (HEADS, HEAD_DIM, wide), "b1": (HEADS, 1, wide), "learnable_token_idx": (CHUNK,)}
-    inner |= {"learnable_ttt_lr_weight": (HEADS, 1, D), "learnable_ttt_lr_bias": (HEADS, 1)}
-    inner |= {"ttt_norm_weight": (HEADS, HEAD_DIM), "ttt_norm_bias": (HEADS, HEAD_DIM)}
-    inner |= {"post_norm.weight": (D,), "post_norm.bias": (D,)}
-    if kind == "mlp":
-        inner |= {"W2": (HEADS, wide, HEAD_DIM), "b2": (HEADS, 1, HEAD_DIM)}
-    block |= {f"seq_modeling_block.{name}": shape for name, shape in inner.items()}
-    whole = {f"model.layers.{i}.{name}": shape for i in range(2) for name, shape in block.items()}
-    return whole | {"model.embed_tokens.weight": (VOCAB, D), "model.norm.weight": (D,)}
 
 
 def hashed(shapes):
@@ -154,13 +133,7 @@ def model(which, tmp_path):
     source = tmp_path / "source"
     source.mkdir()
     save_file(tensors, source / "model.safetensors")
-    config = {
-        "model_type": "ttt", "vocab_size": VOCAB, "hidden_size": D, "intermediate_size": HIDDEN, "num_hidden_layers": 2,
-        "num_attention_heads": HEADS, "mini_batch_size": CHUNK, "ttt_layer_type": kind, "use_gate": mamba,
-        "share_qk": mamba, "pre_conv": mamba, "conv_kernel": 4, "ttt_base_lr": 1.0 if kind == "linear" else 0.1,
-        "tie_word_embeddings": True,
-    }  # fmt: skip
-    (source / "config.json").write_text(json.dumps(config))
+    (source / "config.json").write_text(json.dumps(published_config(kind, mamba)))
     return import_checkpoint(source, tmp_path / "model", "ttt-lm")
 
 
