@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from fastweight import Model, ModelConfig
-from fastweight.mixers import mixer_kinds
 from fastweight.presets import SIZES, preset, preset_names, preset_parameters
 
 # The models of ttt-lm-jax and ttt-lm-pytorch, in millions, to the digits they are known to.
@@ -68,8 +67,7 @@ def test_delta_models_differ_from_transformers_by_rates_convolutions_and_a_norm(
 
 def test_every_kind_of_layer_has_a_tiny_model():
     kinds = {block.mixer.kind for name in TINY for block in preset(name).blocks}
-    assert kinds == set(mixer_kinds())
-    assert {f"tiny-{kind.replace('_', '-')}" for kind in mixer_kinds()} <= set(TINY)
+    assert kinds >= {"attention", "delta", "lact", "ttt_linear", "ttt_mlp"}
 
 
 def test_hybrids_take_turns():

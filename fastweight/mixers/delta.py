@@ -97,7 +97,7 @@ class Delta(Mixer):
 
     @torch.no_grad()
     def _start_as_induction(self) -> None:
-        """Key of token t: the feature of token t − 1; value: token t; query: the feature of token t; and a little noise."""
+        """Key of token t: the feature of token t − 1; value: token t; query: the feature of token t; a little noise."""
         assert self.conv is not None
         keys = self.sizes[0]
         self.qkv.weight[keys : 2 * keys] = self.qkv.weight[:keys]
