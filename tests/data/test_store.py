@@ -1,13 +1,16 @@
 """The store gives back what was written, across shards, and notices every kind of damage."""
 
 import json
+import os
 import re
+import sys
 
 import numpy as np
 import pytest
 from data.corpora import byte_split, flat, random_texts, write_store
 
 from fastweight.data import BPETokenizer, ByteTokenizer, Store, StoreError, StoreWriter
+from fastweight.data.store import checksums, manifest_seal
 
 TEXTS = ["hello", "é 漢字", "x", "a longer document " * 4, "end"]
 
@@ -218,6 +221,64 @@ def test_a_writer_continues_from_its_record_and_forgets_what_came_after(tmp_path
         second.add("train", *tokenizer.encode(text))
     second.finish()
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
+def test_an_interrupted_tail_leaves_no_trace_even_if_nothing_follows(tmp_path):
+    texts, tokenizer = random_texts(12, 40), ByteTokenizer()
+    write_store(tmp_path / "whole", texts, shard_tokens=100)
+    first = StoreWriter(tmp_path / "cut", tokenizer, shard_tokens=100)
+    for text in texts:
+        first.add("train", *tokenizer.encode(text))
+    record = first.commit()
+    for text in random_texts(20, 40, seed=9):  # fills the open shard and starts others
+        first.add("train", *tokenizer.encode(text))
+    first.close()
+    StoreWriter(tmp_path / "cut", tokenizer, shard_tokens=100, record=record).finish()
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
+def test_data_reaches_the_disk_before_it_is_recorded(tmp_path, monkeypatch):
+    module, events = sys.modules["fastweight.data.store_writer"], []
+    sync, write = os.fsync, module.write_text
+    monkeypatch.setattr(os, "fsync", lambda handle: (events.append("sync"), sync(handle))[1])
+    writer = StoreWriter(tmp_path, ByteTokenizer())
+    writer.add("train", *ByteTokenizer().encode("abc"))
+    monkeypatch.setattr(module, "write_text", lambda *a: (events.append("record"), write(*a))[1])
+    del events[:]
+    writer.commit()
+    writer.close()
+    assert events[:3] == ["sync", "sync", "record"]  # tokens, documents, then the record
+
+
+def forge(folder, part, words, dtype):
+    """Put other contents into a file and make all checksums agree with it, as a faulty writer would."""
+    path, manifest = folder / "train" / f"{part}-00000.bin", json.loads((folder / "manifest.json").read_text())
+    path.write_bytes(np.array(words, dtype=dtype).tobytes())
+    manifest["splits"]["train"]["shards"][0][part] |= checksums(path)
+    del manifest["sha256"]
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "sha256": manifest_seal(manifest)}))
+    return Store.open(folder)
+
+
+def test_token_ids_outside_the_vocabulary_are_found(tmp_path):
+    write_store(tmp_path, ["ab", "c"])
+    store = forge(tmp_path, "tokens", [256, 97, 300, 256, 99], "<u2")
+    with pytest.raises(StoreError, match="shard 0: token id 300 is outside the vocabulary of 257"):
+        store.verify()
+
+
+@pytest.mark.parametrize("ends", [[5, 3], [3, 3], [2, 4]])
+def test_document_ends_that_cannot_be_are_found(tmp_path, ends):
+    write_store(tmp_path, ["ab", "c"])
+    with pytest.raises(StoreError, match="document ends do not increase up to the 5 tokens"):
+        forge(tmp_path, "documents", ends, "<u8").verify()
+
+
+def test_byte_counts_that_do_not_add_up_are_found(tmp_path, bpe):
+    write_store(tmp_path, ["hello"], bpe)
+    length = len(bpe.encode("hello").ids) + 1
+    with pytest.raises(StoreError, match=f"byte counts add up to {length}, the manifest says 5"):
+        forge(tmp_path, "bytes", [1] * length, "<u2").verify()
 
 
 def contents(folder):
