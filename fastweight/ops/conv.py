@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 
 def causal_conv(
@@ -19,7 +18,10 @@ def causal_conv(
     back = weight.shape[1] - 1
     if cu_seqlens is None:
         seen = torch.cat((before, seen), 1)
-        y = F.conv1d(seen.transpose(1, 2), weight[:, None], groups=x.shape[-1]).transpose(1, 2)
+        # One multiply-add per tap: on a CPU several times faster than the depthwise conv1d, backward above all.
+        y = seen[:, : x.shape[1]] * weight[:, 0]
+        for tap in range(1, back + 1):
+            y = torch.addcmul(y, seen[:, tap : tap + x.shape[1]], weight[:, tap])
         new_tail = seen[:, seen.shape[1] - back :]
     else:
         y, new_tail = _packed(seen[0], weight, before, cu_seqlens)
