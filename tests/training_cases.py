@@ -53,7 +53,7 @@ def tiny_model(dtype: torch.dtype = torch.float32, seed: int = 0) -> Model:
 
 
 def tiny_config(store: Path | str, **changes) -> TrainConfig:
-    """8 steps of 4 × 32 tokens, every step logged; a key of a nested config ("lr", "view", ...) is put where it belongs."""
+    """8 steps of 4 × 32 tokens, all logged. A key of a nested config ("lr", "view", ...) is put where it belongs."""
     config = TrainConfig(
         data=DataConfig(store=str(store), seq_len=32, batch_size=4),
         optimizer=OptimizerConfig(lr=3e-3),

@@ -43,7 +43,7 @@ def replace_folder(path: Path, write: Callable[[Path], None]) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         _restore(path, old)
         if isinstance(error, (OSError, SafetensorError)):
-            raise OSError(f"could not write {path}: {error}") from error
+            raise OSError(f"could not write {path}: {str(error).rstrip('.')}") from error
         raise
     shutil.rmtree(old, ignore_errors=True)
 

@@ -53,8 +53,7 @@ def _mixer_inputs(model: Model, tokens: Tensor) -> list[tuple[Any, Tensor, Any]]
     return caught
 
 
-def _shorten(values: Tensor) -> list[float | None]:
-    """At most 64 means over equal stretches; None where a value is not finite."""
+def _shorten(values: Tensor) -> list[float]:
+    """At most 64 means over equal stretches."""
     stretches = values.float().tensor_split(min(MAX_POINTS, max(1, values.numel())))
-    means = [stretch.mean().item() for stretch in stretches if stretch.numel()]
-    return [mean if torch.isfinite(torch.tensor(mean)) else None for mean in means]
+    return [stretch.mean().item() for stretch in stretches if stretch.numel()]

@@ -8,6 +8,7 @@ import torch
 
 from fastweight.configs import require
 from fastweight.data import Batch, Store
+from fastweight.mixers.ttt import inner_lr_warmup
 from fastweight.model import Model
 from fastweight.optim import Optimizer, schedule_factor
 from fastweight.state import ModelState
@@ -16,7 +17,7 @@ from fastweight.train.config import TrainConfig
 from fastweight.train.heldout import heldout_loss
 from fastweight.train.inner import inner_statistics
 from fastweight.train.loss import count, train_on
-from fastweight.train.metrics import Metrics
+from fastweight.train.metrics import Metrics, finite
 from fastweight.train.report import Report, summary, warn_of_faults
 from fastweight.train.signals import StopRequest
 from fastweight.train.source import step_batches
@@ -61,7 +62,7 @@ class Trainer:
         steps = step_batches(self.store.split("train"), config.data, config.seed, tally.step)
         try:
             while not (ended := self._ended(stop)):
-                self._step(next(steps))
+                self.step(next(steps))
         finally:
             self.report.stop()
             self._set_inner_rate(1.0)
@@ -105,7 +106,8 @@ class Trainer:
         part = self.tally.step / self.config.steps
         return max(part, min(1.0, self._seconds() / self.config.max_seconds)) if self.config.max_seconds else part
 
-    def _step(self, batches: list[Batch]) -> None:
+    def step(self, batches: list[Batch]) -> None:
+        """One step and all that is due after it."""
         config, log, tally = self.config, self.config.log, self.tally
         started, tokens = time.monotonic(), sum(batch.tokens.numel() for batch in batches)
         rate = self._update(batches)
@@ -188,9 +190,7 @@ class Trainer:
     def _warm_inner_rate(self) -> None:
         warmup = self.config.inner_rate
         if warmup.steps:
-            self._set_inner_rate(
-                warmup.first_ratio + min(1.0, self.tally.step / warmup.steps) * (1 - warmup.first_ratio)
-            )
+            self._set_inner_rate(inner_lr_warmup(self.tally.step + 1, warmup.first_ratio, 1.0, warmup.steps))
 
     def _set_inner_rate(self, scale: float) -> None:
         for mixer in self._scaled:
@@ -218,7 +218,8 @@ class Trainer:
     def _log_heldout(self) -> None:
         self._set_inner_rate(1.0)
         nats, bits = heldout_loss(self.model, self.store.split("heldout"), self.config)
-        self.tally.heldout_nats, self.tally.heldout_bits_per_byte = nats, bits
+        # JSON, and so the checkpoint, knows no NaN.
+        self.tally.heldout_nats, self.tally.heldout_bits_per_byte = finite(nats), finite(bits)
         self.metrics.write("heldout", self.tally.step, {"loss_nats": nats, "bits_per_byte": bits})
         self.report.say(f"step {self.tally.step}: held-out loss {nats:.4f} nats, {bits:.3f} bits/byte")
 

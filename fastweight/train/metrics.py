@@ -1,6 +1,7 @@
 """Where the numbers of a run go: metrics.jsonl always, TensorBoard and Weights & Biases on request."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ class Metrics:
         self._file = (out / FILE).open("a", encoding="utf-8")
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """Record `values` as a line {"kind", "step", ...}."""
+        """Record `values` as a line {"kind", "step", ...}; numbers that are not finite become null."""
+        values = finite(values)
         self._file.write(json.dumps({"kind": kind, "step": step, **values}, allow_nan=False) + "\n")
         self._file.flush()
         scalars = {f"{kind}/{name}": value for name, value in values.items() if isinstance(value, (int, float))}
@@ -40,6 +42,15 @@ class Metrics:
             self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def finite(value: Any) -> Any:
+    """The same JSON value with None for every number that is not finite, which JSON does not know."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_metrics(out: str | Path, kind: str = "") -> list[dict[str, Any]]:

@@ -190,6 +190,15 @@ def test_the_heldout_loss_is_that_of_the_first_windows(store, tmp_path):
     assert result.heldout_bits_per_byte == pytest.approx(nats / math.log(2) / batch.num_bytes, rel=1e-6)
 
 
+def test_a_heldout_loss_that_is_not_finite_is_recorded_as_unknown(store, tmp_path):
+    config = tiny_config(store, heldout_every=4, heldout_tokens=4 * 32)
+    model = poison(tiny_model(), {4})
+    train(config, tmp_path, model=model, quiet=True)
+    first, second = read_metrics(tmp_path, "heldout")
+    assert (first["loss_nats"], first["bits_per_byte"]) == (None, None)
+    assert second["loss_nats"] > 0
+
+
 def test_inner_statistics_are_those_of_the_layer_on_its_own_input(store, tmp_path):
     from fastweight.train.inner import inner_statistics
 
@@ -256,7 +265,8 @@ def tiny_model_without_seeding():
 COMPILED = """
 compile = torch.nn.Module.compile
 torch.nn.Module.compile = lambda self: compile(self, backend="aot_eager")
-result = train(tiny_config(store, steps=3, warmup_steps=0, stats_every=3, compile=True), out, model=tiny_model(), quiet=True)
+config = tiny_config(store, steps=3, warmup_steps=0, stats_every=3, compile=True)
+train(config, out, model=tiny_model(), quiet=True)
 print(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 """
 

@@ -1,0 +1,87 @@
+"""Training tokens per second, whole steps: reading, forward, backward, clipping, optimiser; no logging, no saving.
+
+Every tiny preset with AdamW, and the first one also with Muon, on random bytes: the speed does not depend on the text.
+"""
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+
+from benchmarks.timing import machine, measure, print_table, write_json
+from fastweight.data import ByteTokenizer, Store, StoreWriter
+from fastweight.model import Model
+from fastweight.optim import OptimizerConfig
+from fastweight.train import DataConfig, LogConfig, ModelSource, TrainConfig
+from fastweight.train.loop import Trainer
+from fastweight.train.metrics import Metrics
+from fastweight.train.report import Report
+from fastweight.train.source import step_batches
+from fastweight.train.tally import Tally
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """presets: which models. seq_len, batch_size: tokens of one step."""
+
+    presets: tuple[str, ...] = ("tiny-delta", "tiny-gated-delta", "tiny-hybrid", "tiny-attention", "tiny-ttt-linear")
+    seq_len: int = 512
+    batch_size: int = 8
+    device: str = "cpu"
+    precision: str = "float32"
+    seconds: float = 5.0
+    json: Path | None = None
+
+
+def random_store(folder: Path, num_tokens: int) -> Store:
+    """One document of random bytes."""
+    writer = StoreWriter(folder, ByteTokenizer())
+    ids = np.random.default_rng(0).integers(0, 256, num_tokens)
+    writer.add("train", ids, np.ones_like(ids))
+    writer.finish(source="random bytes")
+    return Store.open(folder)
+
+
+def time_steps(preset: str, optimizer: str, options: Options, folder: Path) -> dict[str, float]:
+    """Milliseconds of one step: median and quartiles."""
+    store = random_store(folder / "store", 64 * options.seq_len * options.batch_size)
+    config = TrainConfig(
+        model=ModelSource(preset=preset),
+        data=DataConfig(seq_len=options.seq_len, batch_size=options.batch_size),
+        optimizer=OptimizerConfig(name=optimizer),  # type: ignore[arg-type]  # checked by the config
+        log=LogConfig(every=10**9),
+        precision=options.precision,  # type: ignore[arg-type]  # checked by the config
+        steps=10**9,
+    )
+    torch.manual_seed(0)
+    model = Model.from_preset(preset).to(options.device)
+    metrics = Metrics(folder, config.log, 0, {})
+    trainer = Trainer(config, folder, model, store, Tally(), Report(config, quiet=True), metrics)
+    steps = step_batches(store.split("train"), config.data, seed=0, start_step=0)
+    result = measure(lambda: trainer.step(next(steps)), options.device, seconds=options.seconds)
+    metrics.close()
+    return result
+
+
+def main(options: Options) -> None:
+    runs = [(preset, "adamw") for preset in options.presets] + [(options.presets[0], "muon")]
+    tokens, rows, records = options.seq_len * options.batch_size, [], []
+    for preset, optimizer in runs:
+        with tempfile.TemporaryDirectory() as folder:
+            timing = time_steps(preset, optimizer, options, Path(folder))
+        rate = 1e3 * tokens / timing["median_ms"]
+        spread = f"{timing['low_ms']:.0f}–{timing['high_ms']:.0f}"
+        rows.append([preset, optimizer, f"{timing['median_ms']:.0f}", spread, f"{rate:,.0f}"])
+        records.append({"preset": preset, "optimizer": optimizer, "tokens_per_second": rate, **timing})
+    where = machine(options.device)
+    title = f"Training, {options.batch_size} × {options.seq_len} tokens per step, {options.precision}, {where}"
+    print_table(title, ["preset", "optimizer", "median ms/step", "quartiles", "tokens/s"], rows)
+    shape = {"seq_len": options.seq_len, "batch_size": options.batch_size, "precision": options.precision}
+    write_json(options.json, {"machine": where, **shape, "runs": records})
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))
