@@ -72,7 +72,7 @@ def chunked(
     heads = q.shape[2]
     chunks = _prepare(plan, *tokens, tau, ln_weight, ln_bias)
     fast, sums = (_flatten(tree, plan.order) for tree in (weights, pending))
-    before = Before(sums, tau[:, None], _ends(plan, 0, heads, tau)) if any(phases) else None
+    before = Before(sums, tau[:, None], _ends(plan, 1, heads, tau)) if any(phases) else None
     rows = plan.active[0]
     scale = ln_weight.square()[None].expand(rows, -1, -1).reshape(rows * heads, 1, -1)
     z, fast, sums, skipped = _loop(plan, chunks, fast, before, Rule(scale, eps, False), heads)
@@ -94,19 +94,20 @@ def _prepare(
     shift = (ln_bias - (v - k)) * ln_weight
     query, key, shift, rate = (plan.gather(x).transpose(1, 2).flatten(0, 1) for x in (q, k, shift, rate[..., None]))
     key, query = F.pad(key, (0, 1), value=1.0), F.pad(query, (0, 1), value=1.0)
-    ends = torch.cat([_ends(plan, i, heads, tau) for i in range(len(plan.active))])
-    flush = ends * rate
+    flush = _ends(plan, len(plan.active), heads, tau) * rate
     eta = (tau[:, None] * rate.transpose(1, 2)).tril()
     grids = (key, query, shift, rate, flush, (flush * key).transpose(1, 2), eta, eta * (query @ key.transpose(1, 2)))
     sizes = [rows * heads for rows in plan.active]
     return [Chunk(*parts) for parts in zip(*(grid.split(sizes) for grid in grids), strict=True)]
 
 
-def _ends(plan: ChunkPlan, i: int, heads: int, tau: Tensor) -> Tensor:
-    """τ_last for the rows that fill chunk i, 0 for the others: [rows · heads, 1, 1]."""
-    full = plan.complete[i]
-    mask = tau.new_ones(plan.active[i]) if full is None else full.to(tau.dtype)
-    return (tau[-1] * mask).repeat_interleave(heads)[:, None, None]
+def _ends(plan: ChunkPlan, count: int, heads: int, tau: Tensor) -> Tensor:
+    """τ_last for the rows that fill their chunk, 0 for the others, over the first `count` chunks: [·, 1, 1]."""
+    cells = list(zip(plan.active[:count], plan.complete[:count], strict=True))
+    if all(full is None for _, full in cells):
+        return tau[-1].expand(sum(rows for rows, _ in cells) * heads, 1, 1)
+    masks = [tau.new_ones(rows) if full is None else full.to(tau.dtype) for rows, full in cells]
+    return (tau[-1] * torch.cat(masks)).repeat_interleave(heads)[:, None, None]
 
 
 def _loop(
@@ -185,15 +186,13 @@ def _pending(
     chunk: Chunk, writes: list[Write], before: Before | None, full: Tensor | None, start: int, heads: int
 ) -> Fast:
     """Gradient sums that rows from `start` on leave behind: zero where the mini-batch is finished."""
-    sums = []
+    if full is None:
+        return tuple(x.new_zeros(x.shape[0] - start, x.shape[2], grad.shape[2]) for x, grad in writes)
+    sums, done = [], full.repeat_interleave(heads)[start:, None, None]
     for n, (x, grad) in enumerate(writes):
         total = x[start:].transpose(1, 2) @ (chunk.rate[start:] * grad[start:])
         total = total if before is None else total + before.pending[n][start:]
-        if full is None:
-            sums.append(torch.zeros_like(total))
-        else:
-            done = full.repeat_interleave(heads)[start:, None, None]
-            sums.append(torch.where(done, torch.zeros_like(total), total))
+        sums.append(torch.where(done, torch.zeros_like(total), total))
     return tuple(sums)
 
 

@@ -43,13 +43,13 @@ def _read(
         q, k, v = (x[:, t, :, None] for x in tokens[:3])  # [N, H, 1, D]
         slot = (position + t) % tau.numel()
         writes, good = _gradient(fast, k, v - k, tokens[3][:, t, :, None, None], norm)
-        total = tuple(torch.where(good, s + w, s) for s, w in zip(total, writes, strict=True))
-        local = tuple(w - tau[slot][:, None, None, None] * s for w, s in zip(fast, total, strict=True))
+        total = tuple(s + x.transpose(-1, -2) @ d for s, (x, d) in zip(total, writes, strict=True))
+        local = tuple(torch.addcmul(w, tau[slot][:, None, None, None], s, value=-1) for w, s in zip(fast, total))
         outputs.append((q + predict(local, q, norm)).squeeze(2))
         last = (slot == tau.numel() - 1)[:, None, None, None]
         sound = _finite(local)
         fast = tuple(torch.where(last & sound, new, old) for new, old in zip(local, fast, strict=True))
-        total = tuple(torch.where(last, torch.zeros_like(s), s) for s in total)
+        total = tuple(s.masked_fill(last, 0) for s in total)
         skipped.append((~good | last & ~sound).flatten(1).any(1))
     return torch.stack(outputs, 1), TTTWeights(*fast), TTTWeights(*total), torch.stack(skipped, 1)
 
@@ -70,22 +70,23 @@ def _layers(fast: tuple[Tensor, ...], x: Tensor) -> list[Tensor]:
 
 def _gradient(
     fast: tuple[Tensor, ...], k: Tensor, target: Tensor, rate: Tensor, norm: tuple
-) -> tuple[list[Tensor], Tensor]:
-    """rate · ∂ℓ/∂(each fast weight), and whether all of it is finite, [N, H, 1, 1]."""
+) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+    """rate · ∂ℓ/∂(each fast weight) as pairs (x, d) for xᵀ d, and whether a head's is finite; d is 0 if not."""
     z = _layers(fast, k)
-    g = inner_gradient(z[-1], target, *norm)
+    g, one = inner_gradient(z[-1], target, *norm), torch.ones_like(rate)
     writes = []
     if len(fast) == 4:
-        writes = [F.gelu(z[0], approximate="tanh").transpose(-1, -2) @ (rate * g), rate * g]
+        writes = [(F.gelu(z[0], approximate="tanh"), rate * g), (one, rate * g)]
         g = (g @ fast[2].transpose(-1, -2)) * gelu_slope(z[0])
-    writes = [k.transpose(-1, -2) @ (rate * g), rate * g, *writes]
-    return writes, _finite(writes)
+    writes = [(k, rate * g), (one, rate * g), *writes]
+    good = _finite([x.abs().amax(-1, keepdim=True) * d for x, d in writes])
+    return [(x, torch.where(good, d, torch.zeros_like(d))) for x, d in writes], good
 
 
 def _finite(parts: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
-    """Whether every entry of a head's tensors is finite: [N, H, 1, 1]."""
-    flags = torch.stack([part.isfinite().flatten(2).all(-1) for part in parts])
-    return flags.all(0)[..., None, None]
+    """Whether every entry of a head's tensors is finite: [N, H, 1, 1]. NaN and infinity show in the extremes."""
+    extremes = [bound for part in parts for bound in (part.amax((2, 3)), part.amin((2, 3)))]
+    return torch.stack(extremes, -1).isfinite().all(-1)[..., None, None]
 
 
 def inner_gradient(z: Tensor, target: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
