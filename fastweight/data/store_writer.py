@@ -88,9 +88,7 @@ class StoreWriter:
             raise ValueError(
                 f"StoreWriter: byte counts must lie in 0..{limit}, got {num_bytes.min()}..{num_bytes.max()}."
             )
-        self._splits[split].add(
-            np.concatenate([[self.tokenizer.bos_id], ids]), np.concatenate([[0], num_bytes]), int(num_bytes.sum())
-        )
+        self._splits[split].add(self.tokenizer.bos_id, ids, num_bytes)
 
     def count(self, quantity: str) -> int:
         """Return the total of "num_tokens", "num_documents" or "num_bytes" over the splits."""
@@ -173,15 +171,16 @@ class _SplitWriter:
             self.files[part].truncate(length)
             self.files[part].seek(length)
 
-    def add(self, ids: np.ndarray, num_bytes: np.ndarray, total_bytes: int) -> None:
+    def add(self, bos_id: int, ids: np.ndarray, num_bytes: np.ndarray) -> None:
         if not self.files:
             self._open_files()
-        self.counts["num_tokens"] += len(ids)
+        self.counts["num_tokens"] += 1 + len(ids)
         self.counts["num_documents"] += 1
-        self.counts["num_bytes"] += total_bytes
-        arrays = {"tokens": ids, "bytes": num_bytes, "documents": np.array([self.counts["num_tokens"]])}
+        self.counts["num_bytes"] += int(num_bytes.sum())
+        parts = {"tokens": ([bos_id], ids), "bytes": ([0], num_bytes), "documents": ([self.counts["num_tokens"]],)}
         for part, file in self.files.items():
-            file.write(arrays[part].astype(self.dtypes[part]).tobytes())
+            for values in parts[part]:
+                file.write(np.asarray(values, dtype=self.dtypes[part]).data)
         if self.counts["num_tokens"] >= self.shard_tokens:
             self._seal()
 

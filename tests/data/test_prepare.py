@@ -196,8 +196,8 @@ def run(out, kill_at):
     return os.WIFEXITED(status)
 
 kills = 0
-for step in (1, 2, 3, 5, 11, 17, 40, 97):        # die at every event of the early phase, and at many later ones
-    out, kill_at, stuck = root / f"killed-{step}", step, 0
+for step in (2, 3, 7, 40, 97):                    # at nearly every event early on, and at many later ones
+    out, kill_at = root / f"killed-{step}", step
     while not run(out, kill_at):
         kills += 1
         kill_at += step                           # later each time, or it would never finish
@@ -214,7 +214,7 @@ def run_killer(*arguments):
 def test_killed_at_any_moment_it_continues_to_the_same_bytes(tmp_path, corpus):
     done = run_killer(corpus, "bytes", tmp_path)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) > 100  # the kills did happen
+    assert int(done.stdout) > 50  # the kills did happen
     whole = contents(tmp_path / "whole")
     assert len([name for name in whole if "tokens-" in name]) > 4  # shards were closed in between
     for folder in tmp_path.glob("killed-*"):

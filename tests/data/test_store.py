@@ -223,17 +223,18 @@ def test_a_writer_continues_from_its_record_and_forgets_what_came_after(tmp_path
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 
-def test_an_interrupted_tail_leaves_no_trace_even_if_nothing_follows(tmp_path):
+@pytest.mark.parametrize("shard_tokens", [100, 5000])
+def test_an_interrupted_tail_leaves_no_trace_even_if_nothing_follows(tmp_path, shard_tokens):
     texts, tokenizer = random_texts(12, 40), ByteTokenizer()
-    write_store(tmp_path / "whole", texts, shard_tokens=100)
-    first = StoreWriter(tmp_path / "cut", tokenizer, shard_tokens=100)
+    write_store(tmp_path / "whole", texts, shard_tokens=shard_tokens)
+    first = StoreWriter(tmp_path / "cut", tokenizer, shard_tokens=shard_tokens)
     for text in texts:
         first.add("train", *tokenizer.encode(text))
     record = first.commit()
-    for text in random_texts(20, 40, seed=9):  # fills the open shard and starts others
+    for text in random_texts(20, 40, seed=9):  # small shards: fills the open one and starts others
         first.add("train", *tokenizer.encode(text))
     first.close()
-    StoreWriter(tmp_path / "cut", tokenizer, shard_tokens=100, record=record).finish()
+    StoreWriter(tmp_path / "cut", tokenizer, shard_tokens=shard_tokens, record=record).finish()
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 
