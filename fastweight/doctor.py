@@ -12,6 +12,7 @@ from fastweight import __version__
 from fastweight.ops import dispatch
 
 REQUIRED = ("torch", "numpy", "safetensors", "tokenizers", "tyro", "rich", "matplotlib", "msgpack")
+DTYPES = (("float32", torch.float32), ("bfloat16", torch.bfloat16))
 OPTIONAL = {
     "triton": "GPU kernels",
     "transformers": "the Hugging Face interface",
@@ -36,7 +37,9 @@ def examine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cpu_cores": os.cpu_count(),
         "devices": devices,
-        "backends": {device["name"]: backends_on(torch.device(device["name"])) for device in devices},
+        "backends": {
+            f"{d['name']} {short}": backends_on(torch.device(d["name"]), t) for d in devices for short, t in DTYPES
+        },
     }
 
 
@@ -46,7 +49,7 @@ def available_devices() -> list[torch.device]:
     return [torch.device("cpu"), *(torch.device("cuda", i) for i in range(count))]
 
 
-def backends_on(device: torch.device, dtype: torch.dtype = torch.float32) -> dict[str, dict[str, Any]]:
+def backends_on(device: torch.device, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
     """For each op: the backend that "auto" takes for a long sequence and for one token, and why others cannot run."""
     found = {}
     for op in dispatch.ops():

@@ -369,7 +369,7 @@ def test_the_list_of_recipes_is_complete(fastweight):
 def test_doctor_knows_every_op(fastweight):
     from fastweight.ops import dispatch
 
-    assert sorted(last_line(fastweight("doctor")[1])["backends"]["cpu"]) == dispatch.ops()
+    assert sorted(last_line(fastweight("doctor")[1])["backends"]["cpu bfloat16"]) == dispatch.ops()
 
 
 def test_doctor_and_the_header_say_why_the_fastest_backend_does_not_run(monkeypatch):
@@ -386,7 +386,7 @@ def test_doctor_and_the_header_say_why_the_fastest_backend_does_not_run(monkeypa
     )(print)
     refusals = {"triton": "needs CUDA tensors, got cpu.", "naive": None}
     want = {"auto": "naive", "auto_one_token": "naive", "refusals": refusals}
-    assert backends_on(torch.device("cpu")) == {"op": want}
+    assert backends_on(torch.device("cpu"), torch.float32) == {"op": want}
     assert explain_choice("op", torch.zeros(1)) == "naive (triton needs CUDA tensors, got cpu.)"
     assert explain_choice("op", torch.zeros(1), "naive") == "naive (asked for)"
 
@@ -396,3 +396,31 @@ def test_import_and_export_name_what_is_missing(fastweight, arguments):
     code, out, err = fastweight(*arguments)
     assert (code, out) == (2, "")
     assert "lacd" in err or "does not exist" in err
+
+
+def test_an_exported_model_comes_back_with_a_tokenizer_and_scores_the_same(fastweight, folder, tmp_path):
+    from fastweight.model import Model
+    from fastweight.presets import preset
+
+    Model(preset("tiny-ttt-linear")).save(tmp_path / "model")
+    assert fastweight("export", tmp_path / "model", tmp_path / "out", "--to", "ttt-lm")[0] == 0
+    arguments = ("import", tmp_path / "out", tmp_path / "back", "--format", "ttt-lm", "--tokenizer", "bytes")
+    code, _, err = fastweight(*arguments)
+    assert code == 0, err
+    limits = (folder / "texts", "--modes", "memory", "--max-tokens", "100")
+    back = last_line(fastweight("eval", tmp_path / "back", *limits)[1])
+    first = last_line(fastweight("eval", tmp_path / "model", *limits, "--tokenizer", "bytes")[1])
+    assert back["scores"]["memory"]["nats"] == first["scores"]["memory"]["nats"]
+
+
+def test_presets_are_listed_with_their_parameter_counts(fastweight):
+    from fastweight.presets import preset_names, preset_parameters
+
+    counts = last_line(fastweight("presets", "--match", "tiny")[1])["presets"]
+    assert counts == {name: preset_parameters(name) for name in preset_names() if "tiny" in name}
+
+
+def test_a_preset_that_does_not_exist_is_answered_with_the_names(fastweight):
+    code, out, err = fastweight("presets", "--match", "gigantic")
+    assert (code, out) == (2, "")
+    assert "tiny-delta" in err

@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
-from fastweight.commands.base import MaybePath, emit, parse, say
+from fastweight.commands.base import MaybePath, MaybeStr, emit, parse, say
+from fastweight.configs import require
 
 IMPORT_EXAMPLES = [
     "fastweight import lact-760m-hf/ models/lact-760m --format lact",
@@ -27,6 +28,8 @@ class Import:
     """Format of the checkpoint; the formats are listed below the examples."""
     config: MaybePath = None
     """JSON file with what the checkpoint itself does not say."""
+    tokenizer: MaybeStr = None
+    """bytes, or a folder with a tokenizer.json, to keep in the model folder; by default the checkpoint's own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,12 +51,33 @@ def main(name: str, arguments: list[str]) -> None:
 
 def import_(name: str, arguments: list[str]) -> None:
     """Run `fastweight import`."""
+    from fastweight.commands.models import TOKENIZER_FOLDER
     from fastweight.convert import import_checkpoint
 
     args = parse(Import, name, [*IMPORT_EXAMPLES, *_formats()], arguments)
     say(f"reading   {args.source} ({args.format})", f"writing   {args.destination}")
+    tokenizer = _tokenizer(args)
     model = import_checkpoint(args.source, args.destination, args.format, args.config)
+    if tokenizer is None:
+        say("tokenizer none here; name one with --tokenizer when you score or generate")
+    else:
+        need, have = tokenizer.vocab_size, model.config.vocab_size
+        require(
+            need <= have,
+            f"{args.destination} is imported, but tokenizer {tokenizer.name} has {need} ids, more than its {have}.",
+        )
+        tokenizer.save(args.destination / TOKENIZER_FOLDER)
+        say(f"tokenizer {tokenizer.name}, kept in {args.destination / TOKENIZER_FOLDER}")
     emit({"model": str(args.destination), "format": args.format, "parameters": model.num_parameters})
+
+
+def _tokenizer(args: Import) -> Any:
+    """The tokenizer to keep: the one named, else the checkpoint's own, else None."""
+    from fastweight.data.tokenizers import load_tokenizer
+
+    if args.tokenizer is not None:
+        return load_tokenizer(args.tokenizer)
+    return load_tokenizer(args.source) if (args.source / "tokenizer.json").is_file() else None
 
 
 def export(name: str, arguments: list[str]) -> None:

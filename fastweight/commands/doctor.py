@@ -46,9 +46,9 @@ def _versions(found: dict[str, Any]) -> Table:
 
 
 def _backends(found: dict[str, Any]) -> Table:
-    table = Table("device", "op", "takes", "for one token", "cannot run", title="backends (auto)", title_justify="left")
-    for device, ops in found["backends"].items():
+    table = Table("inputs", "op", "takes", "for one token", "cannot run", title="backends (auto)", title_justify="left")
+    for inputs, ops in found["backends"].items():
         for op, choice in ops.items():
             refusals = [f"{name}: {reason}" for name, reason in choice["refusals"].items() if reason]
-            table.add_row(device, op, choice["auto"], choice["auto_one_token"], "\n".join(refusals) or "–")
+            table.add_row(inputs, op, choice["auto"], choice["auto_one_token"], "\n".join(refusals) or "–")
     return table

@@ -8,7 +8,7 @@ import torch
 from fastweight.configs import require
 from fastweight.data.tokenizers import Tokenizer, load_tokenizer
 from fastweight.generate import WEIGHTS_FILE
-from fastweight.model import Model, load
+from fastweight.model import Model, ModelConfig, load
 from fastweight.ops import dispatch
 
 TOKENIZER_FOLDER = "tokenizer"
@@ -26,7 +26,7 @@ def find_model(path: str | Path) -> Path:
     for folder in candidates:
         if (folder / WEIGHTS_FILE).is_file():
             return folder
-    holds = ", ".join(sorted(p.name for p in path.iterdir())[:8]) if path.is_dir() else "is a file"
+    holds = ", ".join(sorted(p.name for p in path.iterdir())[:5]) if path.is_dir() else "is a file"
     raise ValueError(
         f"{path} is no model folder: it needs config.json and {WEIGHTS_FILE} (found: {holds or 'nothing'}). "
         "Train one with `fastweight train`, or bring one with `fastweight import`."
@@ -80,13 +80,22 @@ def check_vocabulary(tokenizer: Tokenizer, model: Model) -> None:
 
 def describe_model(folder: Path, model: Model) -> list[str]:
     """Lines that say which model runs, and on which backends."""
-    kinds = Counter(model.config.blocks[i].mixer.kind for i in model.config.visits)
-    layers = ", ".join(f"{count} × {kind}" for kind, count in kinds.items())
+    layers = describe_layers(model.config)
     dtype = str(model.embedding.weight.dtype).removeprefix("torch.")
     return [
         f"model     {folder} · {model.num_parameters:,} parameters · {layers} · {dtype} on {model.device}",
         *(f"backend   {op}: {reason}" for op, reason in describe_backends(model).items()),
     ]
+
+
+def describe_layers(config: ModelConfig) -> str:
+    """ "12 × delta, 12 × attention (window 2,048)": the mixers in the order of their first visit."""
+    windows = [getattr(block.mixer, "window", None) for block in config.blocks]
+    names = [
+        block.mixer.kind + (f" (window {window:,})" if window else "")
+        for block, window in zip(config.blocks, windows, strict=True)
+    ]
+    return ", ".join(f"{count} × {name}" for name, count in Counter(names[i] for i in config.visits).items())
 
 
 def describe_backends(model: Model) -> dict[str, str]:
