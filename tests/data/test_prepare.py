@@ -196,7 +196,7 @@ def run(out, kill_at):
     return os.WIFEXITED(status)
 
 kills = 0
-for step in (2, 3, 7, 40, 97):                    # at nearly every event early on, and at many later ones
+for step in (2, 5, 40):                           # at many events early on, at some later ones
     out, kill_at = root / f"killed-{step}", step
     while not run(out, kill_at):
         kills += 1
@@ -214,7 +214,7 @@ def run_killer(*arguments):
 def test_killed_at_any_moment_it_continues_to_the_same_bytes(tmp_path, corpus):
     done = run_killer(corpus, "bytes", tmp_path)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) > 50  # the kills did happen
+    assert int(done.stdout) > 30  # the kills did happen
     whole = contents(tmp_path / "whole")
     assert len([name for name in whole if "tokens-" in name]) > 4  # shards were closed in between
     for folder in tmp_path.glob("killed-*"):
