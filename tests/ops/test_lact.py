@@ -319,6 +319,8 @@ def test_an_update_that_overflows_is_skipped_and_counted(backend):
     y, state = problem.read(problem.init(2), backend=backend)
     assert state.faults.count.tolist() == [1, 0]
     assert y.isfinite().all()
+    gradients = torch.autograd.grad(y.sum(), [problem.x[name] for name in ("q", "k", "v", "lr", "w0", "w1", "w2")])
+    assert all(g.isfinite().all() for g in gradients)
 
 
 def test_inputs_and_state_are_not_modified():

@@ -6,7 +6,7 @@ from torch import Tensor
 from fastweight.ops.lact import LactPending, LactState, LactWeights, Rule
 from fastweight.ops.lact.chunked import lay_out, split_chunks
 from fastweight.ops.lact.update import learn, network
-from fastweight.state import map_tensors
+from fastweight.state import map_tensors, zip_tensors
 
 
 @torch.no_grad()
@@ -16,8 +16,7 @@ def chunk_losses(tokens: LactPending, state: LactState, rule: Rule) -> dict[str,
     tokens: [B, T, ...], read from `state` on; a chunk that had begun before counts whole. Series of one value per
     chunk number: "initial" under the weights of `state`, "before" and "after" the chunk's own update.
     """
-    keep = zip(tokens, state.pending, strict=True)
-    tokens = LactPending(*(None if t is None or p is None else t.to(p.dtype) for t, p in keep))  # type: ignore[arg-type]
+    tokens = zip_tensors(lambda t, kept: t.to(kept.dtype), tokens, state.pending)
     batch, length = tokens.k.shape[:2]
     plan, _, grid = lay_out(tokens, state, [length] * batch, rule.chunk_size)
     memory = map_tensors(lambda t: t.index_select(0, plan.order), state.memory)

@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from fastweight.ops.lact import RENORM_EPS, LactMemory, LactPending, LactWeights, Rule
 from fastweight.ops.lact.newton_schulz import newton_schulz
+from fastweight.state import map_tensors, zip_tensors
 
 
 def network(w: LactWeights, x: Tensor) -> Tensor:
@@ -17,26 +18,25 @@ def network(w: LactWeights, x: Tensor) -> Tensor:
 def learn(memory: LactMemory, chunk: LactPending, rule: Rule) -> tuple[LactMemory, Tensor]:
     """The memory after a full chunk (tokens [N, C, H, ...]), and which sequences [N] skipped it as not finite."""
     good = torch.stack([t.isfinite().flatten(1).all(1) for t in chunk if t is not None]).all(0)
-    # Zeroed, not only masked later: a product with zero would still turn infinity into NaN in the backward pass.
-    chunk = LactPending(*(None if t is None else t.masked_fill(~_like(good, t), 0) for t in chunk))  # type: ignore[arg-type]
+    # Zeroed, not only masked at the end: in the backward pass zero times infinity would be NaN.
+    chunk = map_tensors(lambda t: t.masked_fill(~_like(good, t), 0), chunk)
     beta = None if chunk.momentum is None else chunk.momentum.mean(1)[..., None, None]
     direction = directions(memory.weights, chunk, rule)
+    good = good & _finite(direction)
+    direction = tuple(g.masked_fill(~_like(good, g), 0) for g in direction)
     after, finite = _advance(memory, direction, beta, rule)
     good = good & finite
-    keep = lambda new, old: torch.where(_like(good, new), new, old)  # noqa: E731
-    weights = LactWeights(
-        *(old if new is old else keep(new, old) for new, old in zip(after.weights, memory.weights, strict=True))
-    )
-    momentum, accumulator = (
-        None if new is None else tuple(keep(a, b) for a, b in zip(new, old or (), strict=True))
-        for new, old in ((after.momentum, memory.momentum), (after.accumulator, memory.accumulator))
-    )
-    return LactMemory(weights, memory.norms, momentum, accumulator), ~good
+
+    def keep(new: Tensor, old: Tensor) -> Tensor:
+        return old if new is old else torch.where(_like(good, new), new, old)
+
+    return zip_tensors(keep, after, memory), ~good
 
 
 def directions(w: LactWeights, chunk: LactPending, rule: Rule) -> tuple[Tensor, ...]:
     """Σ over the chunk's tokens of lr · ∇⟨f(k), v⟩, for (w0, w1, w2) or (w1,)."""
-    k, v = (t.to(w.w1.dtype).transpose(1, 2) for t in (chunk.k, chunk.v))  # [N, H, C, D]
+    # Contiguous once, or every product below copies again.
+    k, v = (t.to(w.w1.dtype).transpose(1, 2).contiguous() for t in (chunk.k, chunk.v))  # [N, H, C, D]
     lr0, lr1, lr2 = chunk.lr.to(w.w1.dtype).transpose(1, 2).unbind(3)  # [N, H, C, R]
     a, u = k @ w.w0.transpose(-1, -2), k @ w.w2.transpose(-1, -2)
     s = a.sigmoid()
@@ -57,8 +57,7 @@ def _advance(
     w, momentum = memory.weights, memory.momentum
     if momentum is not None and beta is not None:
         direction = momentum = tuple(g + beta * m for g, m in zip(direction, momentum, strict=True))
-    # Sums of squares: an infinite one means a value, or a norm computed from the values, is not finite.
-    sizes = [g.square().sum((1, 2, 3)) for g in direction]
+    finite = _finite(direction)
     if rule.muon != "none":
         direction = _orthogonalise(direction, rule)
     learned = w if rule.update == "all" else (w.w1,)
@@ -67,9 +66,15 @@ def _advance(
     new = [
         z * (target / (norm + RENORM_EPS))[..., None] for z, norm, target in zip(raw, norms, memory.norms, strict=True)
     ]
-    finite = torch.stack(sizes + [n.sum((1, 2)) for n in norms]).isfinite().all(0)
+    finite = finite & torch.stack([n.sum((1, 2)) for n in norms]).isfinite().all(0)
     weights = LactWeights(*new) if rule.update == "all" else w._replace(w1=new[0])
     return LactMemory(weights, memory.norms, momentum, raw if rule.prenorm else None), finite
+
+
+def _finite(direction: tuple[Tensor, ...]) -> Tensor:
+    """Which sequences [N] have finite directions whose norms are finite, too."""
+    with torch.no_grad():
+        return torch.stack([g.square().sum((1, 2, 3)) for g in direction]).isfinite().all(0)
 
 
 def _orthogonalise(direction: tuple[Tensor, ...], rule: Rule) -> tuple[Tensor, ...]:
