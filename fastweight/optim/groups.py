@@ -15,25 +15,30 @@ VECTORS = "vectors"
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), or Muon (Jordan et al. 2024) for hidden matrices beside it.
-
-    lr: peak rate. decay_exclude: names of parameters without weight decay, as patterns ("*norm*"); the word "vectors"
-    stands for all parameters with fewer than two dimensions; an empty tuple decays everything.
-    muon_lr: peak rate of the matrices, 0 for `lr`. muon_scale: step size of a matrix [A, B] relative to its orthogonal
-    update: "match_rms_adamw" 0.2 sqrt(max(A, B)), which takes AdamW's rates (Liu et al. 2025, arXiv:2502.16982, eq. 4),
-    or "original" sqrt(max(1, A/B)), which wants rates near 0.02.
-    """
+    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), or beside it Muon (Jordan et al. 2024) for matrices."""
 
     name: OptimizerName = "adamw"
+    """muon: matrices of hidden linear layers go to Muon, all else to AdamW."""
     lr: float = 1e-3
+    """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.95)
+    """Averaging of AdamW's two moments."""
     eps: float = 1e-8
+    """Added to the root of AdamW's second moment."""
     weight_decay: float = 0.1
+    """Decoupled, per unit of learning rate."""
     decay_exclude: tuple[str, ...] = (VECTORS,)
+    """Parameters that do not decay: patterns of names ("*norm*"), or the word vectors for all with fewer than two
+    dimensions. Empty: everything decays."""
     muon_lr: float = 0.0
+    """Peak rate of the matrices; 0: lr."""
     muon_momentum: float = 0.95
+    """Nesterov momentum of Muon."""
     muon_scale: MuonScale = "match_rms_adamw"
+    """Size of the orthogonal update of a matrix [A, B]. match_rms_adamw: 0.2 sqrt(max(A, B)), which takes AdamW's rates
+    (Liu et al. 2025, arXiv:2502.16982, eq. 4); original: sqrt(max(1, A/B)), which wants rates near 0.02."""
     muon_steps: int = 5
+    """Newton-Schulz iterations."""
 
     def __post_init__(self) -> None:
         check_types(self, "optimizer")

@@ -11,22 +11,24 @@ ScheduleKind = Literal["cosine", "wsd", "linear"]
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
-    """How the learning rate moves over a run.
+    """How the learning rate moves over a run: a linear warm-up, then a decay.
 
-    kind: "cosine" (Loshchilov & Hutter 2017, arXiv:1608.03983, eq. 5, one period) from the warm-up to the end; "wsd"
-    constant, then 1 - sqrt over the last `decay_steps` (Hägele et al. 2024, arXiv:2405.18392; 0: a fifth of the run);
-    "linear" constant, then linear over the last `decay_steps` (0: all steps after the warm-up).
-    warmup_steps: linear rise from 0 to the peak. zero_first: the rise counts from 0, so that the first update has
-    rate 0, as optax does; else the first update has rate peak/warmup_steps.
-    final_ratio: the last rate as a part of the peak. final_lr: the same as a rate; replaces final_ratio.
+    cosine: half a period from the warm-up to the end (Loshchilov & Hutter 2017, arXiv:1608.03983, eq. 5); wsd:
+    constant, then 1 - sqrt (Hägele et al. 2024, arXiv:2405.18392); linear: constant, then linear.
     """
 
     kind: ScheduleKind = "cosine"
+    """The decay."""
     warmup_steps: int = 0
+    """Steps of the rise from 0 to the peak."""
     zero_first: bool = False
+    """Count the rise from 0, as optax does: the first update has rate 0. Else it has peak/warmup_steps."""
     decay_steps: int = 0
+    """Steps of the fall at the end (wsd, linear). 0: a fifth of the run for wsd, all after the warm-up for linear."""
     final_ratio: float = 0.1
+    """The last rate as a part of the peak."""
     final_lr: float | None = None
+    """The last rate itself; replaces final_ratio."""
 
     def __post_init__(self) -> None:
         check_types(self, "schedule")

@@ -15,17 +15,16 @@ Precision = Literal["float32", "bfloat16"]
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSource:
-    """Where the model comes from.
-
-    One of preset: a preset's name; new weights are drawn; or folder: a model folder; training starts from its weights.
-    changes: fields of the preset's config that differ (e.g. tie_embeddings). vocab_size: 0 takes that of the data's
-    tokenizer.
-    """
+    """Where the model comes from: a preset with new weights, or a model folder with its weights."""
 
     preset: str = ""
+    """Name of a preset (`fastweight presets`)."""
     folder: str = ""
+    """A model folder, taken as it is."""
     vocab_size: int = 0
+    """Size of the preset's vocabulary; 0: that of the data's tokenizer."""
     changes: dict[str, Scalar] = field(default_factory=dict)
+    """Fields of the preset's config that differ, e.g. tie_embeddings True."""
 
     def __post_init__(self) -> None:
         check_types(self, "model")
@@ -40,18 +39,19 @@ class ModelSource:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """What is read.
-
-    store: folder of a token store. view: "windows" (documents concatenated and split), "bins" (whole documents packed
-    with cu_seqlens) or "streams" (documents window after window, one per lane). seq_len: tokens per window or bin.
-    batch_size: sequences per step. micro_batch_size: sequences per forward pass, 0 for all; gradients are accumulated.
-    """
+    """What is read."""
 
     store: str = ""
+    """Folder of a token store (`fastweight data prepare`)."""
     view: ViewName = "windows"
+    """windows: documents concatenated and split; bins: whole documents packed; streams: each row of the batch reads its
+    own documents, window after window."""
     seq_len: int = 512
+    """Tokens per window or bin."""
     batch_size: int = 8
+    """Sequences per step."""
     micro_batch_size: int = 0
+    """Sequences per forward pass, 0 for all of them; gradients are accumulated."""
 
     def __post_init__(self) -> None:
         check_types(self, "data")
@@ -71,13 +71,15 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class InnerRateWarmup:
-    """Warm-up of the layers' base inner learning rate over the first `steps` steps, from `first_ratio` times its value.
+    """Warm-up of the layers' base inner learning rate.
 
-    steps 0: off. Source: the published TTT-MLP recipe (Sun et al. 2024, arXiv:2407.04620), 0.01 → 0.1.
+    Source: the published TTT-MLP runs (Sun et al. 2024, arXiv:2407.04620), 0.01 → 0.1.
     """
 
     steps: int = 0
+    """Length of the warm-up; 0: none."""
     first_ratio: float = 0.1
+    """The rate at the first step, as a part of the layer's own."""
 
     def __post_init__(self) -> None:
         check_types(self, "inner_rate")
@@ -87,23 +89,28 @@ class InnerRateWarmup:
 
 @dataclass(frozen=True, kw_only=True)
 class LogConfig:
-    """What is reported and kept; none of it changes the weights.
-
-    every: steps between lines of metrics.jsonl. stats_every: steps between inner-loop statistics, 0 for never.
-    heldout_every: steps between held-out losses, 0 for never; heldout_tokens: tokens of one (at least one window).
-    checkpoint_every: steps between checkpoints, 0 for only at the end; keep_checkpoints: how many of the newest stay.
-    """
+    """What is reported and kept; nothing here changes the weights."""
 
     every: int = 10
+    """Steps between lines of metrics.jsonl."""
     stats_every: int = 0
+    """Steps between inner-loop statistics; 0: never."""
     stats_tokens: int = 512
+    """Tokens that one such measurement reads."""
     heldout_every: int = 0
+    """Steps between held-out losses; 0: never."""
     heldout_tokens: int = 65536
+    """Tokens of one held-out loss, at least one window."""
     checkpoint_every: int = 500
+    """Steps between checkpoints; 0: only the first and the last."""
     keep_checkpoints: int = 2
+    """How many of the newest checkpoints stay."""
     tensorboard: bool = False
+    """Also write TensorBoard files."""
     wandb: bool = False
+    """Also send the numbers to Weights & Biases."""
     wandb_project: str = "fastweight"
+    """Its project."""
 
     def __post_init__(self) -> None:
         check_types(self, "log")
@@ -115,15 +122,7 @@ class LogConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """A whole run.
-
-    steps: updates. clip_norm: largest global gradient norm, 0 for no clipping. max_bad_steps: steps with a loss or
-    gradient that is not finite are skipped; so many in a row end the run. max_seconds: end cleanly after this training
-    time, 0 for no limit; the decay of the learning rate then follows the clock, so two runs are not bit-equal.
-    precision: "bfloat16" runs under autocast, parameters stay float32. carry_state: with view "streams", a document's
-    memory goes on from window to window; gradients stop at the window's start.
-    device: "auto" takes a GPU if there is one.
-    """
+    """A whole run."""
 
     model: ModelSource = field(default_factory=ModelSource)
     data: DataConfig = field(default_factory=DataConfig)
@@ -132,15 +131,26 @@ class TrainConfig:
     inner_rate: InnerRateWarmup = field(default_factory=InnerRateWarmup)
     log: LogConfig = field(default_factory=LogConfig)
     steps: int = 1000
+    """Updates of the weights."""
     max_seconds: float = 0.0
+    """End cleanly after this training time, 0 for no limit. The decay of the learning rate then follows the clock too,
+    so two runs are not bit-equal."""
     clip_norm: float = 1.0
+    """Largest global gradient norm; 0: no clipping."""
     max_bad_steps: int = 10
+    """Steps with a loss or gradient that is not finite are skipped; so many in a row end the run."""
     seed: int = 0
+    """Of the weights and of the order of the data."""
     precision: Precision = "float32"
+    """bfloat16: forward passes under autocast; parameters stay float32."""
     activation_checkpointing: bool = False
+    """Compute each block again in the backward pass instead of keeping its activations."""
     compile: bool = False
+    """Compile each block with torch.compile."""
     carry_state: bool = False
+    """With view streams: a document's memory goes on from window to window; gradients stop at the window's start."""
     device: str = "auto"
+    """auto: a GPU if there is one. Else cpu, cuda or cuda:N."""
 
     def __post_init__(self) -> None:
         check_types(self, "train")

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from fastweight.configs import near_names
 from fastweight.data import Store
@@ -34,12 +35,14 @@ class Report:
         """Show the bar, if there is a terminal."""
         if not self.console.is_terminal or self.console.quiet:
             return
+        fixed, rest = Column(no_wrap=True), Column(no_wrap=True, overflow="ellipsis", ratio=1)
         columns = (
-            TextColumn("step {task.fields[step]}/{task.fields[steps]}"),
-            BarColumn(),
-            TextColumn("{task.fields[text]}"),
+            TextColumn("step {task.fields[step]}/{task.fields[steps]}", table_column=fixed),
+            BarColumn(bar_width=8),
+            TimeRemainingColumn(table_column=fixed),
+            TextColumn("left {task.fields[text]}", table_column=rest),
         )
-        self._bar = Progress(*columns, TimeRemainingColumn(), TextColumn("left"), console=self.console)
+        self._bar = Progress(*columns, console=self.console, expand=True)
         self._bar.add_task("train", total=1.0, step=step, steps=self.total, text="")
         self._bar.start()
 
