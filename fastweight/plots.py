@@ -28,7 +28,7 @@ def plot_loss_by_position(curves: Mapping[str, Scored], path: str | Path, *, tit
     require(len(curves) > 0, "plot_loss_by_position: no curves; give at least one Scored by name.")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
@@ -37,15 +37,19 @@ def plot_loss_by_position(curves: Mapping[str, Scored], path: str | Path, *, tit
         color, line, marker = _STYLES[i % len(_STYLES)]
         x, y = _points(scored)
         label = f"{name}: {scored.bits_per_byte:.3f} bits per byte overall"
-        axes.plot(x, y, line, color=color, marker=marker, markersize=4, linewidth=1.8, label=label)
+        # Where curves coincide, the later ones show as a rim around the earlier ones.
+        style = {"color": color, "marker": marker, "markersize": 4 + 1.2 * i, "linewidth": 1.6 + 0.9 * i}
+        axes.plot(x, y, line, label=label, zorder=3 - 0.1 * i, **style)
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # also a short range gets labels
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.set_xlabel("position in the document (tokens before the predicted one)")
     axes.set_ylabel("loss (bits per byte)")
     axes.set_title(title, fontsize=11)
     axes.grid(True, which="major", color="#dddddd", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="upper right")
+    figure.legend(frameon=False, loc="outside lower center")
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
 
 
