@@ -35,7 +35,7 @@ def learn(memory: LactMemory, chunk: LactPending, rule: Rule) -> tuple[LactMemor
 
 def directions(w: LactWeights, chunk: LactPending, rule: Rule) -> tuple[Tensor, ...]:
     """Σ over the chunk's tokens of lr · ∇⟨f(k), v⟩, for (w0, w1, w2) or (w1,)."""
-    # Contiguous once, or every product below copies again.
+    # Contiguous: the products below read both several times.
     k, v = (t.to(w.w1.dtype).transpose(1, 2).contiguous() for t in (chunk.k, chunk.v))  # [N, H, C, D]
     lr0, lr1, lr2 = chunk.lr.to(w.w1.dtype).transpose(1, 2).unbind(3)  # [N, H, C, R]
     a, u = k @ w.w0.transpose(-1, -2), k @ w.w2.transpose(-1, -2)
