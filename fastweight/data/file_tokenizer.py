@@ -52,11 +52,11 @@ class FileTokenizer:
         self.vocab_size: int = 1 + max(self._inner.get_vocab(with_added_tokens=True).values())
         self.name = f"file-{path.stem if path.is_file() else path.name}"
         self.hash = hashlib.sha256(f"{self._bos}\n{canonical(definition)}".encode()).hexdigest()
-        self._table = self._byte_table()
+        self._table = self._byte_table(data)
         self._lengths = np.array([len(piece) for piece in self._table or []], dtype=np.int64)
 
-    def _byte_table(self) -> list[bytes] | None:
-        if '"ByteLevel"' not in self._definition:
+    def _byte_table(self, data: dict[str, Any]) -> list[bytes] | None:
+        if '"ByteLevel"' not in json.dumps(data.get("decoder")):
             return None
         special = {i for i, token in self._inner.get_added_tokens_decoder().items() if token.special}
         try:

@@ -51,7 +51,7 @@ def derive_seed(*parts: int) -> int:
 
 
 def _mix(x: int) -> int:
-    """The finaliser of SplitMix64 (Steele, Lea and Flood 2014, figure 16)."""
+    """The finaliser of SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators")."""
     x &= _MASK64
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK64

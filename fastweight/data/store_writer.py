@@ -180,7 +180,7 @@ class _SplitWriter:
         parts = {"tokens": ([bos_id], ids), "bytes": ([0], num_bytes), "documents": ([self.counts["num_tokens"]],)}
         for part, file in self.files.items():
             for values in parts[part]:
-                file.write(np.asarray(values, dtype=self.dtypes[part]).data)
+                file.write(np.ascontiguousarray(values, dtype=self.dtypes[part]).data)
         if self.counts["num_tokens"] >= self.shard_tokens:
             self._seal()
 

@@ -13,8 +13,7 @@ from data.corpora import random_texts
 from data.test_store import contents
 from data.test_tokenizers import word_pieces
 
-from fastweight.data import ByteTokenizer, Store, StoreError, prepare
-from fastweight.data import prepare as prepare_function
+from fastweight.data import BPETokenizer, ByteTokenizer, Store, StoreError, prepare
 from fastweight.data.prepare import is_heldout
 
 TEXTS = random_texts(300, 200, seed=1)
@@ -130,6 +129,15 @@ def test_a_changed_source_is_refused(tmp_path, corpus, finished):
     (Path(corpus) / "3.jsonl").write_text('{"text": "new"}\n')
     with pytest.raises(StoreError, match="source_hash was"):
         prepare(corpus, "bytes", tmp_path / "out")
+
+
+def test_a_tokenizer_file_that_changed_is_refused(tmp_path, corpus):
+    BPETokenizer.train(TEXTS, 260).save(tmp_path / "t")
+    with pytest.raises(Stopped):
+        prepare(corpus, str(tmp_path / "t"), tmp_path / "out", progress=stop)
+    BPETokenizer.train(TEXTS, 261).save(tmp_path / "t")
+    with pytest.raises(StoreError, match="tokenizer was '"):
+        prepare(corpus, str(tmp_path / "t"), tmp_path / "out")
 
 
 def test_a_tokenizer_trained_before_the_interruption_must_still_be_there(tmp_path, corpus):
@@ -315,7 +323,7 @@ def test_recorded_data_that_is_gone_is_named(tmp_path, corpus, monkeypatch):
             raise Stopped
 
     with pytest.raises(Stopped):
-        prepare_function(corpus, "bytes", tmp_path / "out", progress=stop_later)
+        prepare(corpus, "bytes", tmp_path / "out", progress=stop_later)
     path = tmp_path / "out" / "train" / "tokens-00000.bin"
     path.write_bytes(path.read_bytes()[:10])
     with pytest.raises(ValueError, match="10 bytes, .* were recorded"):

@@ -91,6 +91,13 @@ def test_token_ids_outside_the_vocabulary_are_refused(tmp_path):
             writer.add("train", np.array(ids), np.array([1, 1]))
 
 
+def test_arrays_of_any_layout_are_written_in_order(tmp_path):
+    writer = StoreWriter(tmp_path, ByteTokenizer())
+    writer.add("train", np.arange(20)[::3], np.ones(7, dtype=np.int8))
+    writer.finish()
+    assert Store.open(tmp_path).split("train").document(0)[0].tolist() == [256, 0, 3, 6, 9, 12, 15, 18]
+
+
 def test_byte_counts_that_cannot_be_are_refused(tmp_path):
     writer = StoreWriter(tmp_path, ByteTokenizer())
     with pytest.raises(ValueError, match=r"byte counts must lie in 0\.\.1, got 1\.\.2"):

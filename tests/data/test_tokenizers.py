@@ -1,6 +1,7 @@
 """Every byte of every text belongs to a token, whatever the tokenizer does to the text."""
 
 import json
+import types
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Inner
 
 from fastweight.data import BPETokenizer, ByteTokenizer, FileTokenizer, StreamDecoder, load_tokenizer
+from fastweight.data.file_tokenizer import _by_spans
 from fastweight.data.tokenizers import UnencodableTextError
 
 TRAINING = [
@@ -164,6 +166,13 @@ def test_half_a_character_is_not_shown(built, kind):
     assert shown[-1] == "😀"
 
 
+def test_a_special_token_in_between_does_not_swallow_the_space_after_it(built):
+    tokenizer = built["byte fallback"]
+    word = tokenizer._inner.token_to_id("▁the")
+    decoder = StreamDecoder(tokenizer)
+    assert "".join(decoder.push([i]) for i in (word, tokenizer.bos_id, word)) == "the the"
+
+
 def test_a_decoder_starts_anew_after_it_finished():
     decoder = StreamDecoder(ByteTokenizer())
     assert decoder.push([0xF0, 0x9F]) == ""
@@ -202,6 +211,11 @@ def test_dropped_text_belongs_to_the_next_token(built):
     tokenizer = built["word pieces"]
     alone = tokenizer.encode("the fox").num_bytes.sum()
     assert tokenizer.encode("the      fox").num_bytes.sum() == alone + 5
+
+
+def test_spans_that_run_backwards_still_share_out_every_byte_once():
+    encoding = types.SimpleNamespace(ids=[1, 2, 3, 4, 5], offsets=[(0, 4), (0, 4), (0, 1), (0, 1), (4, 6)])
+    assert _by_spans("abcdef", encoding).num_bytes.tolist() == [1, 1, 1, 1, 2]
 
 
 def test_a_text_of_which_nothing_is_kept_is_refused(built):
