@@ -7,6 +7,10 @@ import pytest
 import torch
 
 
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", help="where the laws run: cpu, cuda")
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.set_num_threads(1)  # tests run in parallel processes; threads inside them only compete

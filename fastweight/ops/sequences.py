@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastweight.state import Faults
+
 
 def check_cu_seqlens(cu_seqlens: Tensor, total: int, batch: int) -> None:
     """Refuse offsets that do not describe the packed row: integer [N+1], from 0 to `total`, strictly increasing."""
@@ -48,6 +50,19 @@ def advance(position: Tensor, num_tokens: int, cu_seqlens: Tensor | None) -> Ten
     if cu_seqlens is None:
         return position + num_tokens
     return position + cu_seqlens.diff().to(position)
+
+
+def count_faults(faults: Faults, bad: Tensor, position: Tensor, cu_seqlens: Tensor | None) -> Faults:
+    """Add the tokens marked in `bad` [B, T] (or [1, total]) to each sequence's faults."""
+    where = token_positions(position, bad.shape[1], cu_seqlens)
+    far = torch.iinfo(torch.int64).max
+    at = torch.where(bad, where, torch.full_like(where, far))
+    if cu_seqlens is None:
+        return faults.add(bad.sum(1), at.amin(1))
+    starts = cu_seqlens.to(bad.device, torch.int64)
+    owner = torch.searchsorted(starts[1:], torch.arange(bad.shape[1], device=bad.device), right=True)
+    count = torch.zeros_like(faults.count).index_add(0, owner, bad[0].long())
+    return faults.add(count, torch.full_like(faults.first, far).scatter_reduce(0, owner, at[0], "amin"))
 
 
 class ChunkPlan(NamedTuple):

@@ -34,8 +34,9 @@ def subjects():
 
 
 @pytest.mark.parametrize(("law", "config", "backend", "dtype"), list(subjects()))
-def test_the_law_holds(law, config, backend, dtype):
-    LAWS[law](Subject(mixer_class(config.kind), config, backend, DTYPES[dtype]))
+def test_the_law_holds(law, config, backend, dtype, request):
+    device = request.config.getoption("--device")
+    LAWS[law](Subject(mixer_class(config.kind), config, backend, DTYPES[dtype], device))
 
 
 def test_every_registered_mixer_is_a_subject():

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fastweight.ops import dispatch
-from fastweight.ops.sequences import advance, token_positions
+from fastweight.ops.sequences import advance, count_faults
 from fastweight.state import Faults, register_state
 
 
@@ -80,19 +80,6 @@ def _drop_bad_writes(k: Tensor, v: Tensor, beta: Tensor, decay: Tensor) -> tuple
     beta = torch.where(good, beta, torch.zeros_like(beta))
     decay = torch.where(good.all(2), decay, torch.zeros_like(decay))
     return (k, v, beta, decay), ~good.flatten(2).all(-1)
-
-
-def count_faults(faults: Faults, bad: Tensor, position: Tensor, cu_seqlens: Tensor | None) -> Faults:
-    """Add the tokens marked in `bad` [B, T] (or [1, total]) to each sequence's faults."""
-    where = token_positions(position, bad.shape[1], cu_seqlens)
-    far = torch.iinfo(torch.int64).max
-    at = torch.where(bad, where, torch.full_like(where, far))
-    if cu_seqlens is None:
-        return faults.add(bad.sum(1), at.amin(1))
-    starts = cu_seqlens.to(bad.device, torch.int64)
-    owner = torch.searchsorted(starts[1:], torch.arange(bad.shape[1], device=bad.device), right=True)
-    count = torch.zeros_like(faults.count).index_add(0, owner, bad[0].long())
-    return faults.add(count, torch.full_like(faults.first, far).scatter_reduce(0, owner, at[0], "amin"))
 
 
 from fastweight.ops.delta import chunked, naive  # noqa: E402, F401  # they register themselves

@@ -7,8 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fastweight.ops import dispatch
-from fastweight.ops.delta import count_faults
-from fastweight.ops.sequences import advance
+from fastweight.ops.sequences import advance, count_faults
 from fastweight.state import Faults, map_tensors, register_state
 
 
