@@ -287,6 +287,17 @@ def test_the_document_start_is_bos_before_eos(tmp_path):
     assert only_end._inner.id_to_token(only_end.bos_id) == "<e>"
 
 
+def test_a_document_start_that_the_file_does_not_call_special_is_kept_from_texts_too(tmp_path):
+    inner = byte_level()
+    inner.add_tokens([AddedToken("<b>", special=False)])
+    inner.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<b>"}')
+    tokenizer = FileTokenizer(tmp_path)
+    assert tokenizer.bos_id == inner.encode("<b>").ids[0]
+    assert tokenizer.bos_id not in tokenizer.encode("a<b>c").ids
+    assert tokenizer.decode(tokenizer.encode("a<b>c").ids) == "a<b>c"
+
+
 def test_a_document_start_outside_the_vocabulary_is_refused(tmp_path):
     with pytest.raises(ValueError, match="'<b>' is not in its vocabulary"):
         save_with(tmp_path / "a", {"bos_token": "<b>"})

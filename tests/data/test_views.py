@@ -241,6 +241,13 @@ def test_epochs_of_a_stream_ask_for_the_same_targets_in_another_order(numbered):
     assert epochs[1] != epochs[2]
 
 
+def test_a_long_run_does_not_pile_up_orders(numbered):
+    view = Streams(numbered[0], SEQ_LEN, 4)
+    for epoch in range(50):
+        view.batch(np.arange(4) + epoch * len(view))
+    assert len(view._orders) <= 2 * 4  # this epoch and the one before
+
+
 def test_the_seed_of_a_stream_orders_its_documents(numbered):
     first, second, third = (Streams(numbered[0], SEQ_LEN, 4, seed=seed).batch(np.arange(40)) for seed in (0, 0, 1))
     assert torch.equal(first.tokens, second.tokens)
