@@ -1,6 +1,7 @@
 """The command line: finds the command's file, runs it, and says in one line what a user did wrong."""
 
 import importlib
+import io
 import os
 import sys
 import traceback
@@ -57,6 +58,9 @@ def main(arguments: list[str] | None = None) -> None:
     """Run one command and leave with its exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows "?"
     try:
         code = run([argument for argument in arguments if argument != "--debug"])
         sys.stdout.flush()

@@ -78,11 +78,7 @@ def generate(
     Raises ValueError for settings out of range, ids outside the vocabulary, nothing to start from.
     """
     _check_settings(max_tokens, temperature, top_k, top_p)
-    require(
-        (state is None) == (last_token is None), "generate: state and last_token go together; give both or neither."
-    )
-    ids = [*([] if last_token is None else [last_token]), *(int(i) for i in prompt)]
-    require(len(ids) > 0, "generate: nothing to start from; the prompt needs a token, e.g. the document start.")
+    ids = _unread(model, prompt, state, last_token)
     state = model.init_state(1) if state is None else state
     require(state.num_sequences == 1, f"generate: needs a state of one sequence, got {state.num_sequences}.")
     with torch.inference_mode():
@@ -98,6 +94,24 @@ def _check_settings(max_tokens: int | None, temperature: float, top_k: int, top_
     require(0 <= temperature < float("inf"), f"generate: temperature must be 0 (greedy) or more, got {temperature}.")
     require(top_k >= 0, f"generate: top_k must be 0 (all) or more, got {top_k}.")
     require(0 < top_p <= 1, f"generate: top_p must lie in (0, 1], got {top_p}.")
+
+
+def _unread(
+    model: Model, prompt: Sequence[int] | np.ndarray, state: ModelState | None, last_token: int | None
+) -> list[int]:
+    """The tokens that follow the state: the last one of the run before, then the prompt."""
+    require(
+        (state is None) == (last_token is None), "generate: state and last_token go together; give both or neither."
+    )
+    ids = [*([] if last_token is None else [last_token]), *(int(i) for i in prompt)]
+    require(len(ids) > 0, "generate: nothing to start from; the prompt needs a token, e.g. the document start.")
+    outside = [i for i in ids if not 0 <= i < model.config.vocab_size]
+    require(
+        not outside,
+        f"generate: token id {(outside or [0])[0]} is outside the vocabulary [0, {model.config.vocab_size}). "
+        "Is this the tokenizer that the model was trained with?",
+    )
+    return ids
 
 
 def _read(

@@ -10,7 +10,9 @@ from tolerances import OUTPUT
 
 from fastweight.data import ByteTokenizer
 from fastweight.evaluate import DocumentList, encode_documents, loss_by_position, score
+from fastweight.model import Model
 from fastweight.plots import plot_loss_by_position
+from fastweight.presets import preset_names
 
 TOLERANCE = OUTPUT[torch.float32]
 # Lengths around the pieces and windows used below; 0 is an empty text, whose document has no target.
@@ -40,6 +42,13 @@ def test_a_document_read_in_pieces_side_by_side_scores_as_if_read_alone_and_whol
     model, texts = tiny_model(attention=attention), documents()
     want = sum(target_losses(model, tokens).sum().item() for tokens, _ in texts if len(tokens) > 1)
     assert close(score(model, texts, seq_len=seq_len, batch_size=batch_size).nats, want)
+
+
+@pytest.mark.parametrize("name", [name for name in preset_names() if name.startswith("tiny-")])
+def test_every_kind_of_layer_scores_documents_side_by_side_as_if_read_alone(name):
+    model, texts = Model.from_preset(name), documents((150, 0, 7, 90))
+    want = sum(target_losses(model, tokens).sum().item() for tokens, _ in texts if len(tokens) > 1)
+    assert close(score(model, texts, seq_len=37, batch_size=2).nats, want)
 
 
 @pytest.mark.parametrize("settings", [
@@ -195,6 +204,14 @@ def test_settings_that_make_no_sense_are_refused_by_name(settings, message):
 def test_data_without_a_target_is_refused(texts):
     with pytest.raises(ValueError, match="nothing to score"):
         score(tiny_model(), encode_documents(ByteTokenizer(), texts))
+
+
+@pytest.mark.parametrize("bad", [-1, 257])
+def test_ids_outside_the_vocabulary_are_refused_with_their_document(bad):
+    texts = documents([4, 6])
+    texts[1][0][3] = bad
+    with pytest.raises(ValueError, match=r"document 1: token ids .* the model's are 0\.\.256"):
+        score(tiny_model(), texts)
 
 
 def test_documents_whose_counts_do_not_match_their_tokens_are_refused():

@@ -187,6 +187,12 @@ def test_an_empty_prompt_without_a_state_is_refused():
         generate(tiny_model(), [])
 
 
+@pytest.mark.parametrize("bad", [-1, 257])
+def test_ids_outside_the_vocabulary_are_refused(bad):
+    with pytest.raises(ValueError, match=f"token id {bad} is outside the vocabulary .0, 257"):
+        generate(tiny_model(), [1, bad, 2])
+
+
 def test_a_state_of_several_sequences_is_refused():
     model = tiny_model()
     with pytest.raises(ValueError, match="one sequence, got 2"):

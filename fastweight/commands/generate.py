@@ -117,7 +117,12 @@ def read_prompt(args: Generate) -> str:
             return args.prompt_file.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise ValueError(f"{args.prompt_file} is not UTF-8 text ({error}). Convert it first.") from error
-    return "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read()
+    if sys.stdin is None or sys.stdin.isatty():
+        return ""
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"stdin is not UTF-8 text ({error}). Convert it first.") from error
 
 
 def _stream(generation: Any, tokenizer: Any, visible: bool) -> tuple[str, int, bool]:

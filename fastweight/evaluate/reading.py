@@ -71,8 +71,10 @@ class Text:
 class Reader:
     """The documents that have targets, within the limits."""
 
-    def __init__(self, documents: DocumentSet, max_tokens: int | None, max_documents: int | None):
-        self.source = documents
+    def __init__(
+        self, documents: DocumentSet, vocab_size: int, max_tokens: int | None, max_documents: int | None
+    ):  # fmt: skip
+        self.source, self.vocab_size = documents, vocab_size
         self.limit = min(documents.num_documents, max_documents or documents.num_documents)
         self.documents_read = 0
         self.total = self._count_targets(max_tokens)
@@ -95,6 +97,12 @@ class Reader:
             )
             if len(tokens) < 2:
                 continue
+            low, high = int(tokens.min()), int(tokens.max())
+            require(
+                low >= 0 and high < self.vocab_size,
+                f"document {index}: token ids {low}..{high}, the model's are 0..{self.vocab_size - 1}. "
+                "Is this the tokenizer that the model was trained with?",
+            )
             stop = min(len(tokens), left + 1)
             left -= stop - 1
             self.documents_read += 1

@@ -98,7 +98,7 @@ def score(
     _check(model, context, memory, seq_len, stride, batch_size, max_tokens, max_documents)
     stride = (max(1, seq_len // 2) if stride is None else stride) if context == "windows" else seq_len
     found = documents if not isinstance(documents, Sequence) else DocumentList(documents)
-    reader = Reader(found, max_tokens, max_documents)
+    reader = Reader(found, model.config.vocab_size, max_tokens, max_documents)
     tally = _Tally(PositionSums(bucket_width), reader, progress)
     start = time.perf_counter()
     with torch.inference_mode(), model.frozen_memory() if memory == "frozen" else nullcontext():
