@@ -74,7 +74,7 @@ def make_delta(gated: bool):
     return make
 
 
-def make_ttt(op: Callable, mini_batch: int):
+def make_ttt(op: Callable[..., Any], mini_batch: int):
     def make(s: Shape, dtype: torch.dtype, device: str):
         q, k, v = (draw(s, dtype, device, s.dim) for _ in range(3))
         rate = (torch.rand(s.batch, s.length, s.heads, device=device) / s.dim).requires_grad_()
@@ -83,8 +83,8 @@ def make_ttt(op: Callable, mini_batch: int):
         width = s.dim if op is ttt_linear else 4 * s.dim
         normal = lambda *shape: 0.02 * torch.randn(s.batch, s.heads, *shape, device=device)  # noqa: E731
         zeros = lambda *shape: torch.zeros(s.batch, s.heads, *shape, device=device)  # noqa: E731
-        second = () if op is ttt_linear else (normal(width, s.dim), zeros(1, s.dim))
-        state = new_state(TTTWeights(normal(s.dim, width), zeros(1, width), *second))
+        w2, b2 = (None, None) if op is ttt_linear else (normal(width, s.dim), zeros(1, s.dim))
+        state = new_state(TTTWeights(normal(s.dim, width), zeros(1, width), w2, b2))
 
         def run(backend: str) -> Tensor:
             return op(q, k, v, rate, tau, weight, bias, state, chunk_size=mini_batch, backend=backend)[0]

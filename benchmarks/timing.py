@@ -19,7 +19,8 @@ from fastweight.files import write_text
 def measure(run: Callable[[], object], device: str, *, seconds: float = 2.0, at_least: int = 5) -> dict[str, float]:
     """Median and quartiles in milliseconds of repeated calls, after two calls of warm-up; peak memory on a GPU."""
     cuda = device.startswith("cuda")
-    run(), run()
+    run()
+    run()
     gc.collect()
     if cuda:
         torch.cuda.synchronize()

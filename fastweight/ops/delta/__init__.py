@@ -37,11 +37,11 @@ def delta_rule(
     (the order), the M pairs of a token are written one after the other, the decay acts before the first, and the read
     comes after the last. Exact for any cut of T; inputs are not modified; arithmetic and state are float32 or wider.
 
-    beta: write strength, 0 keeps, 1 replaces, (1, 2] overshoots. k: unit L2 norm, or the memory may diverge (not checked).
-    log_decay: log a ≤ 0, None for no decay. cu_seqlens: [N+1], packed input of batch 1. A token whose k, v, β or decay is
-    not finite writes nothing and is counted in `state.faults`.
+    beta: write strength, 0 keeps, 1 replaces, (1, 2] overshoots. k: unit L2 norm, or the memory may diverge (not
+    checked). log_decay: log a ≤ 0, None for no decay. cu_seqlens: [N+1], packed input of batch 1. A token whose k, v,
+    β or decay is not finite writes nothing and is counted in `state.faults`.
     Raises ValueError if shapes disagree or `backend` is named and cannot run these inputs.
-    Source: Yang et al. 2024, arXiv:2406.06484, eq. 3; gated form arXiv:2412.06464, eq. 10; order arXiv:2502.10297, eq. 4.
+    Source: Yang et al. 2024, arXiv:2406.06484, eq. 3; gated: arXiv:2412.06464, eq. 10; order: arXiv:2502.10297, eq. 4.
     """
     if k.dim() == 4:
         k, v, beta = k.unsqueeze(2), v.unsqueeze(2), beta.unsqueeze(2)
