@@ -37,7 +37,9 @@ def from_dict(cls: type, data: Any) -> Any:
     fields = {f.name: f for f in dataclasses.fields(cls)}
     required = [n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING]
     check_keys(cls.__name__, data, fields, required)
-    return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in data.items()})
+    values = {key: tuple(v) if isinstance(v, list) else v for key, v in data.items()}
+    _check_values(cls, values, cls.__name__)
+    return cls(**values)
 
 
 def to_json(data: Any) -> str:
@@ -47,8 +49,13 @@ def to_json(data: Any) -> str:
 
 def check_types(config: Any, owner: str) -> None:
     """Raise ValueError for a field whose value is not of its annotated type; int passes as float."""
-    for name, hint in get_type_hints(type(config)).items():
-        value = getattr(config, name)
+    _check_values(type(config), {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}, owner)
+
+
+def _check_values(cls: type, values: dict[str, Any], owner: str) -> None:
+    hints = get_type_hints(cls)
+    for name, value in values.items():
+        hint = hints[name]
         if get_origin(hint) is Literal:
             known = get_args(hint)
             require(value in known, f"{owner}: unknown {name} {value!r}.{near_names(str(value), known)}")

@@ -1,122 +1,28 @@
 """The only model: embed → blocks visited in `order` → norm → head."""
 
 import contextlib
-import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from fastweight import files
-from fastweight.configs import check_keys, from_dict, require, to_json
-from fastweight.layers import FeedForward, FeedForwardConfig, RMSNorm, ShortConv, init_linears
-from fastweight.mixers import Mixer, MixerConfig, mixer_class
-from fastweight.mixers.base import mixer_config
+from fastweight.configs import require, to_json
+from fastweight.layers import FeedForward, RMSNorm, ShortConv, init_linears
+from fastweight.mixers import Mixer, mixer_class
+from fastweight.model_config import BlockConfig, ModelConfig, fingerprint
 from fastweight.ops.conv import causal_conv
-from fastweight.ops.sequences import advance, check_cu_seqlens
+from fastweight.ops.sequences import INTEGERS, advance, check_cu_seqlens
 from fastweight.state import Faults, ModelState, register_state
+from fastweight.tensor_files import read_tensors, write_tensors
 
 FORMAT = "fastweight-model"
 VERSION = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class BlockConfig:
-    """One block: pre-norm mixer, then pre-norm feed-forward.
-
-    residual: "sequential" (x += mixer; x += feed-forward) or "parallel" (both read the same x; GPT-J).
-    pre_conv: width of a causal convolution with its own norm and residual before the mixer, 0 for none.
-    """
-
-    mixer: MixerConfig
-    feed_forward: FeedForwardConfig | None = None
-    residual: str = "sequential"
-    pre_conv: int = 0
-
-    def __post_init__(self) -> None:
-        require(
-            self.residual in ("sequential", "parallel"),
-            f'block: residual must be "sequential" or "parallel", got {self.residual!r}.',
-        )
-        require(self.pre_conv == 0 or self.pre_conv >= 2, f"block: pre_conv must be 0 or >= 2, got {self.pre_conv}.")
-
-    def to_dict(self) -> dict[str, Any]:
-        feed_forward = None if self.feed_forward is None else asdict(self.feed_forward)
-        return {
-            "mixer": self.mixer.to_dict(),
-            "feed_forward": feed_forward,
-            "residual": self.residual,
-            "pre_conv": self.pre_conv,
-        }
-
-    @staticmethod
-    def from_dict(data: dict[str, Any]) -> "BlockConfig":
-        check_keys("block", data, ["mixer", "feed_forward", "residual", "pre_conv"], ["mixer"])
-        feed_forward = data.get("feed_forward")
-        rest = {key: data[key] for key in ("residual", "pre_conv") if key in data}
-        return BlockConfig(
-            mixer=mixer_config(data["mixer"]),
-            feed_forward=None if feed_forward is None else from_dict(FeedForwardConfig, feed_forward),
-            **rest,
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """A whole model. `order` lists the blocks in the order of their visits; repeats give depth recurrence."""
-
-    vocab_size: int
-    d_model: int
-    blocks: tuple[BlockConfig, ...]
-    order: tuple[int, ...] | None = None
-    norm_eps: float = 1e-6
-    tie_embeddings: bool = False
-    logit_softcap: float | None = None
-    init_std: float = 0.02
-
-    def __post_init__(self) -> None:
-        require(self.vocab_size > 0, f"model: vocab_size must be positive, got {self.vocab_size}.")
-        require(self.d_model > 0, f"model: d_model must be positive, got {self.d_model}.")
-        require(len(self.blocks) > 0, "model: blocks is empty; give at least one BlockConfig.")
-        if self.order is None:
-            object.__setattr__(self, "order", tuple(range(len(self.blocks))))
-        assert self.order is not None
-        bad = [i for i in self.order if not 0 <= i < len(self.blocks)]
-        require(not bad, f"model: order names block(s) {bad}, but there are {len(self.blocks)} blocks.")
-        unused = sorted(set(range(len(self.blocks))) - set(self.order))
-        require(not unused, f"model: order never visits block(s) {unused}.")
-        require(self.logit_softcap is None or self.logit_softcap > 0, "model: logit_softcap must be positive or None.")
-
-    @property
-    def visits(self) -> tuple[int, ...]:
-        """`order`, as numbers of blocks."""
-        assert self.order is not None
-        return self.order
-
-    @property
-    def signature(self) -> str:
-        """A short fingerprint; states carry it, so that a state of another model is refused."""
-        return hashlib.sha256(to_json(self.to_dict()).encode()).hexdigest()[:16]
-
-    def to_dict(self) -> dict[str, Any]:
-        data = {key: getattr(self, key) for key in self.__dataclass_fields__ if key not in ("blocks", "order")}
-        return data | {"order": list(self.visits), "blocks": [block.to_dict() for block in self.blocks]}
-
-    @staticmethod
-    def from_dict(data: dict[str, Any]) -> "ModelConfig":
-        require(isinstance(data, dict), f"model config: expected an object, got {type(data).__name__}.")
-        check_keys("model", data, ModelConfig.__dataclass_fields__, ["vocab_size", "d_model", "blocks"])
-        blocks = tuple(BlockConfig.from_dict(block) for block in data["blocks"])
-        order = data.get("order")
-        return ModelConfig(**(data | {"blocks": blocks, "order": None if order is None else tuple(order)}))
 
 
 @register_state
@@ -170,6 +76,7 @@ class Model(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        self.signature = config.signature
         self.checkpointing = False
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config.d_model, config.norm_eps, block) for block in config.blocks)
@@ -212,21 +119,17 @@ class Model(nn.Module):
     @contextlib.contextmanager
     def frozen_memory(self) -> Iterator["Model"]:
         """Inside, no memory learns: same weights, no inner updates."""
-        before = [mixer.learning for mixer in self.mixers()]
-        try:
+        with contextlib.ExitStack() as stack:
             for mixer in self.mixers():
-                mixer.learning = False
+                stack.enter_context(_learning(mixer, False))
             yield self
-        finally:
-            for mixer, learning in zip(self.mixers(), before, strict=True):
-                mixer.learning = learning
 
     def init_state(self, num_sequences: int) -> ModelState:
         """The state before the first token of `num_sequences` sequences."""
         require(num_sequences > 0, f"init_state: num_sequences must be positive, got {num_sequences}.")
         visits = tuple(self.blocks[i].init_state(num_sequences) for i in self.config.visits)  # type: ignore[operator]
         position = torch.zeros(num_sequences, dtype=torch.int64, device=self.device)
-        return ModelState(visits, position, self.config.signature)
+        return ModelState(visits, position, self.signature)
 
     def forward(
         self, tokens: Tensor, state: ModelState | None = None, cu_seqlens: Tensor | None = None
@@ -249,7 +152,7 @@ class Model(nn.Module):
         x = self.embedding(tokens)
         visits = []
         for i, visit in zip(self.config.visits, state.visits, strict=True):
-            x, visit = self._visit(self.blocks[i], x, visit, cu_seqlens)
+            x, visit = self._visit(i, x, visit, cu_seqlens)
             visits.append(visit)
         position = advance(state.position, tokens.shape[1], cu_seqlens)
         return self.norm(x), ModelState(tuple(visits), position, state.signature, state.note)
@@ -260,17 +163,26 @@ class Model(nn.Module):
         cap = self.config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
-    def _visit(self, block: nn.Module, x: Tensor, state: BlockState, cu_seqlens: Tensor | None) -> Any:
+    def _visit(self, index: int, x: Tensor, state: BlockState, cu_seqlens: Tensor | None) -> Any:
+        block: Any = self.blocks[index]
         if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x, state, cu_seqlens, use_reentrant=False)
+            return checkpoint(self._reread, block, x, state, cu_seqlens, block.mixer.learning, use_reentrant=False)
         return block(x, state, cu_seqlens)
 
+    @staticmethod
+    def _reread(block: Any, x: Tensor, state: BlockState, cu_seqlens: Tensor | None, learning: bool) -> Any:
+        """Run the block with the memory as it was at the first pass: the second one may come after `frozen_memory`."""
+        with _learning(block.mixer, learning):
+            return block(x, state, cu_seqlens)
+
     def _check_tokens(self, tokens: Tensor, cu_seqlens: Tensor | None) -> None:
-        if tokens.dim() != 2 or tokens.is_floating_point() or tokens.numel() == 0:
-            raise ValueError(f"tokens must be integers [B, T] with T >= 1, got {tokens.dtype} {list(tokens.shape)}.")
+        got = f"{tokens.dtype} {list(tokens.shape)}" if isinstance(tokens, Tensor) else f"a {type(tokens).__name__}"
+        if not isinstance(tokens, Tensor) or tokens.dtype not in INTEGERS or tokens.dim() != 2 or tokens.numel() == 0:
+            raise ValueError(f"tokens must be integers [B, T] (torch.int64 or int32) with T >= 1, got {got}.")
         if cu_seqlens is not None:
             check_cu_seqlens(cu_seqlens, tokens.shape[1], tokens.shape[0])
-        if tokens.device.type == "cpu":  # on a GPU this check would stall the device; the embedding asserts there
+        # On a GPU this check would stall the device; the embedding asserts there. It would break a compiled graph.
+        if tokens.device.type == "cpu" and not torch.compiler.is_compiling():
             low, high = int(tokens.min()), int(tokens.max())
             if low < 0 or high >= self.config.vocab_size:
                 bad = low if low < 0 else high
@@ -280,10 +192,12 @@ class Model(nn.Module):
                 )
 
     def _check_state(self, state: ModelState, num_sequences: int) -> None:
-        if state.signature != self.config.signature:
+        if not isinstance(state, ModelState):
+            raise TypeError(f"state must be a ModelState, got {type(state).__name__}. Use model.init_state.")
+        if state.signature != self.signature:
             raise ValueError(
                 f"this state belongs to another model (signature {state.signature}, this model is "
-                f"{self.config.signature}). Start from model.init_state({num_sequences})."
+                f"{self.signature}). Start from model.init_state({num_sequences})."
             )
         if state.num_sequences != num_sequences:
             raise ValueError(
@@ -309,24 +223,30 @@ class Model(nn.Module):
     def save(self, path: str | Path) -> None:
         """Write config.json and model.safetensors into the folder `path`; each file is replaced atomically."""
         path = Path(path)
-        weights = {name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()}
-        header = {"format": FORMAT, "signature": self.config.signature}
-        files.write_atomically(path / "model.safetensors", lambda temporary: save_file(weights, temporary, header))
+        header = {"format": FORMAT, "signature": self.signature}
+        write_tensors(path / "model.safetensors", self.state_dict(), header)
         text = to_json({"format": FORMAT, "version": VERSION, "config": self.config.to_dict()})
         files.write_text(path / "config.json", text + "\n")
 
 
 def load(path: str | Path, device: torch.device | str = "cpu") -> Model:
-    """Load a model folder written by `Model.save`. Every tensor must be there, with its shape, and no other."""
+    """Load a model folder written by `Model.save`. Every tensor must be there, with its shape, and no other.
+
+    Raises ValueError if a file is damaged, or if config.json is not the one that was saved with the weights.
+    """
     path = Path(path)
-    model = Model(load_config(path))
+    config, signature = _read_config(path)
+    model = Model(config)
     weights_file = path / "model.safetensors"
     require(weights_file.is_file(), f"{path}: model.safetensors is missing; is this a model folder?")
-    try:
-        weights = load_file(weights_file)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{weights_file} is truncated or damaged ({error}). Restore it from a copy.") from error
+    header, weights = read_tensors(weights_file, "Restore it from a copy.")
     check_weights(str(weights_file), weights, {name: tuple(t.shape) for name, t in model.state_dict().items()})
+    require(
+        header.get("signature", signature) == signature,
+        f"{path}: config.json (signature {signature}) is not the one that model.safetensors was saved with "
+        f"({header.get('signature')}): the weights would fit, but compute something else. Restore the folder from a "
+        "copy; to change a setting, load the model, build Model(new config), and load_state_dict into it.",
+    )
     # A checkpoint keeps its dtype: bfloat16 weights make a bfloat16 model.
     for name, tensor in weights.items():
         model.get_parameter(name).data = tensor
@@ -335,7 +255,15 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Model:
 
 def load_config(path: str | Path) -> ModelConfig:
     """The ModelConfig of a model folder."""
-    file = Path(path) / "config.json"
+    return _read_config(Path(path))[0]
+
+
+def _read_config(path: Path) -> tuple[ModelConfig, str]:
+    """The config of a model folder, and the signature of the config as it is written there.
+
+    A setting that a later version adds changes the signature of the config, but not that of what is written.
+    """
+    file = path / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist; a model folder holds config.json and model.safetensors.")
     try:
@@ -344,7 +272,11 @@ def load_config(path: str | Path) -> ModelConfig:
         raise ValueError(f"{file} is not JSON ({error}).") from error
     require(isinstance(data, dict) and data.get("format") == FORMAT, f"{file} is not a {FORMAT} config.")
     require(data.get("version") == VERSION, f"{file}: version {data.get('version')}, this library reads {VERSION}.")
-    return ModelConfig.from_dict(data.get("config"))  # type: ignore[arg-type]  # from_dict checks
+    require(isinstance(data.get("config"), dict), f"{file}: the model's config is missing. Restore it from a copy.")
+    try:
+        return ModelConfig.from_dict(data["config"]), fingerprint(data["config"])
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
 
 
 def check_weights(source: str, found: dict[str, Tensor], wanted: dict[str, tuple[int, ...]]) -> None:
@@ -356,8 +288,18 @@ def check_weights(source: str, found: dict[str, Tensor], wanted: dict[str, tuple
         for name, t in found.items()
         if name in wanted and tuple(t.shape) != wanted[name]
     ]
+    problems += [f"{name} is {t.dtype}, needs a float dtype" for name, t in found.items() if not t.is_floating_point()]
     more = f" … and {len(problems) - 8} more" if len(problems) > 8 else ""
     require(not problems, f"{source} does not fit this model: {'; '.join(problems[:8])}{more}.")
+
+
+@contextlib.contextmanager
+def _learning(mixer: Mixer, learning: bool) -> Iterator[None]:
+    before, mixer.learning = mixer.learning, learning
+    try:
+        yield
+    finally:
+        mixer.learning = before
 
 
 def _find_faults(tree: Any) -> Iterator[Faults]:

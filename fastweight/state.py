@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from fastweight.files import write_atomically
+from fastweight.tensor_files import read_tensors, write_tensors
 
 FORMAT = "fastweight-state"
 VERSION = 1
@@ -113,8 +111,7 @@ class ModelState:
 
     def select(self, indices: Sequence[int] | Tensor) -> "ModelState":
         """The sequences `indices`, in that order; an index may repeat, which makes copies."""
-        rows = torch.as_tensor(indices, device=self.position.device)
-        rows = rows.nonzero().flatten() if rows.dtype == torch.bool else rows.long()
+        rows = _rows(torch.as_tensor(indices), self.num_sequences).to(self.position.device)
         return self._map(lambda t: t.index_select(0, rows))
 
     def detach(self) -> "ModelState":
@@ -127,16 +124,22 @@ class ModelState:
 
     def where(self, keep: Tensor, other: "ModelState") -> "ModelState":
         """Rows of self where `keep` [N] is true, rows of `other` elsewhere (used to restart finished sequences)."""
+        if other.signature != self.signature:
+            raise ValueError(f"where: the other state is of another model ({other.signature}, not {self.signature}).")
+        if other.num_sequences != self.num_sequences or keep.dtype != torch.bool or keep.shape != self.position.shape:
+            raise ValueError(
+                f"where: both states must hold the same number of sequences and keep must be bool [N]; got "
+                f"{self.num_sequences} and {other.num_sequences} sequences, keep {keep.dtype} {list(keep.shape)}."
+            )
         choose = lambda a, b: torch.where(keep.view(-1, *[1] * (a.dim() - 1)), a, b)  # noqa: E731
         visits, position = zip_tensors(choose, *_align_lengths(self._tree(), other._tree()))
         return ModelState(visits, position, self.signature, self.note)
 
     def save(self, path: str | Path) -> None:
         """Write the state to one safetensors file, atomically."""
-        named = {name: t.detach().cpu().contiguous() for name, t in tensors(self._tree())}
         header = {"format": FORMAT, "version": str(VERSION), "signature": self.signature}
         header |= {"structure": json.dumps(_structure(self._tree())), "note": json.dumps(self.note)}
-        write_atomically(path, lambda temporary: save_file(named, temporary, metadata=header))
+        write_tensors(path, dict(tensors(self._tree())), header)
 
     def _tree(self) -> tuple:
         return (self.visits, self.position)
@@ -151,12 +154,7 @@ def load_state(path: str | Path) -> ModelState:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"state file {path} does not exist. It is written by state.save(path).")
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"state file {path} is damaged or not a state ({error}). Save it again.") from error
+    header, found = read_tensors(path, "Is it a state file? Save the state again.")
     if header.get("format") != FORMAT or header.get("version") != str(VERSION):
         got = f"{header.get('format', 'no format')!r} version {header.get('version', '?')}"
         raise ValueError(f"{path} holds {got}; this library reads {FORMAT!r} version {VERSION}.")
@@ -165,6 +163,25 @@ def load_state(path: str | Path) -> ModelState:
         return ModelState(visits, position, header["signature"], json.loads(header.get("note", "{}")))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"state file {path} has a structure this library does not know: {error}.") from error
+
+
+def _rows(indices: Tensor, num_sequences: int) -> Tensor:
+    """Sequence numbers [M] from numbers or a mask."""
+    if indices.dtype == torch.bool and indices.shape == (num_sequences,):
+        return indices.nonzero().flatten()
+    rows = indices.long()
+    whole = indices.numel() == 0 or not (indices.is_floating_point() or indices.dtype == torch.bool)
+    # On a GPU a look at the numbers would stall the device; it asserts that they are in range itself.
+    if (
+        indices.dim() != 1
+        or not whole
+        or (rows.numel() and not rows.is_cuda and not 0 <= rows.min() <= rows.max() < num_sequences)
+    ):
+        raise ValueError(
+            f"select: needs numbers of sequences from 0 to {num_sequences - 1}, or a mask of {num_sequences}; got "
+            f"{indices.tolist()}."
+        )
+    return rows
 
 
 def _structure(tree: Any) -> Any:

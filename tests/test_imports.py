@@ -13,10 +13,10 @@ PACKAGE = Path(fastweight.__file__).parent
 
 # A module may import what stands before it, never after it.
 LAYERS = [
-    {"configs", "files", "state"},
+    {"configs", "files", "tensor_files", "state"},
     {"ops", "data", "optim", "layers"},
     {"mixers"},
-    {"model", "presets"},
+    {"model", "model_config", "presets"},
     {"learn", "artifact", "convert", "generate"},
     {"evaluate", "plots"},
     {"train"},

@@ -8,6 +8,8 @@ from tolerances import assert_close, relative_error
 
 from fastweight import BlockConfig, FeedForwardConfig, Model, ModelConfig, load
 from fastweight.mixers.delta import DeltaConfig
+from fastweight.model_config import fingerprint
+from fastweight.tensor_files import write_tensors
 
 MIXER = DeltaConfig(num_heads=2, head_dim=4)
 
@@ -83,6 +85,28 @@ def test_activation_checkpointing_changes_no_gradient():
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
+def test_checkpointing_repeats_a_frozen_pass_frozen_also_when_the_gradient_comes_later():
+    grads = []
+    for on in (False, True):
+        torch.manual_seed(0)
+        model = Model(config()).double()
+        model.checkpointing = on
+        with model.frozen_memory():
+            loss = model(tokens())[0].square().sum()
+        loss.backward()
+        # What only learning uses has no gradient here.
+        grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys()
+    assert all(torch.equal(gradient, grads[1][name]) for name, gradient in grads[0].items())
+
+
+def test_frozen_memory_is_undone_after_an_error():
+    model = Model(config())
+    with pytest.raises(ValueError, match="outside the vocabulary"), model.frozen_memory():
+        model(torch.tensor([[99]]))
+    assert all(mixer.learning for mixer in model.mixers())
+
+
 def test_a_saved_model_comes_back_bit_for_bit(tmp_path):
     model = Model(config(order=(0, 1, 0), logit_softcap=5.0))
     model.save(tmp_path)
@@ -150,6 +174,14 @@ def test_config_survives_json():
         (lambda d: d["blocks"][0]["mixer"].pop("num_heads"), "missing key.* num_heads"),
         (lambda d: d.update(vocab=3), "unknown key 'vocab'. Did you mean vocab_size"),
         (lambda d: d["blocks"][0]["feed_forward"].update(kind="swigloo"), "Did you mean swiglu"),
+        (lambda d: d.update(vocab_size="13"), "vocab_size must be int, got str '13'"),
+        (lambda d: d.update(blocks=3), "blocks must be a list, got 3"),
+        (lambda d: d.update(blocks=[3]), "block: expected an object with keys, got int"),
+        (lambda d: d.update(order=["0"]), "order must be tuple"),
+        (lambda d: d["blocks"][0].update(mixer=None), "mixer: expected an object with keys, got NoneType"),
+        (lambda d: d["blocks"][0]["mixer"].update(num_heads=2.0), "num_heads must be int, got float"),
+        (lambda d: d["blocks"][0]["mixer"].update(gated="no"), "gated must be bool, got str 'no'"),
+        (lambda d: d["blocks"][0]["feed_forward"].update(hidden="12"), "hidden must be int"),
     ],
 )
 def test_a_bad_key_in_a_config_file_is_named(edit, message):
@@ -167,6 +199,9 @@ def test_a_bad_key_in_a_config_file_is_named(edit, message):
         (torch.zeros(1, 0, dtype=torch.int64), "T >= 1"),
         (torch.tensor([[1, 13]]), "token id 13 is outside the vocabulary"),
         (torch.tensor([[-1, 0]]), "token id -1 is outside the vocabulary"),
+        (torch.zeros(1, 3, dtype=torch.uint8), "int64 or int32.*got torch.uint8"),
+        (torch.zeros(1, 3, dtype=torch.bool), "int64 or int32.*got torch.bool"),
+        ([[1, 2]], "got a list"),
     ],
 )
 def test_bad_tokens_are_refused(bad, message):
@@ -180,6 +215,26 @@ def test_bad_cu_seqlens_are_refused(ends):
         Model(config())(tokens(1), cu_seqlens=torch.tensor(ends))
 
 
+@pytest.mark.parametrize("ends", [[0, 9], torch.tensor([0.0, 9.0]), torch.tensor([False, True])])
+def test_cu_seqlens_of_another_type_are_refused(ends):
+    with pytest.raises(ValueError, match="cu_seqlens must be"):
+        Model(config())(tokens(1), cu_seqlens=ends)
+
+
+def test_blocks_and_order_may_be_given_as_lists():
+    assert config(blocks=list(config().blocks), order=[0, 1, 0]) == config(order=(0, 1, 0))
+
+
+def test_a_mixer_in_the_place_of_a_block_is_refused():
+    with pytest.raises(ValueError, match="blocks must be"):
+        config(blocks=(MIXER,))
+
+
+def test_a_state_must_be_a_state():
+    with pytest.raises(TypeError, match=r"got tuple.*model\.init_state"):
+        Model(config())(tokens(), (torch.zeros(2),))
+
+
 def test_cu_seqlens_need_a_packed_row():
     with pytest.raises(ValueError, match="batch 1, got batch 2"):
         Model(config())(tokens(2), cu_seqlens=torch.tensor([0, 9]))
@@ -191,6 +246,7 @@ def test_cu_seqlens_need_a_packed_row():
         (lambda w: w.pop("norm.weight"), "missing norm.weight"),
         (lambda w: w.update(extra=torch.ones(2)), "unexpected extra"),
         (lambda w: w.update({"norm.weight": torch.ones(9)}), r"norm.weight has shape \[9\], needs \[8\]"),
+        (lambda w: w.update({"norm.weight": torch.ones(8).long()}), r"norm.weight is torch.int64, needs a float dtype"),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_is_refused_by_tensor(tmp_path, edit, message):
@@ -212,6 +268,54 @@ def test_a_truncated_checkpoint_is_refused(tmp_path):
         load(tmp_path)
 
 
+def test_a_flipped_bit_in_the_weights_is_found(tmp_path):
+    Model(config()).save(tmp_path)
+    data = bytearray((tmp_path / "model.safetensors").read_bytes())
+    data[-5] ^= 1
+    (tmp_path / "model.safetensors").write_bytes(data)
+    with pytest.raises(ValueError, match="damaged.*checksum"):
+        load(tmp_path)
+
+
+def test_a_config_of_another_model_is_refused_although_its_weights_would_fit(tmp_path):
+    Model(config()).save(tmp_path / "a")
+    Model(config(logit_softcap=5.0)).save(tmp_path / "b")
+    (tmp_path / "a" / "config.json").write_text((tmp_path / "b" / "config.json").read_text())
+    with pytest.raises(ValueError, match="is not the one that model.safetensors was saved with"):
+        load(tmp_path / "a")
+
+
+def test_a_folder_from_before_a_setting_existed_still_loads(tmp_path):
+    """The signature is that of the config as it was written: a setting added later takes its default."""
+    model = Model(config())
+    model.save(tmp_path)
+    record = json.loads((tmp_path / "config.json").read_text())
+    del record["config"]["logit_softcap"]
+    header = {"format": "fastweight-model", "signature": fingerprint(record["config"])}
+    write_tensors(tmp_path / "model.safetensors", model.state_dict(), header)
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    assert torch.equal(load(tmp_path)(tokens())[0], model(tokens())[0])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "is not a fastweight-model config"),
+        ('{"format": "fastweight-model", "version": 99}', "version 99, this library reads 1"),
+        ('{"format": "fastweight-model", "version": 1}', "config is missing"),
+        (
+            '{"format": "fastweight-model", "version": 1, "config": {"vocab_size": 3}}',
+            r"config\.json: model: missing key",
+        ),
+    ],
+)
+def test_a_damaged_config_file_is_named(tmp_path, text, message):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path)
+
+
 def test_a_folder_without_a_model_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"config\.json"):
         load(tmp_path)
@@ -225,7 +329,7 @@ def test_a_full_disk_leaves_the_old_model(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fastweight.model.save_file", full)
+    monkeypatch.setattr("fastweight.tensor_files.save_file", full)
     with pytest.raises(OSError, match="untouched"):
         Model(config()).save(tmp_path)
     assert (tmp_path / "model.safetensors").read_bytes() == before

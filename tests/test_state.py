@@ -68,6 +68,28 @@ def test_where_restarts_the_other_sequences(read):
     assert_trees_close(mixed.select([0, 2]).visits, state.select([0, 2]).visits, 0)
 
 
+@pytest.mark.parametrize("rows", [[3], [-1], [0.5], torch.tensor([True, False]), torch.tensor([[0]])])
+def test_select_names_the_sequences_that_there_are(read, rows):
+    with pytest.raises(ValueError, match="numbers of sequences from 0 to 2, or a mask of 3"):
+        read[1].select(rows)
+
+
+@pytest.mark.parametrize(
+    ("keep", "num_sequences"),
+    [(torch.tensor([True]), 3), (torch.tensor([1, 0, 1]), 3), (torch.tensor([True, False, True]), 2)],
+)
+def test_where_needs_one_truth_per_sequence(read, keep, num_sequences):
+    model, state = read
+    with pytest.raises(ValueError, match="keep must be bool"):
+        state.where(keep, model.init_state(num_sequences))
+
+
+def test_where_refuses_a_state_of_another_model(read):
+    other = tiny_model(vocab_size=12).init_state(3)
+    with pytest.raises(ValueError, match="of another model"):
+        read[1].where(torch.tensor([True, False, True]), other)
+
+
 def test_detach_cuts_the_graph():
     model = tiny_model()
     _, state = model(torch.ones(1, 3, dtype=torch.int64))
@@ -96,6 +118,15 @@ def test_a_truncated_state_file_is_refused(read, tmp_path, keep):
     data = (tmp_path / "s").read_bytes()
     (tmp_path / "s").write_bytes(data[:keep])
     with pytest.raises(ValueError, match="damaged"):
+        load_state(tmp_path / "s")
+
+
+def test_a_flipped_bit_in_a_state_is_found(read, tmp_path):
+    read[1].save(tmp_path / "s")
+    data = bytearray((tmp_path / "s").read_bytes())
+    data[-5] ^= 1
+    (tmp_path / "s").write_bytes(data)
+    with pytest.raises(ValueError, match="damaged.*checksum"):
         load_state(tmp_path / "s")
 
 
@@ -133,7 +164,7 @@ def test_saving_over_a_state_keeps_it_when_the_disk_is_full(read, tmp_path, monk
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fastweight.state.save_file", full)
+    monkeypatch.setattr("fastweight.tensor_files.save_file", full)
     with pytest.raises(OSError, match="is untouched"):
         state.save(tmp_path / "s")
     assert (tmp_path / "s").read_bytes() == before

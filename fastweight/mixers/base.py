@@ -104,6 +104,7 @@ def mixer_class(kind: str) -> type[Mixer]:
 
 def mixer_config(data: dict[str, Any]) -> MixerConfig:
     """Build a mixer's config from its JSON object (with its "kind")."""
+    require(isinstance(data, dict), f"mixer: expected an object with keys, got {type(data).__name__}.")
     check_keys("mixer", {"kind": None} if "kind" in data else {}, ["kind"], ["kind"])
     rest = {key: value for key, value in data.items() if key != "kind"}
     return from_dict(mixer_class(data["kind"]).Config, rest)

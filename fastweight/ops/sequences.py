@@ -13,12 +13,16 @@ from torch import Tensor
 
 from fastweight.state import Faults
 
+INTEGERS = (torch.int64, torch.int32)  # dtypes of tokens and offsets
+
 
 def check_cu_seqlens(cu_seqlens: Tensor, total: int, batch: int) -> None:
     """Refuse offsets that do not describe the packed row: integer [N+1], from 0 to `total`, strictly increasing."""
     if batch != 1:
         raise ValueError(f"cu_seqlens needs a packed input of batch 1, got batch {batch}. Flatten it to [1, total].")
-    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2 or cu_seqlens.is_floating_point():
+    if not isinstance(cu_seqlens, Tensor):
+        raise ValueError(f"cu_seqlens must be a tensor of integers [N + 1], got a {type(cu_seqlens).__name__}.")
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2 or cu_seqlens.dtype not in INTEGERS:
         got = f"{cu_seqlens.dtype} {list(cu_seqlens.shape)}"
         raise ValueError(f"cu_seqlens must be integers of shape [N + 1] with N >= 1, got {got}.")
     ends = cu_seqlens.tolist()

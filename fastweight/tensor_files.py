@@ -1,0 +1,52 @@
+"""Files of named tensors: safetensors with a text header and a checksum, written atomically, never a pickle."""
+
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fastweight.files import write_atomically
+
+
+class TensorFile(NamedTuple):
+    """What a file holds: its header, and its tensors by name."""
+
+    header: dict[str, str]
+    tensors: dict[str, Tensor]
+
+
+def write_tensors(path: str | Path, named: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
+    """Write `named` with `header` and their checksum to `path`; on any error the old file stays."""
+    held = {name: t.detach().cpu().contiguous() for name, t in named.items()}
+    metadata = {**header, "crc32": checksum(held)}
+    write_atomically(path, lambda temporary: save_file(held, temporary, metadata))
+
+
+def read_tensors(path: str | Path, advice: str) -> TensorFile:
+    """Read a safetensors file. Raises ValueError, ending in `advice`, if it is cut short or its bits have changed.
+
+    A file without a checksum (another program wrote it) is read as it is.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is truncated or damaged ({error}). {advice}") from error
+    if header.get("crc32") not in (None, checksum(found)):
+        raise ValueError(f"{path} is damaged: its tensors are not those that were written (checksum). {advice}")
+    return TensorFile(header, found)
+
+
+def checksum(named: Mapping[str, Tensor]) -> str:
+    """CRC-32 over the bytes of all tensors in the order of their names, as eight hexadecimal digits."""
+    total = 0
+    for _, tensor in sorted(named.items()):
+        if tensor.numel():
+            total = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, total)
+    return f"{total:08x}"
