@@ -25,7 +25,8 @@ def causal_conv(
         new_tail = seen[:, seen.shape[1] - back :]
     else:
         y, new_tail = _packed(seen[0], weight, before, cu_seqlens)
-    return (y if bias is None else y + bias.to(wide)).to(x.dtype), new_tail.to(tail.dtype)
+    # A copy: a view would keep everything that was read alive for as long as the state lives.
+    return (y if bias is None else y + bias.to(wide)).to(x.dtype), new_tail.to(tail.dtype, copy=True)
 
 
 def _packed(x: Tensor, weight: Tensor, tail: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:

@@ -50,8 +50,14 @@ def _append(
 ) -> tuple[Tensor, Tensor]:
     """The last `capacity` entries of cache and new tokens, per sequence."""
     if cu_seqlens is None:
-        grown = [torch.cat((old, new), 1) for old, new in ((state.k, k), (state.v, v))]
-        return grown[0][:, grown[0].shape[1] - capacity :], grown[1][:, grown[1].shape[1] - capacity :]
+        fresh = min(k.shape[1], capacity)
+        # Cut before joining: a view of the joined tokens would keep all of them alive as long as the state lives.
+        parts = (
+            (old[:, old.shape[1] - capacity + fresh :], new[:, new.shape[1] - fresh :])
+            for old, new in ((state.k, k), (state.v, v))
+        )
+        keys, values = (torch.cat(pair, 1) for pair in parts)
+        return keys, values
     n, slots = state.k.shape[:2]
     ends = cu_seqlens.to(k.device, torch.int64)
     # Rows to choose from: the new tokens, then the caches, then zeros.

@@ -50,7 +50,14 @@ def delta_rule(
     decay = q.new_zeros(beta[:, :, 0].shape, dtype=wide) if log_decay is None else log_decay.to(wide)
     inputs, bad = _drop_bad_writes(k.to(wide), v.to(wide), beta.to(wide), decay)
     y, memory = dispatch.call(
-        "delta_rule", backend, q, q.to(wide), *inputs, state.memory, cu_seqlens=cu_seqlens, gated=log_decay is not None
+        "delta_rule",
+        backend,
+        q,
+        q.to(wide),
+        *inputs,
+        state.memory.to(wide),
+        cu_seqlens=cu_seqlens,
+        gated=log_decay is not None,
     )
     faults = count_faults(state.faults, bad, state.position, cu_seqlens)
     return y.to(q.dtype), DeltaState(memory, advance(state.position, q.shape[1], cu_seqlens), faults)

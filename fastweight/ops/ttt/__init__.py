@@ -104,8 +104,9 @@ def _run(
     wide = torch.promote_types(q.dtype, state.weights.w1.dtype)
     k, v, rate, bad = _drop_bad_tokens(k.to(wide), v.to(wide), inner_lr.to(wide))
     tau, ln_weight, ln_bias = tau.to(wide), ln_weight.to(wide), ln_bias.to(wide)
+    fast, sums = map_tensors(lambda t: t.to(wide), (state.weights, state.pending))
     y, weights, pending, skipped = dispatch.call(
-        op, backend, q, q.to(wide), k, v, rate, tau, ln_weight, ln_bias, state.weights, state.pending, state.position,
+        op, backend, q, q.to(wide), k, v, rate, tau, ln_weight, ln_bias, fast, sums, state.position,
         eps=eps, cu_seqlens=cu_seqlens,
     )  # fmt: skip
     faults = count_faults(state.faults, bad if skipped is None else bad | skipped, state.position, cu_seqlens)
