@@ -148,17 +148,27 @@ class Delta(Mixer):
 
     @torch.no_grad()
     def inner_losses(self, x: Tensor, state: DeltaMixerState) -> dict[str, Tensor]:
-        """Squared recall error of each token [T], mean over batch, heads and channels: see docs/layers.md."""
+        """Squared recall error of each token's pairs [T], mean over batch, pairs, heads and channels.
+
+        "initial": with the memory that the sequence starts from here; "before" and "after": around the token's writes.
+        """
         (_, k, v, beta, log_decay), _ = self._project(x, state.conv, None)
-        memory, series = state.memory.memory, {"initial": [], "before": [], "after": []}
+        first = memory = state.memory.memory
+        k, v, beta = (z.to(memory.dtype) for z in (k, v, beta))
+        series: dict[str, list[Tensor]] = {"initial": [], "before": [], "after": []}
         for t in range(x.shape[1]):
-            key, value, strength = (z[:, t, 0].to(memory.dtype) for z in (k, v, beta))
+            keys, values = k[:, t], v[:, t]
+            series["initial"].append(_recall_error(first, keys, values))
             if log_decay is not None:
                 memory = memory * log_decay[:, t, :, None, None].exp()
-            error = value - torch.einsum("bhkv,bhk->bhv", memory, key)
-            memory = memory + torch.einsum("bhk,bhv->bhkv", key, strength[..., None] * error)
-            after = value - torch.einsum("bhkv,bhk->bhv", memory, key)
-            first = value - torch.einsum("bhkv,bhk->bhv", state.memory.memory, key)
-            for name, e in (("initial", first), ("before", error), ("after", after)):
-                series[name].append(e.square().mean())
+            series["before"].append(_recall_error(memory, keys, values))
+            for m in range(self.config.order):
+                error = values[:, m] - torch.einsum("bhkv,bhk->bhv", memory, keys[:, m])
+                memory = memory + torch.einsum("bhk,bhv->bhkv", keys[:, m], beta[:, t, m, :, None] * error)
+            series["after"].append(_recall_error(memory, keys, values))
         return {name: torch.stack(values) for name, values in series.items()}
+
+
+def _recall_error(memory: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Mean squared difference of what `memory` [B, H, K, V] answers to keys [B, M, H, K] and values [B, M, H, V]."""
+    return (values - torch.einsum("bhkv,bmhk->bmhv", memory, keys)).square().mean()

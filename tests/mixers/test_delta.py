@@ -45,3 +45,17 @@ def test_recall_error_shrinks_after_each_write():
     # The write is strength beta in (0, 1) along a unit key: the error after is (1 - beta) times the error before.
     assert (series["after"] < series["before"]).all()
     assert torch.equal(series["initial"][0], series["before"][0])
+
+
+def test_the_statistics_follow_the_true_memory_for_several_writes_per_token():
+    torch.manual_seed(0)
+    mixer = Delta(16, DeltaConfig(num_heads=2, head_dim=4, gated=True, order=2)).double()
+    mixer.reset_parameters(0.3)
+    x, start = torch.randn(2, 9, 16, dtype=torch.float64), mixer.init_state(2)
+    series = mixer.inner_losses(x, start)
+    for t in range(9):
+        # The oracle: the state that reading token by token really leaves, asked for the token's own pairs.
+        _, after = mixer.parallel(x[:, : t + 1], start)
+        (_, k, v, _, _), _ = mixer._project(x, start.conv, None)
+        answer = torch.einsum("bhkv,bmhk->bmhv", after.memory.memory, k[:, t])
+        torch.testing.assert_close(series["after"][t], (v[:, t] - answer).square().mean())
