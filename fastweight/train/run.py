@@ -58,6 +58,7 @@ def train(
             trained, resumed = _new_model(config, store, model).to(device), None
         _check_vocabulary(trained, store)
         _check_data(store, config)
+        _check_statistics(trained, config)
         for line in describe_run(config, trained, store, device):
             report.say(line)
         if resumed is None:
@@ -158,6 +159,19 @@ def _check_data(store: Store, config: TrainConfig) -> None:
     make_view(store.split("train"), config.data, config.seed)
     if config.log.heldout_every:
         Windows(store.split("heldout"), config.data.seq_len)
+
+
+def _check_statistics(model: Model, config: TrainConfig) -> None:
+    """Refuse statistics over fewer tokens than a memory's chunk: there would be nothing to report."""
+    log = config.log
+    for i, mixer in enumerate(model.mixers()):
+        chunk = getattr(mixer.config, "chunk_size", 1)
+        require(
+            not log.stats_every or chunk <= min(log.stats_tokens, config.data.seq_len),
+            f"log: the memory of block {i} ({mixer.kind}) learns once per {chunk} tokens, statistics see "
+            f"{min(log.stats_tokens, config.data.seq_len)}. Set log.stats_tokens and data.seq_len to {chunk} or more, "
+            "or log.stats_every to 0.",
+        )
 
 
 def _prepare(model: Model, config: TrainConfig) -> None:

@@ -13,8 +13,10 @@ from torch.nn import functional as F
 from training_cases import call_at_forward, run_elsewhere, tiny_config, tiny_model
 
 import fastweight
+from fastweight import BlockConfig, Model, ModelConfig
 from fastweight.data import Store, Windows
-from fastweight.train import DivergedError, InnerRateWarmup, ModelSource, read_metrics, train
+from fastweight.mixers.lact import LactConfig
+from fastweight.train import DivergedError, InnerRateWarmup, LogConfig, ModelSource, read_metrics, train
 
 
 def losses(out):
@@ -313,3 +315,11 @@ def test_a_run_can_start_from_the_weights_of_a_model_folder(store, tmp_path):
     first = fastweight.load(tmp_path / "run" / "checkpoints" / "step-000000")
     assert torch.equal(first.head.weight, tiny_model(seed=5).head.weight)
     assert json.loads((tmp_path / "run" / "config.json").read_text())["model"] == first.config.to_dict()
+
+
+def test_statistics_shorter_than_a_chunk_are_refused(store, tmp_path):
+    lact = LactConfig(num_heads=2, num_fast_heads=2, chunk_size=32, window=32)
+    model = Model(ModelConfig(vocab_size=257, d_model=16, blocks=(BlockConfig(mixer=lact),)))
+    config = tiny_config(store, log=LogConfig(stats_every=2, stats_tokens=31))
+    with pytest.raises(ValueError, match=r"block 0 \(lact\) learns once per 32 tokens, statistics see"):
+        train(config, tmp_path, model=model, quiet=True)
