@@ -30,7 +30,7 @@ from fastweight.train import DataConfig, LogConfig, TrainConfig, train
 
 WINDOW, WIDTH, BLOCKS, PARAMETERS = 32, 128, 4, 890_000
 ATTENTION = AttentionConfig(num_heads=4, window=WINDOW)
-DELTA = DeltaConfig(num_heads=2, head_dim=128, value_dim=64, output_gate=False)
+DELTA = DeltaConfig(num_heads=2, head_dim=64, conv_width=2, output_gate=False)
 MEMORIES: dict[str, MixerConfig] = {
     "window": ATTENTION,
     "full-attention": AttentionConfig(num_heads=4),
@@ -48,8 +48,8 @@ MEMORIES: dict[str, MixerConfig] = {
 class Setting:
     """steps of batch_size × seq_len bytes; held-out files longer than min_tokens are scored up to max_tokens."""
 
-    steps: int = 400
-    seq_len: int = 1024
+    steps: int = 800
+    seq_len: int = 512
     batch_size: int = 4
     optimizer: str = "muon"
     device: str = "auto"
@@ -73,7 +73,7 @@ def model_config(memory: MixerConfig) -> ModelConfig:
 
 def optimizer(name: str) -> OptimizerConfig:
     if name == "muon":
-        return OptimizerConfig(name="muon", lr=4e-3, muon_lr=0.028, muon_scale="original", weight_decay=0.0)
+        return OptimizerConfig(name="muon", lr=2.5e-3, muon_lr=0.0175, muon_scale="original", weight_decay=0.0)
     return OptimizerConfig(name="adamw", lr=3e-3, weight_decay=0.1)
 
 
