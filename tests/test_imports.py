@@ -13,7 +13,7 @@ PACKAGE = Path(fastweight.__file__).parent
 
 # A module may import what stands before it, never after it.
 LAYERS = [
-    {"configs", "files", "tensor_files", "state"},
+    {"configs", "devices", "files", "tensor_files", "state"},
     {"ops", "data", "optim", "layers"},
     {"mixers"},
     {"model", "model_config", "presets"},

@@ -7,6 +7,7 @@ import torch
 
 from fastweight.configs import require
 from fastweight.data.tokenizers import Tokenizer, load_tokenizer
+from fastweight.devices import pick_device
 from fastweight.generate import WEIGHTS_FILE
 from fastweight.model import Model, ModelConfig, load
 from fastweight.ops import dispatch
@@ -40,21 +41,6 @@ def open_model(folder: Path, device: str, backend: str) -> Model:
     for op in _ops(model):
         dispatch.choose(op, backend, sample)
     return model.eval()
-
-
-def pick_device(name: str) -> torch.device:
-    """The device called `name`, "auto" being a GPU if there is one. Raises ValueError for one that is not here."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"unknown device {name!r}. Use auto, cpu, cuda or cuda:0.") from error
-    require(
-        device.type != "cuda" or torch.cuda.is_available(),
-        f"device {name!r}: torch {torch.__version__} sees no CUDA GPU here. Use --device cpu.",
-    )
-    return device
 
 
 def find_tokenizer(folder: Path, chosen: str | None, model: Model) -> Tokenizer:

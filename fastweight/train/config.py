@@ -170,7 +170,8 @@ class TrainConfig:
         beyond = self.schedule.warmup_steps + self.schedule.decay_steps
         require(
             bool(self.max_seconds) or beyond <= self.steps,
-            f"train: warm-up and decay take {beyond} steps, the run has {self.steps}. Shorten them (schedule.*).",
+            f"train: warm-up and decay take {beyond} steps, the run has {self.steps}. "
+            "Lower schedule.warmup_steps and schedule.decay_steps.",
         )
 
     def to_dict(self) -> dict[str, Any]:

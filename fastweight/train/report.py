@@ -8,7 +8,6 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
-from fastweight.configs import near_names
 from fastweight.data import Store
 from fastweight.model import Model
 from fastweight.ops import dispatch
@@ -99,19 +98,6 @@ def warn_of_faults(report: Report, sentences: list[str]) -> None:
         report.say(f"warning: {sentence}")
     if len(sentences) > 3:
         report.say(f"warning: and {len(sentences) - 3} more")
-
-
-def check_device(name: str) -> torch.device:
-    """The device that `name` stands for. Raises ValueError if it does not exist here."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    known = ["auto", "cpu", "cuda"]
-    kind = name.split(":")[0]
-    if kind not in known:
-        raise ValueError(f"device: unknown {name!r}.{near_names(name, known)}")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f'device: {name!r} is not available here. Use device="cpu" or "auto".')
-    return torch.device(name)
 
 
 def summary(values: dict[str, Any]) -> str:

@@ -10,12 +10,13 @@ import torch
 from fastweight import files
 from fastweight.configs import require, to_json
 from fastweight.data import Store, Windows
+from fastweight.devices import pick_device
 from fastweight.model import Model, load
 from fastweight.train import checkpoint, folders
 from fastweight.train.config import TrainConfig
 from fastweight.train.loop import Trainer
 from fastweight.train.metrics import Metrics
-from fastweight.train.report import Report, check_device, describe_run
+from fastweight.train.report import Report, describe_run
 from fastweight.train.signals import stop_requests
 from fastweight.train.source import make_view
 from fastweight.train.tally import Tally, TrainResult
@@ -44,7 +45,7 @@ def train(
     """
     out = Path(out)
     config = _resumed_config(config, out) if resume else _new_config(config, out)
-    device = check_device(config.device)
+    device = pick_device(config.device)
     store = Store.open(config.data.store)
     report = Report(config, quiet)
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), stop_requests() as stop:

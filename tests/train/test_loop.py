@@ -284,7 +284,7 @@ def test_compiled_blocks_train_to_the_same_losses(store, tmp_path):
 
 class TestBadInput:
     def test_a_device_that_does_not_exist_is_named(self, store, tmp_path):
-        with pytest.raises(ValueError, match="unknown 'gpu'"):
+        with pytest.raises(ValueError, match="unknown device 'gpu'"):
             train(tiny_config(store, device="gpu"), tmp_path, model=tiny_model())
 
     def test_a_vocabulary_that_is_too_small_is_refused(self, store, tmp_path):
