@@ -12,8 +12,11 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
     The data reaches the disk before the rename. On any error the temporary file is removed and `path` is untouched.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    except OSError as error:
+        raise OSError(f"could not write {path}: {error}. Choose a place where files can be made.") from error
     os.close(handle)
     temporary = Path(name)
     try:

@@ -171,6 +171,12 @@ def test_saving_over_a_state_keeps_it_when_the_disk_is_full(read, tmp_path, monk
     assert [p.name for p in tmp_path.iterdir()] == ["s"]
 
 
+def test_a_place_where_no_file_can_be_made_is_named(read, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(OSError, match="could not write .*file/s.*Choose a place"):
+        read[1].save(tmp_path / "file" / "s")
+
+
 def test_faults_remember_the_first_position():
     faults = Faults.none(2).add(torch.tensor([0, 2]), torch.tensor([99, 5]))
     faults = faults.add(torch.tensor([1, 1]), torch.tensor([8, 9]))
