@@ -280,7 +280,7 @@ def _read_config(path: Path) -> tuple[ModelConfig, str]:
 
 
 def check_weights(source: str, found: dict[str, Tensor], wanted: dict[str, tuple[int, ...]]) -> None:
-    """Refuse missing, unexpected and misshapen tensors by name."""
+    """Refuse missing, unexpected and misshapen tensors, and whole numbers, by name."""
     problems = [f"missing {name} {list(shape)}" for name, shape in wanted.items() if name not in found]
     problems += [f"unexpected {name} {list(t.shape)}" for name, t in found.items() if name not in wanted]
     problems += [
@@ -288,9 +288,10 @@ def check_weights(source: str, found: dict[str, Tensor], wanted: dict[str, tuple
         for name, t in found.items()
         if name in wanted and tuple(t.shape) != wanted[name]
     ]
-    problems += [f"{name} is {t.dtype}, needs a float dtype" for name, t in found.items() if not t.is_floating_point()]
     more = f" … and {len(problems) - 8} more" if len(problems) > 8 else ""
     require(not problems, f"{source} does not fit this model: {'; '.join(problems[:8])}{more}.")
+    whole = [f"{name} ({t.dtype})" for name, t in found.items() if not t.is_floating_point()]
+    require(not whole, f"{source}: weights must be floating-point, not so: {', '.join(whole[:8])}.")
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """Files of named tensors: safetensors with a text header and a checksum, written atomically, never a pickle."""
 
+import json
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,7 +25,12 @@ def write_tensors(path: str | Path, named: Mapping[str, Tensor], header: Mapping
     """Write `named` with `header` and their checksum to `path`; on any error the old file stays."""
     held = {name: t.detach().cpu().contiguous() for name, t in named.items()}
     metadata = {**header, "crc32": checksum(held)}
-    write_atomically(path, lambda temporary: save_file(held, temporary, metadata))
+
+    def write(temporary: Path) -> None:
+        save_file(held, temporary, metadata)
+        _sort_header(temporary)
+
+    write_atomically(path, write)
 
 
 def read_tensors(path: str | Path, advice: str) -> TensorFile:
@@ -41,6 +47,19 @@ def read_tensors(path: str | Path, advice: str) -> TensorFile:
     if header.get("crc32") not in (None, checksum(found)):
         raise ValueError(f"{path} is damaged: its tensors are not those that were written (checksum). {advice}")
     return TensorFile(header, found)
+
+
+def _sort_header(path: Path) -> None:
+    """Put the header's texts in the order of their names: safetensors writes them in a random one each time, and equal
+    models should be equal files."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:
+            file.seek(8)
+            file.write(text.ljust(size))
 
 
 def checksum(named: Mapping[str, Tensor]) -> str:

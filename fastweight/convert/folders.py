@@ -4,13 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from fastweight.configs import require
 from fastweight.convert.base import read_json
 from fastweight.model import Model, ModelConfig
+from fastweight.tensor_files import read_tensors
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -40,10 +39,7 @@ def read_weights(src: Path) -> dict[str, Tensor]:
 
 def _load(path: Path) -> dict[str, Tensor]:
     require(path.is_file(), f"{path} is missing.")
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is truncated or damaged ({error}). Fetch it again.") from error
+    return read_tensors(path, "Fetch it again.").tensors
 
 
 def same_bytes(a: Tensor, b: Tensor) -> bool:

@@ -111,8 +111,6 @@ def read(src: Path, config: Path | None) -> Model:
         require(same, f"{src}: {HEAD} differs from {EMBEDDING}, but tie_word_embeddings is true.")
     shapes = model.state_dict()
     check_weights(str(src), found, {published(name): tuple(t.shape) for name, t in shapes.items()})
-    whole = [f"{name} ({t.dtype})" for name, t in found.items() if not t.is_floating_point()]
-    require(not whole, f"{src}: weights must be floating-point, not so: {', '.join(whole[:8])}.")
     model.load_state_dict({name: found.pop(published(name)) for name in shapes}, assign=True)
     return keep_source(model, NAME, {"config": data, "head_stored": head_stored})
 

@@ -117,8 +117,6 @@ def fill(config: ModelConfig, source: str, found: dict[Any, Tensor], *, jax: boo
         ours[key] = (name.ours, back, tuple(to(shapes[name.ours]).shape))
     show = "/".join if jax else str
     check_weights(source, {show(k): t for k, t in found.items()}, {show(k): shape for k, (_, _, shape) in ours.items()})
-    whole = [f"{show(k)} ({t.dtype})" for k, t in found.items() if not t.is_floating_point()]
-    require(not whole, f"{source}: weights must be floating-point, not so: {', '.join(whole[:8])}.")
     weights = {}
     for key, (name, back, _) in ours.items():
         weights[name] = back(found.pop(key)).contiguous()
