@@ -31,7 +31,8 @@ class Prepare:
     """Tokenize text into a token store. Run the same command again after an interruption: it continues."""
 
     source: str
-    """python-stdlib (the interpreter's own library), a file, folder or glob of text, jsonl or parquet, or hf:NAME."""
+    """python-stdlib (the interpreter's own library), a file, folder or glob of text, jsonl or parquet, or hf:NAME.
+    text:PATH reads files as text whatever their suffix."""
     out: Path
     """Folder of the new store."""
     tokenizer: str = "bytes"
