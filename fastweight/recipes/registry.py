@@ -28,9 +28,3 @@ def recipe(name: str) -> TrainConfig:
     """The settings of the recipe `name`; data.store is left for the caller. Raises ValueError with near names."""
     require(name in _RECIPES, f"unknown recipe {name!r}.{near_names(name, _RECIPES)}")
     return _RECIPES[name]()
-
-
-def describe_recipe(name: str) -> str:
-    """The first line of the recipe's description."""
-    recipe(name)
-    return (_RECIPES[name].__doc__ or "").strip().split("\n")[0]
