@@ -1,4 +1,4 @@
-"""The demo: two small models of one size and one training time; one has a memory, the other only a window.
+"""The demo: two small models of one size, trained on the same text; one has a memory, the other only a window.
 
 Everything happens on this machine: the text is the running interpreter's own standard library.
 """
@@ -36,14 +36,14 @@ Bar = Callable[[str, str], AbstractContextManager[Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
-    """train_seconds: training time of each of the two models.
+    """steps of batch_size × seq_len bytes: the training of each of the two models, in the same order.
 
     documents: held-out files scored, each at least min_tokens long and cut at max_tokens. prompt_tokens, new_tokens:
     how much of a held-out file is read, and continued.
     """
 
-    train_seconds: float = 130.0
-    seq_len: int = 1024
+    steps: int = 720
+    seq_len: int = 512
     batch_size: int = 4
     documents: int = 24
     min_tokens: int = 4096
@@ -56,12 +56,12 @@ class DemoConfig:
 def memory_config() -> ModelConfig:
     """Window attention and delta-rule memory in turns."""
     window = AttentionConfig(num_heads=4, window=WINDOW)
-    memory = DeltaConfig(num_heads=2, head_dim=128, value_dim=64, output_gate=False, init="induction")
-    return _model_config([window, memory, window, memory], hidden=336)
+    memory = DeltaConfig(num_heads=2, head_dim=64, conv_width=2, output_gate=False, init="induction")
+    return _model_config([window, memory, window, memory], hidden=384)
 
 
 def window_config() -> ModelConfig:
-    """Window attention alone; wider feed-forwards make up for the parameters of the memory."""
+    """Window attention alone."""
     return _model_config([AttentionConfig(num_heads=4, window=WINDOW)] * 4, hidden=384)
 
 
@@ -110,15 +110,14 @@ def _prepare(folder: Path, say: Say) -> Store:
 
 
 def _train(name: str, out: Path, model_config: ModelConfig, config: DemoConfig, say: Say) -> dict[str, Any]:
-    """Train one model for the agreed time, unless `out` holds it already."""
+    """Train one model, unless `out` holds it already."""
     folder, record = out / name, out / name / "demo.json"
     plan = TrainConfig(
         data=DataConfig(store=str(out / "data"), seq_len=config.seq_len, batch_size=config.batch_size),
-        optimizer=OptimizerConfig(name="muon", lr=4e-3, muon_lr=0.028, muon_scale="original", weight_decay=0.0),
-        schedule=ScheduleConfig(kind="linear", warmup_steps=30, final_ratio=0.0),
-        log=LogConfig(every=10, checkpoint_every=0),
-        steps=1_000_000,
-        max_seconds=config.train_seconds,
+        optimizer=OptimizerConfig(name="muon", lr=2.5e-3, muon_lr=0.0175, muon_scale="original", weight_decay=0.0),
+        schedule=ScheduleConfig(kind="linear", warmup_steps=min(30, config.steps // 4), final_ratio=0.0),
+        log=LogConfig(every=20, checkpoint_every=0),
+        steps=config.steps,
         seed=config.seed,
         device="cpu",
     )
@@ -126,9 +125,9 @@ def _train(name: str, out: Path, model_config: ModelConfig, config: DemoConfig, 
         say(f"{name}: trained before (remove {folder} to train again)")
         return json.loads(record.read_text())
     torch.manual_seed(config.seed)
-    say(f"{name}: {config.train_seconds:.0f} s of training")
+    say(f"{name}: {config.steps} steps of {config.batch_size} × {config.seq_len} bytes")
     result = train(plan, folder, model=Model(model_config))
-    if result.stopped not in ("", "time"):
+    if result.stopped:
         raise KeyboardInterrupt(f"training was stopped by {result.stopped}")
     figures = {"parameters": result.parameters, "tokens": result.tokens, "seconds": round(result.seconds, 1)}
     figures["tokens_per_second"] = round(result.tokens_per_second)
