@@ -177,7 +177,7 @@ def _continue(out: Path, store: Store, documents: DocumentList, config: DemoConf
     model, tokenizer = load(out / "memory" / "model"), store.tokenizer
     prompt = documents.document(0)[0][: config.prompt_tokens]
     began = time.perf_counter()
-    made = generate(model, prompt, max_tokens=config.new_tokens, temperature=0.4, seed=config.seed)
+    made = generate(model, prompt, max_tokens=config.new_tokens, temperature=0.7, seed=config.seed)
     ids = list(made)
     return {
         "prompt_end": tokenizer.decode(prompt[-200:]),
