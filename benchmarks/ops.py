@@ -103,9 +103,9 @@ def make_lact(chunk: int, **options: Any):
         )
         rate = (1e-3 * torch.rand(s.batch, s.length, s.heads, 3, device=device)).requires_grad_()
         momentum = torch.rand(s.batch, s.length, s.heads, device=device).requires_grad_()
-        weights = [torch.randn(s.heads, s.dim, s.dim, device=device) * s.dim**-0.5 for _ in range(3)]
+        w0, w1, w2 = (torch.randn(s.heads, s.dim, s.dim, device=device) * s.dim**-0.5 for _ in range(3))
         learns = options.get("update", "all")
-        state = init_lact(*weights, s.batch, chunk_size=chunk, momentum=True, update=learns, token_dtype=dtype)
+        state = init_lact(w0, w1, w2, s.batch, chunk_size=chunk, momentum=True, update=learns, token_dtype=dtype)
 
         def run(backend: str) -> Tensor:
             return lact(q, k, v, rate, momentum, state, chunk_size=chunk, backend=backend, **options)[0]
