@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from fastweight.configs import to_json
+from fastweight.configs import require, to_json
 from fastweight.data import Store, prepare
 from fastweight.evaluate import DocumentList, Scored, score
 from fastweight.files import write_text
@@ -26,7 +26,7 @@ from fastweight.mixers.delta import DeltaConfig
 from fastweight.model import BlockConfig, Model, ModelConfig, load, load_config
 from fastweight.optim import OptimizerConfig, ScheduleConfig
 from fastweight.plots import plot_loss_by_position
-from fastweight.train import DataConfig, LogConfig, TrainConfig, train
+from fastweight.train import DataConfig, LogConfig, TrainConfig, load_run_config, train
 
 WINDOW = 32
 PICTURE = "loss_by_position.png"
@@ -110,23 +110,28 @@ def _prepare(folder: Path, say: Say) -> Store:
 
 
 def _train(name: str, out: Path, model_config: ModelConfig, config: DemoConfig, say: Say) -> dict[str, Any]:
-    """Train one model, unless `out` holds it already."""
+    """Train one model, go on with a run that was interrupted, or take the finished one that `out` holds already."""
     folder, record = out / name, out / name / "demo.json"
     plan = TrainConfig(
         data=DataConfig(store=str(out / "data"), seq_len=config.seq_len, batch_size=config.batch_size),
         optimizer=OptimizerConfig(name="muon", lr=2.5e-3, muon_lr=0.0175, muon_scale="original", weight_decay=0.0),
         schedule=ScheduleConfig(kind="linear", warmup_steps=min(30, config.steps // 4), final_ratio=0.0),
-        log=LogConfig(every=20, checkpoint_every=0),
+        log=LogConfig(every=20, checkpoint_every=100),
         steps=config.steps,
         seed=config.seed,
         device="cpu",
     )
-    if record.is_file() and load_config(folder / "model") == model_config:
+    if record.is_file():
+        require(
+            load_run_config(folder) == plan and load_config(folder / "model") == model_config,
+            f"{folder} holds a run with other settings. Remove it, or choose another folder with --out.",
+        )
         say(f"{name}: trained before (remove {folder} to train again)")
         return json.loads(record.read_text())
-    torch.manual_seed(config.seed)
+    interrupted = (folder / "latest").is_file()
     say(f"{name}: {config.steps} steps of {config.batch_size} × {config.seq_len} bytes")
-    result = train(plan, folder, model=Model(model_config))
+    torch.manual_seed(config.seed)
+    result = train(plan, folder, resume=interrupted, model=None if interrupted else Model(model_config))
     if result.stopped:
         raise KeyboardInterrupt(f"training was stopped by {result.stopped}")
     figures = {"parameters": result.parameters, "tokens": result.tokens, "seconds": round(result.seconds, 1)}
