@@ -1,0 +1,94 @@
+"""ModelConfig as a Hugging Face config, and the file that leads from a saved folder to this library."""
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+from transformers import PreTrainedConfig
+
+from fastweight import files
+from fastweight.configs import require
+from fastweight.layers import FeedForwardConfig
+from fastweight.mixers.delta import DeltaConfig
+from fastweight.model import BlockConfig, ModelConfig
+
+CODE_FILE = "modeling_fastweight.py"
+CODE = '''"""Leads `trust_remote_code=True` to the installed library (pip install "fastweight[hf]")."""
+
+from fastweight.hf import FastweightConfig, FastweightForCausalLM
+
+__all__ = ["FastweightConfig", "FastweightForCausalLM"]
+'''
+AUTO_MAP = {
+    "AutoConfig": "modeling_fastweight.FastweightConfig",
+    "AutoModelForCausalLM": "modeling_fastweight.FastweightForCausalLM",
+}
+
+
+class FastweightConfig(PreTrainedConfig):
+    """The config of any model of the library.
+
+    model: a ModelConfig or its JSON form; None for a small gated delta rule over bytes.
+    use_cache: return the state from `forward` outside training, unless the call says otherwise.
+    The sizes that other programs look for (vocab_size, hidden_size, num_hidden_layers, tie_word_embeddings) are
+    derived from `model`; a value that contradicts it is refused. Other keywords are those of PreTrainedConfig.
+    """
+
+    model_type: ClassVar[str] = "fastweight"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+
+    def __init__(self, model: ModelConfig | dict[str, Any] | None = None, use_cache: bool = True, **kwargs: Any):
+        config = _default() if model is None else model
+        config = ModelConfig.from_dict(config) if isinstance(config, dict) else config
+        require(
+            isinstance(config, ModelConfig),
+            f"FastweightConfig: model must be a ModelConfig or its JSON form, got {type(config).__name__}.",
+        )
+        sizes = _sizes(config)
+        for name, size in sizes.items():
+            given = kwargs.pop(name, size)
+            require(
+                given == size,
+                f"FastweightConfig: {name} is {given!r}, but `model` says {size!r}. Change `model`, not {name}.",
+            )
+        kwargs.pop("auto_map", None)
+        options: dict[str, Any] = {"architectures": ["FastweightForCausalLM"]} | kwargs
+        super().__init__(**options)
+        self.use_cache = use_cache
+        self.auto_map = dict(AUTO_MAP)
+        self.set_model(config)
+
+    def set_model(self, config: ModelConfig) -> None:
+        """Describe another model, with all sizes derived from it."""
+        self.model = config.to_dict()
+        for name, size in _sizes(config).items():
+            setattr(self, name, size)
+
+    def to_model_config(self) -> ModelConfig:
+        """The library's own config."""
+        return ModelConfig.from_dict(self.model)
+
+    def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Write config.json and the file that `auto_map` names."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        files.write_text(folder / CODE_FILE, CODE)
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
+        """Nothing to do: every folder carries the same `auto_map`, and this library's code is never copied into it."""
+
+
+def _sizes(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.d_model,
+        "num_hidden_layers": len(config.visits),
+        "tie_word_embeddings": config.tie_embeddings,
+    }
+
+
+def _default() -> ModelConfig:
+    mixer = DeltaConfig(num_heads=2, head_dim=32, gated=True)
+    block = BlockConfig(mixer=mixer, feed_forward=FeedForwardConfig(hidden=128))
+    return ModelConfig(vocab_size=257, d_model=64, blocks=(block, block))

@@ -1,0 +1,93 @@
+"""The Trainer of transformers: resuming, gradient accumulation, gradient checkpointing, evaluation."""
+
+import dataclasses
+
+import pytest
+import torch
+from hf.faces import face_of, ids_of
+from tolerances import OUTPUT, assert_close
+from transformers import Trainer, TrainingArguments
+
+KINDS = ["hybrid", "lact"]
+
+
+class Texts(torch.utils.data.Dataset):
+    """Eight texts; the labels of some tokens are ignored, so that batches hold different numbers of them."""
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        ids = ids_of(9, seed=index)
+        labels = ids.clone()
+        labels[: index % 4] = -100
+        return {"input_ids": ids, "labels": labels}
+
+
+def trainer(face, folder, **settings):
+    defaults = {
+        "output_dir": str(folder), "max_steps": 4, "per_device_train_batch_size": 2, "learning_rate": 1e-2,
+        "report_to": [], "save_strategy": "no", "logging_steps": 1, "use_cpu": True, "disable_tqdm": True,
+        "dataloader_pin_memory": False, "seed": 3,
+    }  # fmt: skip
+    return Trainer(model=face, args=TrainingArguments(**defaults | settings), train_dataset=Texts())
+
+
+def losses(run):
+    return [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_resuming_from_a_checkpoint_equals_an_uninterrupted_run(tmp_path, kind):
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    whole = trainer(face_of(kind), tmp_path / "run", **saving)
+    whole.train()
+    resumed = trainer(face_of(kind), tmp_path / "run", **saving)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    assert resumed.state.global_step == 4
+    assert losses(whole) == losses(resumed)
+    want = whole.model.state_dict()
+    assert all(torch.equal(value, want[name]) for name, value in resumed.model.state_dict().items())
+    start = face_of(kind).state_dict()
+    assert not torch.equal(want["model.embedding.weight"], start["model.embedding.weight"])
+
+
+def test_accumulated_gradients_give_the_loss_of_one_large_batch(tmp_path):
+    settings = {"max_steps": 2, "lr_scheduler_type": "constant"}
+    runs = [
+        trainer(face_of("hybrid"), tmp_path, per_device_train_batch_size=4, **settings),
+        trainer(face_of("hybrid"), tmp_path, gradient_accumulation_steps=4, per_device_train_batch_size=1, **settings),
+    ]
+    for run in runs:
+        run.train()
+    assert losses(runs[1]) == pytest.approx(losses(runs[0]), rel=1e-4)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_the_losses_of_parts_add_up_to_the_loss_of_the_batch(size):
+    face, ids = face_of("hybrid", torch.float64), ids_of(4, 9)
+    labels = ids.clone()
+    labels[1, 2:7] = -100
+    count = int((labels[:, 1:] != -100).sum())
+    parts = [face(i, labels=l, num_items_in_batch=count).loss for i, l in zip(ids.split(size), labels.split(size))]
+    assert_close(sum(parts), face(ids, labels=labels).loss, OUTPUT[torch.float32])
+
+
+def test_training_with_gradient_checkpointing_equals_training_without(tmp_path):
+    fields = {field.name for field in dataclasses.fields(TrainingArguments)}
+    name = "activation_checkpointing" if "activation_checkpointing" in fields else "gradient_checkpointing"
+    runs = [trainer(face_of("hybrid"), tmp_path, max_steps=2, **{name: on}) for on in (False, True)]
+    for run in runs:
+        run.train()
+    assert runs[1].model.model.checkpointing
+    assert losses(runs[0]) == losses(runs[1])
+
+
+def test_evaluation_reports_the_mean_loss(tmp_path):
+    face = face_of("hybrid")
+    run = trainer(face, tmp_path, per_device_eval_batch_size=8)
+    batch = [Texts()[i] for i in range(8)]
+    ids, labels = (torch.stack([item[key] for item in batch]) for key in ("input_ids", "labels"))
+    with torch.no_grad():
+        want = float(face(ids, labels=labels).loss)
+    assert run.evaluate(Texts())["eval_loss"] == pytest.approx(want, rel=1e-4)
