@@ -42,9 +42,10 @@ class Generation:
         if self._left == 0 or self.stopped is not None:
             raise StopIteration
         with torch.inference_mode():
-            logits, self.state = self.model(torch.tensor([[self.last_token]], device=self.model.device), self.state)
-        self._position += 1
-        self.last_token = self._choose(logits[0, -1], uniform(self.seed, self._position))
+            logits, state = self.model(torch.tensor([[self.last_token]], device=self.model.device), self.state)
+        token = self._choose(logits[0, -1], uniform(self.seed, self._position + 1))
+        # Together, so that Ctrl-C before here leaves a state that has not read last_token, as it is saved.
+        self.state, self.last_token, self._position = state, token, self._position + 1
         self._left = None if self._left is None else self._left - 1
         if self.last_token in self._stop:
             self.stopped = self.last_token

@@ -62,6 +62,22 @@ def test_generating_in_two_runs_through_a_file_equals_one_run(tmp_path, settings
     assert got == want
 
 
+def test_ctrl_c_while_a_token_is_drawn_reads_no_token_twice():
+    model = tiny_model()
+    want = list(generate(model, PROMPT, max_tokens=8, **GREEDY))
+    made = generate(model, PROMPT, max_tokens=8, **GREEDY)
+    got, choose = [next(made), next(made)], made._choose
+
+    def interrupt(logits, u):
+        raise KeyboardInterrupt
+
+    made._choose = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        next(made)
+    made._choose = choose
+    assert got + list(made) == want
+
+
 def test_the_state_takes_the_same_bytes_at_any_position():
     model = tiny_model()
     generation = generate(model, PROMPT, seed=0)
