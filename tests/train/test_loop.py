@@ -16,6 +16,7 @@ import fastweight
 from fastweight import BlockConfig, Model, ModelConfig
 from fastweight.data import Store, Windows
 from fastweight.mixers.lact import LactConfig
+from fastweight.mixers.ttt import TTTLinearConfig
 from fastweight.train import DivergedError, InnerRateWarmup, LogConfig, ModelSource, read_metrics, train
 
 
@@ -317,9 +318,12 @@ def test_a_run_can_start_from_the_weights_of_a_model_folder(store, tmp_path):
     assert json.loads((tmp_path / "run" / "config.json").read_text())["model"] == first.config.to_dict()
 
 
-def test_statistics_shorter_than_a_chunk_are_refused(store, tmp_path):
-    lact = LactConfig(num_heads=2, num_fast_heads=2, chunk_size=32, window=32)
-    model = Model(ModelConfig(vocab_size=257, d_model=16, blocks=(BlockConfig(mixer=lact),)))
+@pytest.mark.parametrize("mixer", [
+    LactConfig(num_heads=2, num_fast_heads=2, chunk_size=32, window=32),
+    TTTLinearConfig(num_heads=2, mini_batch_size=32),
+], ids=lambda mixer: mixer.kind)  # fmt: skip
+def test_statistics_shorter_than_a_chunk_are_refused(store, tmp_path, mixer):
+    model = Model(ModelConfig(vocab_size=257, d_model=16, blocks=(BlockConfig(mixer=mixer),)))
     config = tiny_config(store, log=LogConfig(stats_every=2, stats_tokens=31))
-    with pytest.raises(ValueError, match=r"block 0 \(lact\) learns once per 32 tokens, statistics see"):
+    with pytest.raises(ValueError, match=rf"block 0 \({mixer.kind}\) learns once per 32 tokens, statistics see"):
         train(config, tmp_path, model=model, quiet=True)
