@@ -11,6 +11,7 @@ from tiny_models import tiny_model
 
 from fastweight import cli
 from fastweight.data import ByteTokenizer
+from fastweight.model import Model
 
 TEXTS = {f"text{i}.txt": f"Document number {i}. " * (5 + i) + "Ünïcödé." for i in range(12)}
 
@@ -257,6 +258,29 @@ def test_the_prompt_may_come_as_an_option_a_file_or_stdin(fastweight, folder, tm
         generated(fastweight, folder, stdin="Once upon"),
     ]
     assert outs[0] == outs[1] == outs[2] != generated(fastweight, folder, stdin="Twice upon")
+
+
+@pytest.mark.parametrize("way", ["file", "stdin"])
+def test_a_prompt_is_read_byte_for_byte(fastweight, folder, tmp_path, monkeypatch, way):
+    """Windows line ends too, as `eval` and `data prepare` read them."""
+    data, options = "é\r\nb\r\n".encode(), ["--max-tokens", "0", "--format", "json"]
+    (tmp_path / "prompt.txt").write_bytes(data)
+    if way == "file":
+        _, out, _ = fastweight("generate", folder / "model", "--prompt-file", tmp_path / "prompt.txt", *options)
+    else:
+        monkeypatch.setattr(io, "StringIO", lambda text: io.TextIOWrapper(io.BytesIO(data), encoding="ascii"))
+        _, out, _ = fastweight("generate", folder / "model", *options)
+    assert last_line(out)["prompt_tokens"] == 1 + len(data)
+
+
+def test_a_model_with_more_rows_than_its_tokenizer_has_ids_writes_only_ids_of_the_tokenizer(fastweight, tmp_path):
+    Model.from_preset("tiny-window", vocab_size=4000).save(tmp_path)
+    ByteTokenizer().save(tmp_path / "tokenizer")
+    code, out, _ = fastweight(
+        "generate", tmp_path, "--prompt", "x", "--seed", "1", "--max-tokens", "9", "--format", "json"
+    )
+    assert code == 0
+    assert last_line(out)["generated_tokens"] > 0
 
 
 def test_stdout_gets_the_text_and_nothing_else(fastweight, folder):

@@ -111,6 +111,16 @@ def test_a_stop_token_ends_the_text_and_is_not_part_of_it():
     assert generation.stopped == stop
 
 
+def test_only_ids_that_the_tokenizer_has_are_drawn():
+    model = tiny_model()
+    first = list(generate(model, PROMPT, max_tokens=30, seed=1))
+    assert max(first) >= 100  # else there is nothing to leave out
+    got = list(generate(model, PROMPT, max_tokens=30, seed=1, vocab_size=100))
+    logits, _ = model(torch.tensor([PROMPT]))
+    assert max(got) < 100
+    assert got[0] == draw(logits[0, -1, :100], uniform(1, len(PROMPT)))
+
+
 def test_the_seed_decides_the_text():
     model = tiny_model()
     texts = [list(generate(model, PROMPT, max_tokens=10, seed=seed)) for seed in (0, 0, 1)]
@@ -190,6 +200,8 @@ def test_a_state_saved_without_its_weights_is_refused(tmp_path):
     ({"top_k": -1}, "top_k must be 0"),
     ({"top_p": 0.0}, "top_p must lie in"),
     ({"top_p": 1.1}, "top_p must lie in"),
+    ({"vocab_size": 0}, "vocab_size must lie in 1..257, got 0"),
+    ({"vocab_size": 258}, "vocab_size must lie in 1..257, got 258"),
     ({"max_tokens": -1}, "max_tokens must not be negative"),
     ({"last_token": 3}, "state and last_token go together"),
 ])  # fmt: skip
