@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -358,6 +359,19 @@ def test_a_trained_run_can_be_scored_and_sampled_by_its_folder(fastweight, folde
     assert (code, last_line(out)["model"]) == (0, str(tmp_path / "run" / "model"))
     code, out, _ = fastweight("generate", tmp_path / "run", "--prompt", "Doc", "--max-tokens", "5", "--format", "json")
     assert (code, last_line(out)["generated_tokens"]) == (0, 5)
+
+
+def test_a_run_whose_store_has_moved_is_resumed_with_the_new_place(fastweight, folder, tmp_path):
+    shutil.copytree(folder / "store", tmp_path / "before")
+    data = ("--data.store", tmp_path / "before", "--data.seq-len", "16", "--data.batch-size", "2")
+    short = ("--steps", "2", "--schedule.warmup-steps", "0", "--log.heldout-every", "0", "--log.checkpoint-every", "1")
+    _, whole, _ = fastweight("train", "tiny-window", *data, *short, "--out", tmp_path / "run")
+    (tmp_path / "before").rename(tmp_path / "after")
+    resume = ("train", "--resume", tmp_path / "run", "--checkpoint", "step-000001")
+    assert fastweight(*resume)[0] == 2
+    code, out, err = fastweight(*resume, "--store", tmp_path / "after")
+    assert code == 0, err
+    assert last_line(out)["loss_nats"] == last_line(whole)["loss_nats"]
 
 
 def test_a_run_that_has_only_checkpoints_is_read_from_the_newest(folder, tmp_path):
