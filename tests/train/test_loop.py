@@ -240,6 +240,22 @@ def test_faults_of_the_inner_loop_are_counted_and_named(store, tmp_path, capsys)
     assert "visit 1 (block 1, delta): 1 inner update(s) of sequence 0 were not finite" in capsys.readouterr().err
 
 
+def test_a_fault_in_a_carried_memory_is_counted_once(store, tmp_path):
+    model = tiny_model()
+    mixer, calls = model.blocks[1].mixer, []
+    project = mixer._project
+
+    def broken_at_first(*args):
+        (q, k, v, beta, decay), tail = project(*args)
+        calls.append(1)
+        v = v.index_fill(1, torch.tensor([3]), math.nan) if len(calls) == 1 else v
+        return (q, k, v, beta, decay), tail
+
+    mixer._project = broken_at_first
+    config = tiny_config(store, view="streams", seq_len=16, carry_state=True)
+    assert train(config, tmp_path, model=model, quiet=True).fault_reports == 4  # one in each row
+
+
 def test_a_run_says_first_what_runs_and_leaves_stdout_alone(store, tmp_path, capsys):
     train(tiny_config(store, steps=2), tmp_path, model=tiny_model())
     captured = capsys.readouterr()
