@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -122,8 +122,11 @@ def _train(name: str, out: Path, model_config: ModelConfig, config: DemoConfig, 
         device="cpu",
     )
     if record.is_file():
+        before = load_run_config(folder)
         require(
-            load_run_config(folder) == plan and load_config(folder / "model") == model_config,
+            # The folder may have moved, or be named another way: where the data lies is no setting.
+            replace(before, data=replace(before.data, store=plan.data.store)) == plan
+            and load_config(folder / "model") == model_config,
             f"{folder} holds a run with other settings. Remove it, or choose another folder with --out.",
         )
         say(f"{name}: trained before (remove {folder} to train again)")

@@ -42,9 +42,10 @@ class Generation:
         if self._left == 0 or self.stopped is not None:
             raise StopIteration
         with torch.inference_mode():
-            logits, self.state = self.model(torch.tensor([[self.last_token]], device=self.model.device), self.state)
-        self._position += 1
-        self.last_token = self._choose(logits[0, -1], uniform(self.seed, self._position))
+            logits, state = self.model(torch.tensor([[self.last_token]], device=self.model.device), self.state)
+        token = self._choose(logits[0, -1], uniform(self.seed, self._position + 1))
+        # Together, so that Ctrl-C before here leaves a state that has not read last_token, as it is saved.
+        self.state, self.last_token, self._position = state, token, self._position + 1
         self._left = None if self._left is None else self._left - 1
         if self.last_token in self._stop:
             self.stopped = self.last_token
@@ -64,6 +65,7 @@ def generate(
     top_p: float = 1.0,
     seed: int | None = None,
     stop: Sequence[int] = (),
+    vocab_size: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Generation:
     """Read the prompt, then yield generated token ids one by one, in constant memory for models of constant state.
@@ -72,19 +74,24 @@ def generate(
     state, last_token: where an earlier `Generation` stood; the prompt (may be empty) follows them.
     max_tokens: how many to generate, None for no end. stop: ids that end the generation and are not yielded.
     temperature: divides the logits, 0 takes the most probable token. top_k: draw among the k most probable, 0 for all.
+    vocab_size: draw among the first vocab_size ids only, where a model has more rows than its tokenizer has ids.
     top_p: draw among the fewest tokens whose probabilities reach top_p (nucleus sampling, arXiv:1904.09751).
     seed: makes the draws repeatable, on any device; None takes a new one (see `Generation.seed`).
     progress: called with (prompt tokens read, prompt tokens) after each piece of the prompt.
     Raises ValueError for settings out of range, ids outside the vocabulary, nothing to start from.
     """
     _check_settings(max_tokens, temperature, top_k, top_p)
+    rows = model.config.vocab_size
+    require(
+        vocab_size is None or 1 <= vocab_size <= rows, f"generate: vocab_size must lie in 1..{rows}, got {vocab_size}."
+    )
     ids = _unread(model, prompt, state, last_token)
     state = model.init_state(1) if state is None else state
     require(state.num_sequences == 1, f"generate: needs a state of one sequence, got {state.num_sequences}.")
     with torch.inference_mode():
         state = _read(model, ids[:-1], state, progress)
     return Generation(
-        model, state, ids[-1], lambda logits, u: draw(logits, u, temperature, top_k, top_p),
+        model, state, ids[-1], lambda logits, u: draw(logits[:vocab_size], u, temperature, top_k, top_p),
         seed=secrets.randbits(32) if seed is None else seed, max_tokens=max_tokens, stop=frozenset(stop),
     )  # fmt: skip
 

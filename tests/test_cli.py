@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ from tiny_models import tiny_model
 
 from fastweight import cli
 from fastweight.data import ByteTokenizer
+from fastweight.model import Model
 
 TEXTS = {f"text{i}.txt": f"Document number {i}. " * (5 + i) + "Ünïcödé." for i in range(12)}
 
@@ -259,6 +261,29 @@ def test_the_prompt_may_come_as_an_option_a_file_or_stdin(fastweight, folder, tm
     assert outs[0] == outs[1] == outs[2] != generated(fastweight, folder, stdin="Twice upon")
 
 
+@pytest.mark.parametrize("way", ["file", "stdin"])
+def test_a_prompt_is_read_byte_for_byte(fastweight, folder, tmp_path, monkeypatch, way):
+    """Windows line ends too, as `eval` and `data prepare` read them."""
+    data, options = "é\r\nb\r\n".encode(), ["--max-tokens", "0", "--format", "json"]
+    (tmp_path / "prompt.txt").write_bytes(data)
+    if way == "file":
+        _, out, _ = fastweight("generate", folder / "model", "--prompt-file", tmp_path / "prompt.txt", *options)
+    else:
+        monkeypatch.setattr(io, "StringIO", lambda text: io.TextIOWrapper(io.BytesIO(data), encoding="ascii"))
+        _, out, _ = fastweight("generate", folder / "model", *options)
+    assert last_line(out)["prompt_tokens"] == 1 + len(data)
+
+
+def test_a_model_with_more_rows_than_its_tokenizer_has_ids_writes_only_ids_of_the_tokenizer(fastweight, tmp_path):
+    Model.from_preset("tiny-window", vocab_size=4000).save(tmp_path)
+    ByteTokenizer().save(tmp_path / "tokenizer")
+    code, out, _ = fastweight(
+        "generate", tmp_path, "--prompt", "x", "--seed", "1", "--max-tokens", "9", "--format", "json"
+    )
+    assert code == 0
+    assert last_line(out)["generated_tokens"] > 0
+
+
 def test_stdout_gets_the_text_and_nothing_else(fastweight, folder):
     record = json.loads(generated(fastweight, folder, "--prompt", "Once", "--format", "json"))
     assert generated(fastweight, folder, "--prompt", "Once") == record["text"] + "\n"
@@ -334,6 +359,19 @@ def test_a_trained_run_can_be_scored_and_sampled_by_its_folder(fastweight, folde
     assert (code, last_line(out)["model"]) == (0, str(tmp_path / "run" / "model"))
     code, out, _ = fastweight("generate", tmp_path / "run", "--prompt", "Doc", "--max-tokens", "5", "--format", "json")
     assert (code, last_line(out)["generated_tokens"]) == (0, 5)
+
+
+def test_a_run_whose_store_has_moved_is_resumed_with_the_new_place(fastweight, folder, tmp_path):
+    shutil.copytree(folder / "store", tmp_path / "before")
+    data = ("--data.store", tmp_path / "before", "--data.seq-len", "16", "--data.batch-size", "2")
+    short = ("--steps", "2", "--schedule.warmup-steps", "0", "--log.heldout-every", "0", "--log.checkpoint-every", "1")
+    _, whole, _ = fastweight("train", "tiny-window", *data, *short, "--out", tmp_path / "run")
+    (tmp_path / "before").rename(tmp_path / "after")
+    resume = ("train", "--resume", tmp_path / "run", "--checkpoint", "step-000001")
+    assert fastweight(*resume)[0] == 2
+    code, out, err = fastweight(*resume, "--store", tmp_path / "after")
+    assert code == 0, err
+    assert last_line(out)["loss_nats"] == last_line(whole)["loss_nats"]
 
 
 def test_a_run_that_has_only_checkpoints_is_read_from_the_newest(folder, tmp_path):

@@ -60,6 +60,13 @@ def test_a_second_run_trains_nothing_and_finds_the_same(small_text, tmp_path, mo
         assert second["scores"][name]["bits_per_byte"] == scored["bits_per_byte"]
 
 
+def test_a_demo_that_has_moved_is_still_the_finished_one(small_text, tmp_path, monkeypatch):
+    first = run(tmp_path / "out")
+    (tmp_path / "out").rename(tmp_path / "moved")
+    monkeypatch.setattr(demo, "train", lambda *a, **k: pytest.fail("trained again"))
+    assert run(tmp_path / "moved")["training"] == first["training"]
+
+
 def test_an_interrupted_demo_goes_on_to_the_same_figures(small_text, tmp_path, monkeypatch):
     whole, train = run(tmp_path / "whole"), demo.train
 

@@ -62,6 +62,22 @@ def test_generating_in_two_runs_through_a_file_equals_one_run(tmp_path, settings
     assert got == want
 
 
+def test_ctrl_c_while_a_token_is_drawn_reads_no_token_twice():
+    model = tiny_model()
+    want = list(generate(model, PROMPT, max_tokens=8, **GREEDY))
+    made = generate(model, PROMPT, max_tokens=8, **GREEDY)
+    got, choose = [next(made), next(made)], made._choose
+
+    def interrupt(logits, u):
+        raise KeyboardInterrupt
+
+    made._choose = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        next(made)
+    made._choose = choose
+    assert got + list(made) == want
+
+
 def test_the_state_takes_the_same_bytes_at_any_position():
     model = tiny_model()
     generation = generate(model, PROMPT, seed=0)
@@ -93,6 +109,16 @@ def test_a_stop_token_ends_the_text_and_is_not_part_of_it():
     generation = generate(model, PROMPT, max_tokens=20, stop=[stop], **SAMPLED)
     assert list(generation) == want[: want.index(stop)]
     assert generation.stopped == stop
+
+
+def test_only_ids_that_the_tokenizer_has_are_drawn():
+    model = tiny_model()
+    first = list(generate(model, PROMPT, max_tokens=30, seed=1))
+    assert max(first) >= 100  # else there is nothing to leave out
+    got = list(generate(model, PROMPT, max_tokens=30, seed=1, vocab_size=100))
+    logits, _ = model(torch.tensor([PROMPT]))
+    assert max(got) < 100
+    assert got[0] == draw(logits[0, -1, :100], uniform(1, len(PROMPT)))
 
 
 def test_the_seed_decides_the_text():
@@ -174,6 +200,8 @@ def test_a_state_saved_without_its_weights_is_refused(tmp_path):
     ({"top_k": -1}, "top_k must be 0"),
     ({"top_p": 0.0}, "top_p must lie in"),
     ({"top_p": 1.1}, "top_p must lie in"),
+    ({"vocab_size": 0}, "vocab_size must lie in 1..257, got 0"),
+    ({"vocab_size": 258}, "vocab_size must lie in 1..257, got 258"),
     ({"max_tokens": -1}, "max_tokens must not be negative"),
     ({"last_token": 3}, "state and last_token go together"),
 ])  # fmt: skip

@@ -16,7 +16,7 @@ class Demo:
     """Train two small models on this machine, one with a memory and one with only a window, and compare them.
 
     The text is the standard library of the running Python; nothing is downloaded and no GPU is needed. Held-out files
-    are scored with the memory on, with the memory frozen, and by the model without one. Takes five to six minutes on
+    are scored with the memory on, with the memory frozen, and by the model without one. Takes about five minutes on
     two cores. Run again, it goes on where it was interrupted and keeps what is already trained.
     """
 

@@ -1,5 +1,6 @@
 """fastweight generate"""
 
+import io
 import sys
 import time
 from contextlib import nullcontext
@@ -102,7 +103,7 @@ def _read(args: Generate, model: Any, tokenizer: Any, text: str, weights: str) -
         generation = generate(
             model, ids, state=None if state is None else state.to(model.device), last_token=last_token,
             max_tokens=args.max_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
-            seed=args.seed, stop=(tokenizer.bos_id,), progress=progress,
+            seed=args.seed, stop=(tokenizer.bos_id,), vocab_size=tokenizer.vocab_size, progress=progress,
         )  # fmt: skip
     return generation, len(ids)
 
@@ -114,11 +115,13 @@ def read_prompt(args: Generate) -> str:
         return args.prompt
     if args.prompt_file is not None:
         try:
-            return args.prompt_file.read_text(encoding="utf-8")
+            return args.prompt_file.read_bytes().decode("utf-8")  # read_text would turn \r\n into \n
         except UnicodeDecodeError as error:
             raise ValueError(f"{args.prompt_file} is not UTF-8 text ({error}). Convert it first.") from error
     if sys.stdin is None or sys.stdin.isatty():
         return ""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="strict", newline="")  # the bytes as they come, \r\n too
     try:
         return sys.stdin.read()
     except UnicodeDecodeError as error:

@@ -60,14 +60,20 @@ class Resume:
     """The run's folder."""
     checkpoint: MaybeStr = None
     """Name of an earlier checkpoint, e.g. step-000500."""
+    store: MaybeStr = None
+    """Where the run's token store is now, if it has moved or the run named it from another folder."""
 
 
 def _resume(arguments: list[str]) -> int:
     examples = ["fastweight train --resume runs/first", "fastweight train --resume runs/first --checkpoint step-000500"]
     args = parse(Resume, "train --resume", examples, arguments)
-    from fastweight.train import train
+    from fastweight.train import load_run_config, train
 
-    return _finish(train(None, args.run, resume=args.checkpoint or True))
+    config = None
+    if args.store is not None:
+        config = load_run_config(args.run)
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, store=args.store))
+    return _finish(train(config, args.run, resume=args.checkpoint or True))
 
 
 def _start(name: str, arguments: list[str]) -> int:

@@ -127,7 +127,14 @@ def _bpe(source: Source, out: Path, earlier: dict[str, Any] | None, options: dic
             raise StoreError(f"{out / TOKENIZER_FOLDER}: changed since the preparation began. Use a new folder.")
         return tokenizer
     texts = (text for file in source.files() for text in source.documents(file))
-    return BPETokenizer.train((t for t in texts if t and not is_heldout(t, options["heldout_fraction"])), size)
+    chosen = (text for text in texts if text and not is_heldout(text, options["heldout_fraction"]))
+    first = next(chosen, None)
+    if first is None:
+        raise ValueError(
+            f"source {source.name!r}: no training document with text in it, so no tokenizer can be trained. Check the "
+            f"path, text_field ({options['text_field']!r}) and heldout_fraction ({options['heldout_fraction']})."
+        )
+    return BPETokenizer.train(itertools.chain([first], chosen), size)
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """Scoring: the loss of every token of whole documents, in bits per byte and by position."""
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -176,10 +177,7 @@ def _read_documents(model: Model, reader: Reader, tally: _Tally, seq_len: int, b
     state: ModelState | None = None
     while True:
         carried = len(lanes)
-        for text in texts:
-            lanes.append(text.first_piece(seq_len))
-            if len(lanes) == batch_size:
-                break
+        lanes += [text.first_piece(seq_len) for text in itertools.islice(texts, batch_size - carried)]
         if not lanes:
             return
         state = _extend(model, state, carried, len(lanes))

@@ -124,7 +124,9 @@ def open_checkpoint(out: Path, name: str | None = None) -> Path:
 
 
 def _present(out: Path) -> list[str]:
-    return [path.name for path in (out / FOLDER).glob("step-*") if path.is_dir()]
+    """The checkpoints' names; a folder that the user has put beside them, like step-000500-copy, is none."""
+    names = [path.name for path in (out / FOLDER).glob("step-*") if path.is_dir()]
+    return [name for name in names if name.removeprefix("step-").isdecimal()]
 
 
 def _step(name: str) -> int:

@@ -154,10 +154,11 @@ class Trainer:
         states, total = [], torch.zeros((), device=self.device)
         for i, batch in enumerate(batches):
             batch = batch.to(self.device, non_blocking=True)
-            nats, state = train_on(self.model, batch, self._start_state(i, batch), num_targets, self.config.precision)
+            start = self._start_state(i, batch)
+            nats, state = train_on(self.model, batch, start, num_targets, self.config.precision)
             total = total + nats
             # Looking for faults waits for the device, and states are large: only where they are needed.
-            self._faults += self.model.describe_faults(state) if logged else []
+            self._faults += self._new_faults(start, state) if logged else []
             states += [state] if carry else []
         self.carried = states if carry else None
         parameters = list(self.optimizer.parameters())
@@ -173,6 +174,11 @@ class Trainer:
             return None
         assert batch.continues is not None
         return self.carried[i].where(batch.continues, self.model.init_state(batch.tokens.shape[0]))
+
+    def _new_faults(self, start: ModelState | None, state: ModelState) -> list[str]:
+        """The faults of one step: those that a carried state had before are not reported again."""
+        before = [] if start is None else self.model.describe_faults(start)
+        return [sentence for sentence in self.model.describe_faults(state) if sentence not in before]
 
     def _skip(self, nats: float, norm: float) -> None:
         """Count a step that is not finite. Memories that are carried start anew: theirs may be what broke."""

@@ -22,7 +22,8 @@ from fastweight.train.source import make_view
 from fastweight.train.tally import Tally, TrainResult
 
 FORMAT, VERSION = "fastweight-run", 1
-# What may differ when a run is resumed: nothing here changes the weights of a given step.
+# What may differ when a run is resumed: nothing here changes the weights of a given step, but for max_seconds, which
+# makes the rate follow the clock; it is free so that a run can be given more time.
 FREE = ("log", "max_seconds", "max_bad_steps", "device")
 
 
@@ -166,7 +167,7 @@ def _check_statistics(model: Model, config: TrainConfig) -> None:
     """Refuse statistics over fewer tokens than a memory's chunk: there would be nothing to report."""
     log = config.log
     for i, mixer in enumerate(model.mixers()):
-        chunk = getattr(mixer.config, "chunk_size", 1)
+        chunk = getattr(mixer.config, "chunk_size", getattr(mixer.config, "mini_batch_size", 1))
         require(
             not log.stats_every or chunk <= min(log.stats_tokens, config.data.seq_len),
             f"log: the memory of block {i} ({mixer.kind}) learns once per {chunk} tokens, statistics see "

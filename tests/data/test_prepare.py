@@ -299,6 +299,12 @@ def test_a_source_without_text_is_refused_and_leaves_the_folder_usable(tmp_path,
     Store.open(tmp_path / "out").verify()
 
 
+def test_a_source_without_text_cannot_train_a_tokenizer_and_says_so(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": ""}\n')
+    with pytest.raises(ValueError, match="no training document with text in it"):
+        prepare(str(tmp_path / "a.jsonl"), "bpe", tmp_path / "out")
+
+
 def test_an_impossible_fraction_is_refused(tmp_path, corpus):
     with pytest.raises(ValueError, match=r"heldout_fraction must lie in \[0, 1\), got 1"):
         prepare(corpus, "bytes", tmp_path / "out", heldout_fraction=1)

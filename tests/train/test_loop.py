@@ -16,6 +16,7 @@ import fastweight
 from fastweight import BlockConfig, Model, ModelConfig
 from fastweight.data import Store, Windows
 from fastweight.mixers.lact import LactConfig
+from fastweight.mixers.ttt import TTTLinearConfig
 from fastweight.train import DivergedError, InnerRateWarmup, LogConfig, ModelSource, read_metrics, train
 
 
@@ -239,6 +240,22 @@ def test_faults_of_the_inner_loop_are_counted_and_named(store, tmp_path, capsys)
     assert "visit 1 (block 1, delta): 1 inner update(s) of sequence 0 were not finite" in capsys.readouterr().err
 
 
+def test_a_fault_in_a_carried_memory_is_counted_once(store, tmp_path):
+    model = tiny_model()
+    mixer, calls = model.blocks[1].mixer, []
+    project = mixer._project
+
+    def broken_at_first(*args):
+        (q, k, v, beta, decay), tail = project(*args)
+        calls.append(1)
+        v = v.index_fill(1, torch.tensor([3]), math.nan) if len(calls) == 1 else v
+        return (q, k, v, beta, decay), tail
+
+    mixer._project = broken_at_first
+    config = tiny_config(store, view="streams", seq_len=16, carry_state=True)
+    assert train(config, tmp_path, model=model, quiet=True).fault_reports == 4  # one in each row
+
+
 def test_a_run_says_first_what_runs_and_leaves_stdout_alone(store, tmp_path, capsys):
     train(tiny_config(store, steps=2), tmp_path, model=tiny_model())
     captured = capsys.readouterr()
@@ -317,9 +334,12 @@ def test_a_run_can_start_from_the_weights_of_a_model_folder(store, tmp_path):
     assert json.loads((tmp_path / "run" / "config.json").read_text())["model"] == first.config.to_dict()
 
 
-def test_statistics_shorter_than_a_chunk_are_refused(store, tmp_path):
-    lact = LactConfig(num_heads=2, num_fast_heads=2, chunk_size=32, window=32)
-    model = Model(ModelConfig(vocab_size=257, d_model=16, blocks=(BlockConfig(mixer=lact),)))
+@pytest.mark.parametrize("mixer", [
+    LactConfig(num_heads=2, num_fast_heads=2, chunk_size=32, window=32),
+    TTTLinearConfig(num_heads=2, mini_batch_size=32),
+], ids=lambda mixer: mixer.kind)  # fmt: skip
+def test_statistics_shorter_than_a_chunk_are_refused(store, tmp_path, mixer):
+    model = Model(ModelConfig(vocab_size=257, d_model=16, blocks=(BlockConfig(mixer=mixer),)))
     config = tiny_config(store, log=LogConfig(stats_every=2, stats_tokens=31))
-    with pytest.raises(ValueError, match=r"block 0 \(lact\) learns once per 32 tokens, statistics see"):
+    with pytest.raises(ValueError, match=rf"block 0 \({mixer.kind}\) learns once per 32 tokens, statistics see"):
         train(config, tmp_path, model=model, quiet=True)

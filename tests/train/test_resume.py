@@ -129,6 +129,16 @@ def test_only_the_newest_checkpoints_are_kept(store, tmp_path):
     assert kept == ["step-000006", "step-000007", "step-000008"]
 
 
+def test_a_folder_of_the_user_among_the_checkpoints_is_left_alone(store, tmp_path):
+    kept = tmp_path / "run" / "checkpoints" / "step-000002-best"
+    kept.mkdir(parents=True)
+    result = train(
+        tiny_config(store, checkpoint_every=2, keep_checkpoints=1), tmp_path / "run", quiet=True, model=tiny_model()
+    )
+    assert sorted(path.name for path in kept.parent.iterdir()) == ["step-000002-best", "step-000008"]
+    assert result.step == 8
+
+
 def test_a_finished_run_resumed_ends_at_once_with_the_same_result(finished):
     before = train(None, finished, resume=True, quiet=True)
     assert before.step == 8
