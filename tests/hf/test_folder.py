@@ -18,6 +18,7 @@ READER = """
 import sys, torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
+torch.set_num_threads(1)  # as in the tests: another number of threads may sum in another order
 for source in sys.argv[2:]:
     assert "fastweight.hf" not in sys.modules or source != sys.argv[2]
     model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=True)
