@@ -18,23 +18,74 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return wide.to(x.dtype) * self.weight.to(x.dtype)
+        return _rms_normalised(x, self.eps).to(x.dtype) * self.weight.to(x.dtype)
 
 
-FEED_FORWARDS = ("swiglu", "relu2", "gelu")
+class OffsetRMSNorm(nn.Module):
+    """RMSNorm whose factor is 1 + weight, applied before rounding to x's dtype (Gemma, arXiv:2403.08295)."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = _rms_normalised(x, self.eps)
+        return (wide * (1 + self.weight.to(wide.dtype))).to(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """(x - mean) / sqrt(var + eps) · weight + bias, statistics in float32 or wider (Ba et al., arXiv:1607.06450)."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        return F.layer_norm(x, x.shape[-1:], weight, bias, self.eps)
+
+
+NORMS: dict[str, type[RMSNorm] | type[OffsetRMSNorm] | type[LayerNorm]] = {
+    "rms": RMSNorm,
+    "rms-offset": OffsetRMSNorm,
+    "layer": LayerNorm,
+}
+Norm = RMSNorm | OffsetRMSNorm | LayerNorm
+
+
+def make_norm(kind: str, dim: int, eps: float) -> Norm:
+    """A normalisation layer by its name in configs: one of NORMS."""
+    return NORMS[kind](dim, eps)
+
+
+def check_norm(owner: str, kind: str) -> None:
+    """Refuse the name of a normalisation that does not exist."""
+    require(kind in NORMS, f"{owner}: unknown norm {kind!r}.{near_names(kind, NORMS)}")
+
+
+def _rms_normalised(x: Tensor, eps: float) -> Tensor:
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+
+
+FEED_FORWARDS = ("swiglu", "geglu", "relu2", "gelu", "gelu-exact")
+GATED = ("swiglu", "geglu")
 
 
 @dataclass(frozen=True, kw_only=True)
 class FeedForwardConfig:
-    """kind: "swiglu" (Shazeer 2020, arXiv:2002.05202), "relu2" (So et al. 2021, arXiv:2109.08668) or "gelu" (tanh).
+    """kind: "swiglu", "geglu" (Shazeer 2020, arXiv:2002.05202), "relu2" (So et al. 2021, arXiv:2109.08668), "gelu" or
+    "gelu-exact" (Hendrycks & Gimpel 2016, arXiv:1606.08415). "gelu" and "geglu" use the tanh form.
 
-    hidden: inner width.
+    hidden: inner width. bias: every projection has one.
     """
 
     kind: str = "swiglu"
     hidden: int
+    bias: bool = False
 
     def __post_init__(self) -> None:
         require(
@@ -45,24 +96,27 @@ class FeedForwardConfig:
 
 
 class FeedForward(nn.Module):
-    """Position-wise feed-forward without biases. [B, T, D] → [B, T, D]."""
+    """Position-wise feed-forward. [B, T, D] → [B, T, D]."""
 
     def __init__(self, d_model: int, config: FeedForwardConfig):
         super().__init__()
         self.kind = config.kind
-        self.gate = nn.Linear(d_model, config.hidden, bias=False) if config.kind == "swiglu" else None
-        self.up = nn.Linear(d_model, config.hidden, bias=False)
-        self.down = nn.Linear(config.hidden, d_model, bias=False)
+        self.gate = nn.Linear(d_model, config.hidden, bias=config.bias) if config.kind in GATED else None
+        self.up = nn.Linear(d_model, config.hidden, bias=config.bias)
+        self.down = nn.Linear(config.hidden, d_model, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.up(x)
+        return self.down(self.hidden(x))
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """The activations [B, T, hidden] that `down` reads."""
+        up = self.up(x)
         if self.gate is not None:
-            hidden = F.silu(self.gate(x)) * hidden
-        elif self.kind == "relu2":
-            hidden = F.relu(hidden).square()
-        else:
-            hidden = F.gelu(hidden, approximate="tanh")
-        return self.down(hidden)
+            gate = self.gate(x)
+            return (F.silu(gate) if self.kind == "swiglu" else F.gelu(gate, approximate="tanh")) * up
+        if self.kind == "relu2":
+            return F.relu(up).square()
+        return F.gelu(up, approximate="tanh" if self.kind == "gelu" else "none")
 
 
 class ShortConv(nn.Module):

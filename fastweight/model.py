@@ -3,6 +3,7 @@
 import contextlib
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,38 +14,44 @@ from torch.utils.checkpoint import checkpoint
 
 from fastweight import files
 from fastweight.configs import require, to_json
-from fastweight.layers import FeedForward, RMSNorm, ShortConv, init_linears
+from fastweight.layers import FeedForward, ShortConv, init_linears, make_norm
 from fastweight.mixers import Mixer, mixer_class
 from fastweight.model_config import BlockConfig, ModelConfig, fingerprint
 from fastweight.ops.conv import causal_conv
-from fastweight.ops.sequences import INTEGERS, advance, check_cu_seqlens
+from fastweight.ops.sequences import INTEGERS, advance, check_cu_seqlens, token_positions
 from fastweight.state import Faults, ModelState, register_state
 from fastweight.tensor_files import read_tensors, write_tensors
 
 FORMAT = "fastweight-model"
 VERSION = 1
+ORIGIN_FILE = "origin.json"
 
 
 @register_state
 class BlockState(NamedTuple):
-    """conv: tail of the pre-convolution [N, width - 1, D] or None. mixer: the mixer's state."""
+    """conv: tail of the pre-convolution [N, width - 1, D] or None. mixer, feed_forward: their states."""
 
     conv: Tensor | None
     mixer: Any
+    feed_forward: Any = None
 
 
 class Block(nn.Module):
-    """Pre-norm residual block around one mixer."""
+    """Residual block around one mixer and a feed-forward."""
 
-    def __init__(self, d_model: int, norm_eps: float, config: BlockConfig):
+    def __init__(self, model: ModelConfig, config: BlockConfig):
         super().__init__()
         self.residual = config.residual
-        self.conv_norm = RMSNorm(d_model, norm_eps) if config.pre_conv else None
+        d_model, make = model.d_model, partial(make_norm, model.norm, model.d_model, model.norm_eps)
+        pre, post, feeds = config.norm_position != "post", config.norm_position != "pre", bool(config.feed_forward)
+        self.conv_norm = make() if config.pre_conv else None
         self.conv = ShortConv(d_model, config.pre_conv) if config.pre_conv else None
-        self.mixer_norm = RMSNorm(d_model, norm_eps)
+        self.mixer_norm = make() if pre else nn.Identity()
         self.mixer = mixer_class(config.mixer.kind)(d_model, config.mixer)
-        self.feed_forward_norm = RMSNorm(d_model, norm_eps) if config.feed_forward else None
+        self.mixer_post_norm = make() if post else nn.Identity()
+        self.feed_forward_norm = make() if pre and feeds else nn.Identity()
         self.feed_forward = FeedForward(d_model, config.feed_forward) if config.feed_forward else None
+        self.feed_forward_post_norm = make() if post and feeds else nn.Identity()
 
     def init_state(self, num_sequences: int) -> BlockState:
         tail = None if self.conv is None else self.conv.init_tail(num_sequences)
@@ -57,18 +64,17 @@ class Block(nn.Module):
             y, tail = causal_conv(self.conv_norm(x), self.conv.weight, self.conv.bias, tail, cu_seqlens=cu_seqlens)
             x = x + y
         y, mixer_state = self.mixer(self.mixer_norm(x), state.mixer, cu_seqlens=cu_seqlens)
-        if self.feed_forward is None or self.feed_forward_norm is None:
-            return x + y, BlockState(tail, mixer_state)
-        if self.residual == "parallel":
-            x = x + y + self.feed_forward(self.feed_forward_norm(x))
-        else:
-            x = x + y
-            x = x + self.feed_forward(self.feed_forward_norm(x))
-        return x, BlockState(tail, mixer_state)
+        mixed = x + self.mixer_post_norm(y)
+        if self.feed_forward is None:
+            return mixed, BlockState(tail, mixer_state)
+        y = self.feed_forward(self.feed_forward_norm(x if self.residual == "parallel" else mixed))
+        return mixed + self.feed_forward_post_norm(y), BlockState(tail, mixer_state)
 
 
 class Model(nn.Module):
     """A language model with a state.
+
+    origin: where pretrained weights came from, {"family": ..., "config": ...}; saved with them, else None.
 
     `logits, state = model(tokens, state)` reads tokens [B, T] (or packed [1, total] with cu_seqlens) from `state` on.
     """
@@ -78,15 +84,20 @@ class Model(nn.Module):
         self.config = config
         self.signature = config.signature
         self.checkpointing = False
+        self.origin: dict[str, Any] | None = None
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        self.blocks = nn.ModuleList(Block(config.d_model, config.norm_eps, block) for block in config.blocks)
-        self.norm = RMSNorm(config.d_model, config.norm_eps)
-        self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.positions = nn.Embedding(config.max_positions, config.d_model) if config.max_positions else None
+        self.blocks = nn.ModuleList(Block(config, block) for block in config.blocks)
+        self.norm = make_norm(config.norm, config.d_model, config.norm_eps)
+        head = (config.d_model, config.vocab_size, config.head_bias)
+        self.head = None if config.tie_embeddings else nn.Linear(*head)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw new weights: normal with `init_std`, then what each mixer adds."""
         nn.init.normal_(self.embedding.weight, std=self.config.init_std)
+        if self.positions is not None:
+            nn.init.normal_(self.positions.weight, std=self.config.init_std)
         init_linears(self, self.config.init_std)
         for mixer in self.mixers():
             mixer.reset_parameters(self.config.init_std)
@@ -149,13 +160,28 @@ class Model(nn.Module):
         num_sequences = tokens.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
         state = self.init_state(num_sequences) if state is None else state
         self._check_state(state, num_sequences)
-        x = self.embedding(tokens)
+        x = self._embed(tokens, state.position, cu_seqlens)
         visits = []
         for i, visit in zip(self.config.visits, state.visits, strict=True):
             x, visit = self._visit(i, x, visit, cu_seqlens)
             visits.append(visit)
         position = advance(state.position, tokens.shape[1], cu_seqlens)
         return self.norm(x), ModelState(tuple(visits), position, state.signature, state.note)
+
+    def _embed(self, tokens: Tensor, position: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        x, scale = self.embedding(tokens), self.config.embedding_scale
+        # The factor is rounded to the weights' dtype first, as the published models do.
+        x = x if scale is None else x * torch.tensor(scale, dtype=x.dtype, device=x.device)
+        if self.positions is None:
+            return x
+        where = token_positions(position, tokens.shape[1], cu_seqlens)
+        # On a GPU the embedding asserts; a look at the numbers would stall the device.
+        if not where.is_cuda and not torch.compiler.is_compiling() and int(where.max()) >= self.config.max_positions:
+            raise ValueError(
+                f"this model has positions for {self.config.max_positions} tokens, the sequence goes on to "
+                f"{int(where.max()) + 1}. Read shorter texts."
+            )
+        return x + self.positions(where)
 
     def logits(self, features: Tensor) -> Tensor:
         """Apply the head (and soft cap c·tanh(logits/c)) to features."""
@@ -221,12 +247,17 @@ class Model(nn.Module):
         return found
 
     def save(self, path: str | Path) -> None:
-        """Write config.json and model.safetensors into the folder `path`; each file is replaced atomically."""
+        """Write config.json, model.safetensors and, if there is one, origin.json into the folder `path`.
+
+        Each file is replaced atomically.
+        """
         path = Path(path)
         header = {"format": FORMAT, "signature": self.signature}
         write_tensors(path / "model.safetensors", self.state_dict(), header)
         text = to_json({"format": FORMAT, "version": VERSION, "config": self.config.to_dict()})
         files.write_text(path / "config.json", text + "\n")
+        if self.origin is not None:
+            files.write_text(path / ORIGIN_FILE, to_json(self.origin) + "\n")
 
 
 def load(path: str | Path, device: torch.device | str = "cpu") -> Model:
@@ -250,12 +281,24 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Model:
     # A checkpoint keeps its dtype: bfloat16 weights make a bfloat16 model.
     for name, tensor in weights.items():
         model.get_parameter(name).data = tensor
+    model.origin = _read_origin(path / ORIGIN_FILE)
     return model.to(device)
 
 
 def load_config(path: str | Path) -> ModelConfig:
     """The ModelConfig of a model folder."""
     return _read_config(Path(path))[0]
+
+
+def _read_origin(file: Path) -> dict[str, Any] | None:
+    if not file.is_file():
+        return None
+    try:
+        origin = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON ({error}). Restore it, or delete it to go without.") from error
+    require(isinstance(origin, dict), f"{file} must hold an object. Restore it, or delete it to go without.")
+    return origin
 
 
 def _read_config(path: Path) -> tuple[ModelConfig, str]:

@@ -5,21 +5,24 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from fastweight.configs import check_keys, check_types, from_dict, require, to_json
-from fastweight.layers import FeedForwardConfig
+from fastweight.layers import FeedForwardConfig, check_norm
 from fastweight.mixers.base import MixerConfig, mixer_config
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockConfig:
-    """One block: pre-norm mixer, then pre-norm feed-forward.
+    """One block: mixer, then feed-forward, each with its norms and a residual.
 
     residual: "sequential" (x += mixer; x += feed-forward) or "parallel" (both read the same x; GPT-J).
+    norm_position: of mixer and feed-forward f: "pre" x + f(norm(x)), "post" x + norm(f(x)) (OLMo 2, arXiv:2501.00656),
+    "both" x + norm(f(norm(x))) (Gemma 2, arXiv:2408.00118).
     pre_conv: width of a causal convolution with its own norm and residual before the mixer, 0 for none.
     """
 
     mixer: MixerConfig
     feed_forward: FeedForwardConfig | None = None
     residual: str = "sequential"
+    norm_position: str = "pre"
     pre_conv: int = 0
 
     def __post_init__(self) -> None:
@@ -27,6 +30,10 @@ class BlockConfig:
         require(
             self.residual in ("sequential", "parallel"),
             f'block: residual must be "sequential" or "parallel", got {self.residual!r}.',
+        )
+        require(
+            self.norm_position in ("pre", "post", "both"),
+            f'block: norm_position must be "pre", "post" or "both", got {self.norm_position!r}.',
         )
         require(self.pre_conv == 0 or self.pre_conv >= 2, f"block: pre_conv must be 0 or >= 2, got {self.pre_conv}.")
 
@@ -36,15 +43,16 @@ class BlockConfig:
             "mixer": self.mixer.to_dict(),
             "feed_forward": feed_forward,
             "residual": self.residual,
+            "norm_position": self.norm_position,
             "pre_conv": self.pre_conv,
         }
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> "BlockConfig":
         require(isinstance(data, dict), f"block: expected an object with keys, got {type(data).__name__}.")
-        check_keys("block", data, ["mixer", "feed_forward", "residual", "pre_conv"], ["mixer"])
+        check_keys("block", data, ["mixer", "feed_forward", "residual", "norm_position", "pre_conv"], ["mixer"])
         feed_forward = data.get("feed_forward")
-        rest = {key: data[key] for key in ("residual", "pre_conv") if key in data}
+        rest = {key: data[key] for key in ("residual", "norm_position", "pre_conv") if key in data}
         return BlockConfig(
             mixer=mixer_config(data["mixer"]),
             feed_forward=None if feed_forward is None else from_dict(FeedForwardConfig, feed_forward),
@@ -54,14 +62,23 @@ class BlockConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A whole model. `order` lists the blocks in the order of their visits; repeats give depth recurrence."""
+    """A whole model. `order` lists the blocks in the order of their visits; repeats give depth recurrence.
+
+    norm: of the blocks and before the head, "rms", "rms-offset" or "layer". embedding_scale: factor on the embeddings.
+    max_positions: size of a learned position embedding, which is then the longest sequence; 0 for none. logit_softcap:
+    c of c·tanh(logits / c). head_bias: of an untied head.
+    """
 
     vocab_size: int
     d_model: int
     blocks: tuple[BlockConfig, ...]
     order: tuple[int, ...] | None = None
+    norm: str = "rms"
     norm_eps: float = 1e-6
+    embedding_scale: float | None = None
+    max_positions: int = 0
     tie_embeddings: bool = False
+    head_bias: bool = False
     logit_softcap: float | None = None
     init_std: float = 0.02
 
@@ -72,6 +89,9 @@ class ModelConfig:
         check_types(self, "model")
         require(self.vocab_size > 0, f"model: vocab_size must be positive, got {self.vocab_size}.")
         require(self.d_model > 0, f"model: d_model must be positive, got {self.d_model}.")
+        check_norm("model", self.norm)
+        require(self.max_positions >= 0, f"model: max_positions must not be negative, got {self.max_positions}.")
+        require(not (self.head_bias and self.tie_embeddings), "model: tied embeddings have no head_bias.")
         require(len(self.blocks) > 0, "model: blocks is empty; give at least one BlockConfig.")
         if self.order is None:
             object.__setattr__(self, "order", tuple(range(len(self.blocks))))

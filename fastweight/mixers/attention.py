@@ -65,22 +65,14 @@ class AttentionConfig(MixerConfig):
         )
 
 
-@register("attention")
-class Attention(Mixer):
-    """Causal softmax attention (Vaswani et al. 2017, arXiv:1706.03762). [B, T, D] → [B, T, D].
+class AttentionLayer(Mixer):
+    """What layers with softmax attention share (abstract): projections, norms, rotation, the output projection."""
 
-    It has no weights that learn while it reads, so `learning` changes nothing. With a window and no sinks it has no
-    memory beyond that window.
-    """
-
-    Config = AttentionConfig
     op = "attention"
-    learns = False
     config: AttentionConfig
 
     def __init__(self, d_model: int, config: AttentionConfig):
         super().__init__(d_model, config)
-        self.has_memory = config.window is None or config.num_sinks > 0
         self.head_dim, self.rotary_dim = _head_sizes(d_model, config)
         kv_heads = config.num_kv_heads or config.num_heads
         self.sizes = [n * self.head_dim for n in (config.num_heads, kv_heads, kv_heads)]
@@ -97,26 +89,37 @@ class Attention(Mixer):
         if self.gain is not None and self.config.qk_gain is not None:
             nn.init.constant_(self.gain, self.config.qk_gain)
 
-    def init_state(self, num_sequences: int) -> AttentionState:
+    def init_cache(self, num_sequences: int, num_sinks: int) -> AttentionState:
+        """The softmax branch's state before the first token."""
         weight = self.qkv.weight
         return AttentionState.empty(
-            num_sequences, self.sizes[1] // self.head_dim, self.head_dim, num_sinks=self.config.num_sinks,
+            num_sequences, self.sizes[1] // self.head_dim, self.head_dim, num_sinks=num_sinks,
             dtype=weight.dtype, device=weight.device,
         )  # fmt: skip
 
-    def parallel(
-        self, x: Tensor, state: AttentionState, *, cu_seqlens: Tensor | None = None
-    ) -> tuple[Tensor, AttentionState]:
-        positions = token_positions(state.position, x.shape[1], cu_seqlens)
-        q, k, v = self._project(x, positions)
-        options: dict[str, Any] = {"window": self.config.window, "num_sinks": self.config.num_sinks}
-        y, state = attention(q, k, v, state, cu_seqlens=cu_seqlens, backend=self.backend, **options)
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, state: AttentionState, cu_seqlens: Tensor | None, *,
+        window: int | None, num_sinks: int,
+    ) -> tuple[Tensor, AttentionState]:  # fmt: skip
+        """Softmax attention over projected heads: y [B, T, heads, head_dim]."""
+        return attention(
+            q, k, v, state, window=window, num_sinks=num_sinks, cu_seqlens=cu_seqlens, backend=self.backend
+        )
+
+    def merge(self, y: Tensor, x: Tensor) -> Tensor:
+        """Gate the heads y [B, T, heads, head_dim] by the layer's input and project them back to [B, T, D]."""
         if self.gate is not None:
             y = y * self.gate(x).sigmoid().unsqueeze(-1)
-        return self.out(y.flatten(2)), state
+        return self.out(y.flatten(2))
 
-    def _project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v [B, T, heads, head_dim], normalised and rotated."""
+    def project(self, x: Tensor, position: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v [B, T, heads, head_dim] of x, normalised and rotated. position: [N], tokens read before."""
+        q, k, v = self.project_unrotated(x)
+        q, k = self.rotate(q, k, token_positions(position, x.shape[1], cu_seqlens))
+        return q, k, v
+
+    def project_unrotated(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v [B, T, heads, head_dim], normalised but without positions."""
         # Contiguous: PyTorch rounds twice when it adds a bias to the product of a strided bfloat16 input.
         q, k, v = self.qkv(x.contiguous()).split(self.sizes, -1)
         if self.config.qk_norm == "full":
@@ -124,20 +127,46 @@ class Attention(Mixer):
         q, k, v = (z.unflatten(-1, (-1, self.head_dim)) for z in (q, k, v))
         if self.config.qk_norm == "head":
             q, k = self._norm(q, k)
-        if self.config.rope_base is not None:
-            q, k = (
-                apply_rope(
-                    z, positions, base=self.config.rope_base, interleaved=self.config.rope_interleaved,
-                    rotary_dim=self.rotary_dim,
-                )
-                for z in (q, k)
-            )  # fmt: skip
         return (q if self.gain is None else q * self.gain.to(q.dtype)[:, None]), k, v
+
+    def rotate(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Apply the position encoding to q and k; positions [B, T]."""
+        base = self.config.rope_base
+        if base is None:
+            return q, k
+        options: dict[str, Any] = {"interleaved": self.config.rope_interleaved, "rotary_dim": self.rotary_dim}
+        return apply_rope(q, positions, base=base, **options), apply_rope(k, positions, base=base, **options)
 
     def _norm(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         assert self.q_norm is not None
         assert self.k_norm is not None
         return self.q_norm(q), self.k_norm(k)
+
+
+@register("attention")
+class Attention(AttentionLayer):
+    """Causal softmax attention (Vaswani et al. 2017, arXiv:1706.03762). [B, T, D] → [B, T, D].
+
+    It has no weights that learn while it reads, so `learning` changes nothing. With a window and no sinks it has no
+    memory beyond that window.
+    """
+
+    Config = AttentionConfig
+    learns = False
+
+    def __init__(self, d_model: int, config: AttentionConfig):
+        super().__init__(d_model, config)
+        self.has_memory = config.window is None or config.num_sinks > 0
+
+    def init_state(self, num_sequences: int) -> AttentionState:
+        return self.init_cache(num_sequences, self.config.num_sinks)
+
+    def parallel(
+        self, x: Tensor, state: AttentionState, *, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, AttentionState]:
+        q, k, v = self.project(x, state.position, cu_seqlens)
+        y, state = self.attend(q, k, v, state, cu_seqlens, window=self.config.window, num_sinks=self.config.num_sinks)
+        return self.merge(y, x), state
 
 
 def _head_sizes(d_model: int, config: AttentionConfig) -> tuple[int, int]:

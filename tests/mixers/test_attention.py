@@ -39,8 +39,8 @@ def test_without_positions_it_is_multi_head_attention():
 def test_rotation_makes_scores_depend_on_distance_only():
     mixer, x = build(AttentionConfig(num_heads=2, rope_interleaved=True))
     same = x[:, :1].expand(-1, 9, -1)
-    positions = torch.arange(9).expand(2, -1)
-    q, k, _ = mixer._project(same, positions)
+    positions = torch.zeros(2, dtype=torch.int64)
+    q, k, _ = mixer.project(same, positions, None)
     scores = torch.einsum("bthd,bshd->bhts", q, k)
     # Angles are float32: equal to that precision, not to float64's.
     assert_close(scores[:, :, 3:, 3:], scores[:, :, :-3, :-3], 1e-5)
@@ -67,10 +67,10 @@ def test_normalised_queries_ignore_their_scale(qk_norm):
 def test_a_head_norm_sees_one_head_and_a_full_norm_sees_all():
     for qk_norm, shares in (("head", False), ("full", True)):
         mixer, x = build(AttentionConfig(num_heads=2, qk_norm=qk_norm))
-        positions = torch.zeros(2, 20, dtype=torch.int64)
-        before = mixer._project(x, positions)[0][:, :, 0]
+        positions = torch.zeros(2, dtype=torch.int64)
+        before = mixer.project(x, positions, None)[0][:, :, 0]
         mixer.qkv.weight.data[8:16] *= 3  # the other head's queries
-        assert torch.equal(mixer._project(x, positions)[0][:, :, 0], before) is not shares
+        assert torch.equal(mixer.project(x, positions, None)[0][:, :, 0], before) is not shares
 
 
 def test_the_gain_starts_at_its_configured_value_and_multiplies_scores():
