@@ -13,14 +13,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from fastweight.hf import FastweightConfig, FastweightForCausalLM
 from fastweight.model import Model
 
-# A new process that has not imported the library: auto_map alone leads to it.
+# A new process, offline, in another folder. Without the import of the library auto_map alone leads to it.
 READER = """
 import sys, torch
+IMPORT
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 torch.set_num_threads(1)  # as in the tests: another number of threads may sum in another order
+assert ("fastweight.hf" in sys.modules) == IMPORTED
 for source in sys.argv[2:]:
-    assert "fastweight.hf" not in sys.modules or source != sys.argv[2]
     model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=True)
     ids = torch.randint(0, 37, (2, 9), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -28,17 +29,20 @@ for source in sys.argv[2:]:
 """
 
 
-def in_a_new_process(tmp_path, folders):
+def in_a_new_process(tmp_path, folders, imported):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    command = [sys.executable, "-c", READER, str(elsewhere), *map(str, folders)]
+    code = READER.replace("IMPORTED", str(imported)).replace("IMPORT", "import fastweight.hf" if imported else "")
+    command = [sys.executable, "-c", code, str(elsewhere), *map(str, folders)]
     done = subprocess.run(command, cwd=elsewhere, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return [load_file(elsewhere / f"{folder.name}.safetensors")["logits"] for folder in folders]
 
 
-def test_another_process_reads_the_same_bits(tmp_path, monkeypatch):
-    """Every kind, in one file and in shards."""
+@pytest.mark.parametrize("imported", [False, True], ids=["auto_map", "imported"])
+def test_p9_another_process_reads_the_same_bits(tmp_path, monkeypatch, imported):
+    """Every kind, tied and untied heads, in one file and in shards."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     folders, want = [], []
     for kind in KINDS:
@@ -49,12 +53,12 @@ def test_another_process_reads_the_same_bits(tmp_path, monkeypatch):
             assert len(list(folders[-1].glob("*.safetensors"))) == 1 or name == "sharded"
             assert (folders[-1] / "model.safetensors.index.json").exists() == (name == "sharded")
             want.append(face(ids_of(2, 9)).logits.detach())
-    for folder, got, logits in zip(folders, in_a_new_process(tmp_path, folders), want, strict=True):
+    for folder, got, logits in zip(folders, in_a_new_process(tmp_path, folders, imported), want, strict=True):
         assert torch.equal(got, logits), folder.name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_a_folder_keeps_its_dtype(tmp_path, dtype):
+def test_p9_a_folder_keeps_its_dtype(tmp_path, dtype):
     face_of("delta", dtype).save_pretrained(tmp_path)
     assert {p.dtype for p in FastweightForCausalLM.from_pretrained(tmp_path).parameters()} == {dtype}
 
@@ -86,7 +90,7 @@ def test_native_and_hugging_face_folders_hold_the_same_model(tmp_path):
 
 
 @pytest.mark.parametrize("change", ["missing", "unexpected"])
-def test_a_folder_with_other_tensors_is_refused(tmp_path, change):
+def test_p9_a_folder_with_other_tensors_is_refused(tmp_path, change):
     face_of("delta").save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     weights = load_file(file)
@@ -99,19 +103,30 @@ def test_a_folder_with_other_tensors_is_refused(tmp_path, change):
         FastweightForCausalLM.from_pretrained(tmp_path)
 
 
-def test_a_config_needs_no_argument_and_makes_a_model():
+def test_p17_a_config_needs_no_argument_and_makes_a_model():
     face = FastweightForCausalLM(FastweightConfig())
     assert face.model.config.vocab_size == face.config.vocab_size == 257
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_config_survives_its_json(tmp_path, kind):
+def test_p17_a_config_survives_its_json(tmp_path, kind):
     config = face_of(kind).config
     config.save_pretrained(tmp_path)
     read = AutoConfig.from_pretrained(tmp_path, trust_remote_code=True)
     assert type(read) is FastweightConfig
     assert read.to_model_config() == config.to_model_config()
     assert json.loads((tmp_path / "config.json").read_text())["model"] == config.model
+
+
+PRINT_CONFIG = "from fastweight.hf import FastweightConfig; print(FastweightConfig().to_json_string(use_diff=False))"
+
+
+def test_p17_the_default_config_is_the_same_text_in_another_process_and_place(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    command = [sys.executable, "-c", PRINT_CONFIG]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.strip() == FastweightConfig().to_json_string(use_diff=False).strip()
 
 
 def test_a_model_from_a_config_draws_the_librarys_initial_weights():

@@ -85,10 +85,27 @@ def test_sampling_is_the_same_with_and_without_the_cache():
     assert torch.equal(*texts)
 
 
-def test_two_calls_share_nothing():
-    face, ids = face_of("hybrid"), ids_of(1, 7)
+@every_kind
+def test_p12_identical_calls_give_the_same_text_without_any_reset(kind):
+    face, ids = face_of(kind), ids_of(2, 7)
     first = face.generate(ids, max_new_tokens=8, **GREEDY)
     assert torch.equal(face.generate(ids, max_new_tokens=8, **GREEDY), first)
+
+
+@every_kind
+def test_p12_another_batch_size_changes_no_text(kind):
+    face, ids = face_of(kind, torch.float64), ids_of(3, 7)
+    texts = [face.generate(ids[:count], max_new_tokens=6, **GREEDY) for count in (1, 3, 2)]
+    assert torch.equal(texts[0], texts[1][:1])
+    assert torch.equal(texts[2], texts[1][:2])
+
+
+@every_kind
+def test_p12_beam_search_with_the_cache_equals_beam_search_without(kind):
+    face, ids = face_of(kind, torch.float64), ids_of(2, 6)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])
+    settings = {"attention_mask": mask, "max_new_tokens": 6, "num_beams": 3, "num_return_sequences": 2}
+    assert torch.equal(*(face.generate(ids, use_cache=c, **settings, **GREEDY) for c in (True, False)))
 
 
 def test_a_cache_handed_in_continues_the_text():
@@ -103,10 +120,13 @@ def test_a_cache_handed_in_continues_the_text():
 def test_assisted_decoding_of_full_attention_is_greedy_decoding():
     face = FastweightForCausalLM.from_model(model_of(FULL, dtype=torch.float64))
     ids = torch.cat([ids_of(1, 6)] * 3, 1)  # repeats, so that the look-up proposes tokens and some are rejected
-    want = native(face, ids[0], 10)
+    want = native(face, ids[0], 11)
     end = next(i for i in range(VOCAB) if i not in {*want, *ids[0].tolist()})  # the look-up of some versions needs one
     settings = {"prompt_lookup_num_tokens": 3, "eos_token_id": end, "attention_mask": torch.ones_like(ids)}
-    assert face.generate(ids, max_new_tokens=10, **settings, **GREEDY)[0, 18:].tolist() == want
+    got = face.generate(ids, max_new_tokens=10, **settings, **GREEDY)[0, 18:].tolist()
+    # transformers 5.6 may give one token more than max_new_tokens here, with its own Llama too; the text is the same.
+    assert len(got) in (10, 11)
+    assert got == want[: len(got)]
 
 
 def test_assisted_decoding_of_a_memory_is_refused():

@@ -5,10 +5,11 @@ import dataclasses
 import pytest
 import torch
 from hf.faces import face_of, ids_of
-from tolerances import OUTPUT, assert_close
+from tolerances import GRADIENT, OUTPUT, assert_close
 from transformers import Trainer, TrainingArguments
 
 KINDS = ["hybrid", "lact"]
+every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 class Texts(torch.utils.data.Dataset):
@@ -37,8 +38,8 @@ def losses(run):
     return [entry["loss"] for entry in run.state.log_history if "loss" in entry]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_resuming_from_a_checkpoint_equals_an_uninterrupted_run(tmp_path, kind):
+@every_kind
+def test_p11_resuming_from_a_checkpoint_equals_an_uninterrupted_run(tmp_path, kind):
     saving = {"save_strategy": "steps", "save_steps": 2}
     whole = trainer(face_of(kind), tmp_path / "run", **saving)
     whole.train()
@@ -52,35 +53,54 @@ def test_resuming_from_a_checkpoint_equals_an_uninterrupted_run(tmp_path, kind):
     assert not torch.equal(want["model.embedding.weight"], start["model.embedding.weight"])
 
 
-def test_accumulated_gradients_give_the_loss_of_one_large_batch(tmp_path):
-    settings = {"max_steps": 2, "lr_scheduler_type": "constant"}
+@every_kind
+def test_p11_accumulated_batches_give_the_loss_and_the_step_of_one_large_batch(tmp_path, kind):
+    """With plain SGD at rate 1 a step moves every weight by its gradient."""
+    sizes = [(4, 1), (2, 2), (1, 4)]
     runs = [
-        trainer(face_of("hybrid"), tmp_path, per_device_train_batch_size=4, **settings),
-        trainer(face_of("hybrid"), tmp_path, gradient_accumulation_steps=4, per_device_train_batch_size=1, **settings),
-    ]
+        trainer(
+            face_of(kind), tmp_path, max_steps=1, optim="sgd", learning_rate=1.0, lr_scheduler_type="constant",
+            max_grad_norm=0.0, per_device_train_batch_size=size, gradient_accumulation_steps=count,
+        )
+        for size, count in sizes
+    ]  # fmt: skip
     for run in runs:
         run.train()
-    assert losses(runs[1]) == pytest.approx(losses(runs[0]), rel=1e-4)
+    start = face_of(kind).state_dict()
+    steps = [torch.cat([(w - start[n]).flatten() for n, w in run.model.state_dict().items()]) for run in runs]
+    for run, step in zip(runs[1:], steps[1:]):
+        assert losses(run) == pytest.approx(losses(runs[0]), rel=1e-4)  # the log keeps a few digits
+        assert_close(step, steps[0], GRADIENT[torch.float32])
 
 
+@every_kind
 @pytest.mark.parametrize("size", [1, 2])
-def test_the_losses_of_parts_add_up_to_the_loss_of_the_batch(size):
-    face, ids = face_of("hybrid", torch.float64), ids_of(4, 9)
+def test_p11_losses_and_gradients_of_parts_add_up_to_those_of_the_batch(kind, size):
+    face, ids = face_of(kind, torch.float64).train(), ids_of(4, 9)
     labels = ids.clone()
     labels[1, 2:7] = -100
     count = int((labels[:, 1:] != -100).sum())
+    face(ids, labels=labels).loss.backward()
+    want = {name: p.grad.clone() for name, p in face.named_parameters() if p.grad is not None}
+    face.zero_grad()
     parts = [face(i, labels=l, num_items_in_batch=count).loss for i, l in zip(ids.split(size), labels.split(size))]
+    sum(parts).backward()
     assert_close(sum(parts), face(ids, labels=labels).loss, OUTPUT[torch.float32])
+    for name, grad in want.items():
+        assert_close(face.get_parameter(name).grad, grad, 1e-6, name)  # the loss itself is computed in float32
 
 
-def test_training_with_gradient_checkpointing_equals_training_without(tmp_path):
+@every_kind
+def test_p11_training_with_gradient_checkpointing_equals_training_without(tmp_path, kind):
     fields = {field.name for field in dataclasses.fields(TrainingArguments)}
     name = "activation_checkpointing" if "activation_checkpointing" in fields else "gradient_checkpointing"
-    runs = [trainer(face_of("hybrid"), tmp_path, max_steps=2, **{name: on}) for on in (False, True)]
+    runs = [trainer(face_of(kind), tmp_path, max_steps=2, **{name: on}) for on in (False, True)]
     for run in runs:
         run.train()
     assert runs[1].model.model.checkpointing
     assert losses(runs[0]) == losses(runs[1])
+    plain = runs[0].model.state_dict()
+    assert all(torch.equal(value, plain[name]) for name, value in runs[1].model.state_dict().items())
 
 
 def test_evaluation_reports_the_mean_loss(tmp_path):
