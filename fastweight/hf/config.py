@@ -29,6 +29,8 @@ class FastweightConfig(PreTrainedConfig):
 
     model: a ModelConfig or its JSON form; None for a small gated delta rule over bytes.
     use_cache: return the state from `forward` outside training, unless the call says otherwise.
+    origin: where pretrained weights came from (`Model.origin`), a JSON object. The token ids that its config names as
+    first, last and padding are this config's, unless given.
     The sizes that other programs look for (vocab_size, hidden_size, num_hidden_layers, tie_word_embeddings) are
     derived from `model`; a value that contradicts it is refused. Other keywords are those of PreTrainedConfig.
     """
@@ -36,24 +38,30 @@ class FastweightConfig(PreTrainedConfig):
     model_type: ClassVar[str] = "fastweight"
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
 
-    def __init__(self, model: ModelConfig | dict[str, Any] | None = None, use_cache: bool = True, **kwargs: Any):
+    def __init__(
+        self, model: ModelConfig | dict[str, Any] | None = None, use_cache: bool = True,
+        origin: dict[str, Any] | None = None, **kwargs: Any,
+    ):  # fmt: skip
         config = _default() if model is None else model
         config = ModelConfig.from_dict(config) if isinstance(config, dict) else config
         require(
             isinstance(config, ModelConfig),
             f"FastweightConfig: model must be a ModelConfig or its JSON form, got {type(config).__name__}.",
         )
-        sizes = _sizes(config)
-        for name, size in sizes.items():
+        require(
+            origin is None or isinstance(origin, dict),
+            f"FastweightConfig: origin must be a JSON object or None, got {type(origin).__name__}.",
+        )
+        for name, size in _sizes(config).items():
             given = kwargs.pop(name, size)
             require(
                 given == size,
                 f"FastweightConfig: {name} is {given!r}, but `model` says {size!r}. Change `model`, not {name}.",
             )
         kwargs.pop("auto_map", None)
-        options: dict[str, Any] = {"architectures": ["FastweightForCausalLM"]} | kwargs
+        options: dict[str, Any] = {"architectures": ["FastweightForCausalLM"]} | _token_ids(origin) | kwargs
         super().__init__(**options)
-        self.use_cache = use_cache
+        self.use_cache, self.origin = use_cache, origin
         self.auto_map = dict(AUTO_MAP)
         self.set_model(config)
 
@@ -77,6 +85,13 @@ class FastweightConfig(PreTrainedConfig):
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
         """Nothing to do: every folder carries the same `auto_map`, and this library's code is never copied into it."""
+
+
+def _token_ids(origin: dict[str, Any] | None) -> dict[str, Any]:
+    source = (origin or {}).get("config")
+    source = source if isinstance(source, dict) else {}
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return {name: source[name] for name in names if source.get(name) is not None}
 
 
 def _sizes(config: ModelConfig) -> dict[str, Any]:

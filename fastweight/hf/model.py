@@ -33,13 +33,14 @@ class FastweightForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: FastweightConfig):
         super().__init__(config)
         self.model = Model(config.to_model_config())
+        self.model.origin = config.origin
         self.gradient_checkpointing = False
         self.post_init()
 
     @classmethod
     def from_model(cls, model: Model) -> "FastweightForCausalLM":
         """The face of `model`: the same weights, not a copy."""
-        config = FastweightConfig(model.config, dtype=model.embedding.weight.dtype)
+        config = FastweightConfig(model.config, dtype=model.embedding.weight.dtype, origin=model.origin)
         with torch.device("meta"):
             face = cls(config)
         face.model = model
@@ -49,6 +50,11 @@ class FastweightForCausalLM(PreTrainedModel, GenerationMixin):
     def to_model(self) -> Model:
         """The library's model behind this face: the same weights, not a copy."""
         return self.model
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Write safetensors, config.json with the model's origin, and the file that `auto_map` names."""
+        self.config.origin = self.model.origin
+        super().save_pretrained(*args, **kwargs)
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:

@@ -79,6 +79,19 @@ def test_the_native_model_comes_back_with_the_same_weights():
     assert face.get_input_embeddings().weight is model.embedding.weight
 
 
+def test_the_origin_of_the_weights_travels_with_every_folder(tmp_path):
+    import fastweight
+
+    model = face_of("hybrid").to_model()
+    face = FastweightForCausalLM.from_model(model)
+    model.origin = {"family": "llama", "config": {"rope_theta": 10000.0, "layers": [1, 2]}}
+    face.save_pretrained(tmp_path / "hf")
+    read = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True)
+    assert read.config.origin == model.origin
+    read.to_model().save(tmp_path / "native")
+    assert FastweightForCausalLM.from_model(fastweight.load(tmp_path / "native")).config.origin == model.origin
+
+
 def test_native_and_hugging_face_folders_hold_the_same_model(tmp_path):
     import fastweight
 
@@ -141,6 +154,11 @@ def test_a_model_from_a_config_draws_the_librarys_initial_weights():
 def test_a_size_that_contradicts_the_model_is_refused():
     with pytest.raises(ValueError, match=r"vocab_size is 99, but `model` says 257"):
         FastweightConfig(vocab_size=99)
+
+
+def test_an_origin_that_is_no_object_is_refused():
+    with pytest.raises(ValueError, match="origin must be a JSON object or None, got str"):
+        FastweightConfig(origin="llama")
 
 
 def test_an_unknown_key_of_the_model_is_refused():

@@ -34,6 +34,15 @@ def test_greedy_text_of_a_padded_batch_is_that_of_each_prompt_alone(kind, settin
     assert got == [native(face, row[keep], 8) for row, keep in zip(ids, mask.bool())]
 
 
+def test_text_ends_at_the_token_that_the_pretrained_config_names():
+    model = model_of(FULL, dtype=torch.float64)
+    whole = native(FastweightForCausalLM.from_model(model), ids_of(7), 12)
+    model.origin = {"family": "llama", "config": {"eos_token_id": whole[4], "bos_token_id": None}}
+    face = FastweightForCausalLM.from_model(model)
+    end = whole.index(whole[4]) + 1
+    assert face.generate(ids_of(1, 7), max_new_tokens=12, **GREEDY)[0, 7:].tolist() == whole[:end]
+
+
 def test_greedy_text_without_a_cache_is_the_same():
     face, ids = face_of("hybrid", torch.float64), ids_of(2, 7)
     assert torch.equal(*(face.generate(ids, max_new_tokens=8, use_cache=c, **GREEDY) for c in (True, False)))
