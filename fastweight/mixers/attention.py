@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from fastweight.configs import near_names, require
-from fastweight.layers import RMSNorm
+from fastweight.layers import check_norm, make_norm
 from fastweight.mixers.base import Mixer, MixerConfig, register
-from fastweight.ops.attention import AttentionState, attention, check_window
-from fastweight.ops.rope import apply_rope
+from fastweight.ops.attention import AttentionState, attention, check_softcap, check_window
+from fastweight.ops.rope import apply_rope, check_scaling, rope_rates, rope_scale
 from fastweight.ops.sequences import token_positions
 
 QK_NORMS = ("none", "head", "full")
@@ -22,8 +22,10 @@ class AttentionConfig(MixerConfig):
 
     window: tokens that a token sees, itself included; None for all. num_sinks: first tokens that stay visible.
     rope_base: None for no position encoding. rope_interleaved: pairs (2i, 2i+1) rotate, else (i, i + rotary_dim/2).
-    rotary_dim: channels of a head that rotate, the first ones (0: all).
-    qk_norm: RMSNorm of q and k before the rotation: "none", "head" (over head_dim) or "full" (over all heads together).
+    rotary_dim: channels of a head that rotate, the first ones (0: all). rope_scaling: an object as `rope_rates` in
+    ops/rope.py takes, None for plain rates. scale: of the scores, None for 1/sqrt(head_dim). softcap: of the scores.
+    qk_norm: norm of q and k before the rotation: "none", "head" (over head_dim) or "full" (over all heads together).
+    norm: the kind of that norm, "rms", "rms-offset" or "layer".
     qk_gain: initial value of a learned factor per head on q, None for no such factor.
     output_gate: a sigmoid gate per head, computed from the layer's input. qkv_bias, out_bias: of the projections.
     """
@@ -36,7 +38,11 @@ class AttentionConfig(MixerConfig):
     rope_base: float | None = 10000.0
     rope_interleaved: bool = False
     rotary_dim: int = 0
+    rope_scaling: dict[str, str | float | bool | list] | None = None
+    scale: float | None = None
+    softcap: float | None = None
     qk_norm: str = "none"
+    norm: str = "rms"
     qk_gain: float | None = None
     output_gate: bool = False
     qkv_bias: bool = False
@@ -63,6 +69,14 @@ class AttentionConfig(MixerConfig):
             self.qk_norm in QK_NORMS,
             f"attention: unknown qk_norm {self.qk_norm!r}.{near_names(self.qk_norm, QK_NORMS)}",
         )
+        check_norm("attention", self.norm)
+        check_softcap(self.softcap)
+        require(self.scale is None or self.scale > 0, f"attention: scale must be positive or None, got {self.scale}.")
+        check_scaling(self.rope_scaling, self.rotary_dim or self.head_dim)
+        require(
+            self.rope_scaling is None or self.rope_base is not None,
+            "attention: rope_scaling needs a rope_base; without one nothing rotates.",
+        )
 
 
 class AttentionLayer(Mixer):
@@ -78,11 +92,12 @@ class AttentionLayer(Mixer):
         self.sizes = [n * self.head_dim for n in (config.num_heads, kv_heads, kv_heads)]
         self.qkv = nn.Linear(d_model, sum(self.sizes), bias=config.qkv_bias)
         norm_dims = {"none": None, "head": [self.head_dim] * 2, "full": self.sizes[:2]}[config.qk_norm]
-        self.q_norm = RMSNorm(norm_dims[0], config.norm_eps) if norm_dims else None
-        self.k_norm = RMSNorm(norm_dims[1], config.norm_eps) if norm_dims else None
+        self.q_norm = make_norm(config.norm, norm_dims[0], config.norm_eps) if norm_dims else None
+        self.k_norm = make_norm(config.norm, norm_dims[1], config.norm_eps) if norm_dims else None
         self.gain = nn.Parameter(torch.ones(config.num_heads)) if config.qk_gain is not None else None
         self.gate = nn.Linear(d_model, config.num_heads, bias=False) if config.output_gate else None
         self.out = nn.Linear(self.sizes[0], d_model, bias=config.out_bias)
+        self.rates: Tensor | None = None  # of the rotation, made at the first call on the device that asks
 
     def reset_parameters(self, init_std: float) -> None:
         super().reset_parameters(init_std)
@@ -103,8 +118,9 @@ class AttentionLayer(Mixer):
     ) -> tuple[Tensor, AttentionState]:  # fmt: skip
         """Softmax attention over projected heads: y [B, T, heads, head_dim]."""
         return attention(
-            q, k, v, state, window=window, num_sinks=num_sinks, cu_seqlens=cu_seqlens, backend=self.backend
-        )
+            q, k, v, state, window=window, num_sinks=num_sinks, scale=self.config.scale, softcap=self.config.softcap,
+            cu_seqlens=cu_seqlens, backend=self.backend,
+        )  # fmt: skip
 
     def merge(self, y: Tensor, x: Tensor) -> Tensor:
         """Gate the heads y [B, T, heads, head_dim] by the layer's input and project them back to [B, T, D]."""
@@ -131,11 +147,27 @@ class AttentionLayer(Mixer):
 
     def rotate(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Apply the position encoding to q and k; positions [B, T]."""
-        base = self.config.rope_base
+        base, scaling = self.config.rope_base, self.config.rope_scaling
         if base is None:
             return q, k
+        self._check_positions(positions)
+        if self.rates is None or self.rates.device != q.device:
+            self.rates = rope_rates(base, self.rotary_dim, scaling, q.device)
         options: dict[str, Any] = {"interleaved": self.config.rope_interleaved, "rotary_dim": self.rotary_dim}
-        return apply_rope(q, positions, base=base, **options), apply_rope(k, positions, base=base, **options)
+        options |= {"rates": self.rates, "scale": rope_scale(scaling)}
+        return apply_rope(q, positions, **options), apply_rope(k, positions, **options)
+
+    def _check_positions(self, positions: Tensor) -> None:
+        """Refuse texts beyond the context that LongRoPE's factors are for: longer ones need others from the start."""
+        scaling: dict[str, Any] = self.config.rope_scaling or {}
+        if scaling.get("kind") != "longrope" or torch.compiler.is_compiling():
+            return
+        length, longest = int(positions.max()) + 1, scaling["original_max_positions"]
+        if length > longest:
+            raise ValueError(
+                f"this model's rotation (longrope) holds for {longest} tokens, the sequence "
+                f"goes on to {length}. Read shorter texts."
+            )
 
     def _norm(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         assert self.q_norm is not None

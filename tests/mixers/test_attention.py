@@ -15,6 +15,16 @@ CASES = {
     "window": AttentionConfig(num_heads=2, window=7, rope_interleaved=True, qkv_bias=True, out_bias=True),
     "sinks": AttentionConfig(num_heads=2, num_kv_heads=1, window=5, num_sinks=3, rope_base=500.0, qk_norm="full"),
     "nope": AttentionConfig(num_heads=2, rope_base=None),
+    "capped": AttentionConfig(
+        num_heads=4,
+        num_kv_heads=2,
+        window=6,
+        scale=0.4,
+        softcap=1.5,
+        qk_norm="head",
+        norm="rms-offset",
+        rope_scaling={"kind": "linear", "factor": 4.0},
+    ),
 }
 
 
@@ -93,7 +103,7 @@ def test_a_closed_gate_silences_its_head():
 
 def test_only_a_bare_window_has_no_memory():
     memory = {name: Attention(16, config).has_memory for name, config in CASES.items()}
-    assert memory == {"full": True, "grouped": True, "window": False, "sinks": True, "nope": True}
+    assert memory == {"full": True, "grouped": True, "window": False, "sinks": True, "nope": True, "capped": False}
 
 
 def test_a_windows_state_stops_growing():

@@ -15,6 +15,8 @@ SETTINGS = {
     "sinks": {"window": 4, "num_sinks": 3},
     "sinks_beyond_a_window_of_one": {"window": 1, "num_sinks": 2},
     "scaled": {"window": 9, "scale": 0.7},
+    "capped": {"softcap": 0.8},
+    "capped_window_with_sinks": {"window": 6, "num_sinks": 2, "scale": 0.7, "softcap": 1.5},
 }
 
 
@@ -101,10 +103,10 @@ def test_packed_documents_equal_the_documents_run_alone(setting):
             assert_trees_close(got_state, want_state, 1e-10)
 
 
-@pytest.mark.parametrize("setting", ["full", "sinks"])
+@pytest.mark.parametrize("setting", ["full", "sinks", "capped"])
 def test_packed_gradients_equal_the_definition(setting):
     settings, lengths = SETTINGS[setting], [3, 40, 1, 37, 9]
-    slots = 3 if "window" in settings else 6
+    slots = min(3, settings["window"] - 1) if "window" in settings else 6
     state = make_state([0, 2, 30, 5, 0], slots, settings.get("num_sinks", 0))
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
     results = [
@@ -140,7 +142,16 @@ def test_the_definition_is_softmax_attention_with_a_band_mask():
     assert_close(y, torch.einsum("bhts,bshd->bthd", weights, v.repeat_interleave(2, 2)), 1e-10)
 
 
-@pytest.mark.parametrize("setting", ["full", "sinks"])
+@pytest.mark.parametrize("backend", ["chunked", "naive"])
+def test_a_cap_bends_each_score_before_the_softmax(backend):
+    q, k, v = make_inputs(2, 30)
+    y, _ = attention(q, k, v, AttentionState.empty(2, 2, 6, dtype=torch.float64), softcap=0.9, backend=backend)
+    scores = torch.einsum("bthd,bshd->bhts", q, k.repeat_interleave(2, 2)) / 6**0.5
+    bent = (0.9 * torch.tanh(scores / 0.9)).masked_fill(torch.ones(30, 30, dtype=torch.bool).triu(1), -torch.inf)
+    assert_close(y, torch.einsum("bhts,bshd->bthd", bent.softmax(-1), v.repeat_interleave(2, 2)), 1e-10)
+
+
+@pytest.mark.parametrize("setting", ["full", "sinks", "capped_window_with_sinks"])
 def test_single_precision_is_as_close_as_it_can_be(setting):
     settings = SETTINGS[setting]
     inputs = make_inputs(2, 100, dtype=torch.float32)
@@ -149,7 +160,7 @@ def test_single_precision_is_as_close_as_it_can_be(setting):
     assert_same(*results, OUTPUT[torch.float32], GRADIENT[torch.float32])
 
 
-@pytest.mark.parametrize("setting", ["full", "sinks"])
+@pytest.mark.parametrize("setting", ["full", "sinks", "capped_window_with_sinks"])
 def test_half_precision_inputs_are_computed_wide(setting):
     settings = SETTINGS[setting]
     inputs = make_inputs(2, 100, dtype=torch.bfloat16)
@@ -220,6 +231,8 @@ def test_settings_without_sense_are_refused():
     inputs, state = make_inputs(1, 5), AttentionState.empty(1, 2, 6)
     with pytest.raises(ValueError, match="window must be at least 1"):
         attention(*inputs, state, window=0)
+    with pytest.raises(ValueError, match="softcap must be positive"):
+        attention(*inputs, state, softcap=0.0)
     with pytest.raises(ValueError, match="num_sinks must be 0"):
         attention(*inputs, state, num_sinks=2)
     with pytest.raises(ValueError, match="num_sinks is 2, but the state holds none"):

@@ -46,6 +46,7 @@ def attention(
     window: int | None = None,
     num_sinks: int = 0,
     scale: float | None = None,
+    softcap: float | None = None,
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Float[Tensor, "B T Hq D"], AttentionState]:
@@ -55,18 +56,27 @@ def attention(
     of its sequence. Query head h reads key head h // (Hq / Hkv). q and k come with their position encoding applied, the
     cache keeps them so. Softmax and sums are float32 or wider; y has q's dtype, the cache k's. Inputs are not modified.
 
-    scale: 1/sqrt(D) by default. cu_seqlens: [N+1], packed input of batch 1.
+    scale: 1/sqrt(D) by default. softcap: c, scores s become c·tanh(s / c) before the softmax; None for no cap.
+    cu_seqlens: [N+1], packed input of batch 1.
     Raises ValueError if shapes disagree, settings make no sense, or `backend` is named and cannot run these inputs.
     Source: Vaswani et al. 2017, arXiv:1706.03762, eq. 1; windows Beltagy et al. 2020, arXiv:2004.05150, section 3.1;
     grouped queries Ainslie et al. 2023, arXiv:2305.13245; sinks Xiao et al. 2024, arXiv:2309.17453 (here at their own
-    positions).
+    positions); caps of scores Gemma 2, arXiv:2408.00118, section 2.
     """
     check_window(window, num_sinks)
+    check_softcap(softcap)
     _check(q, k, v, state, num_sinks, cu_seqlens)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return dispatch.call(
-        "attention", backend, q, q, k, v, state, window=window, num_sinks=num_sinks, scale=scale, cu_seqlens=cu_seqlens
-    )
+        "attention", backend, q, q, k, v, state, window=window, num_sinks=num_sinks, scale=scale, softcap=softcap,
+        cu_seqlens=cu_seqlens,
+    )  # fmt: skip
+
+
+def check_softcap(softcap: float | None) -> None:
+    """Refuse a cap that would turn scores around or let nothing through."""
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"attention: softcap must be positive, or None for no cap, got {softcap}.")
 
 
 def check_window(window: int | None, num_sinks: int) -> None:

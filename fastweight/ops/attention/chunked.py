@@ -19,20 +19,22 @@ from fastweight.state import map_tensors
 
 # Queries per call; a tile, not part of the function. A GPU takes the largest: few large calls keep it busy.
 MIN_BLOCK, MAX_BLOCK = 64, 1024
+CAPPED_BLOCK = 256  # capped scores have no fused call: all of a block's are in memory at once
 STEPS_PER_OCTAVE = 8  # lengths of packed documents are rounded up to this many sizes per power of two
 
 
 class _Setting(NamedTuple):
     window: int | None
     scale: float
+    softcap: float | None
 
 
 @dispatch.register_backend("attention", "chunked")
 def chunked(
     q: Tensor, k: Tensor, v: Tensor, state: AttentionState, *,
-    window: int | None, num_sinks: int, scale: float, cu_seqlens: Tensor | None,
+    window: int | None, num_sinks: int, scale: float, softcap: float | None, cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, AttentionState]:  # fmt: skip
-    setting = _Setting(window, scale)
+    setting = _Setting(window, scale, softcap)
     lengths = None if cu_seqlens is None else cu_seqlens.diff().tolist()
     state = state._replace(k=state.k.to(k.dtype), v=state.v.to(v.dtype))
     if num_sinks:
@@ -157,9 +159,11 @@ def _read_batch(q: Tensor, k: Tensor, v: Tensor, state: AttentionState, setting:
     q, k, v = (x.to(wide) for x in (q, k, v))
     sink_k, sink_v = map_tensors(lambda x: x.to(wide), (state.sink_k, state.sink_v))
     window, slots, length = setting.window, state.k.shape[1], q.shape[1]
-    if slots == 0 and (window is None or (length <= window and (window > 1 or sink_k is None))):
-        return _attend(q, k, v, None, setting.scale)  # nothing was read before and nothing is out of sight
-    block = MAX_BLOCK if window is None or q.is_cuda else min(max(window // 2, MIN_BLOCK), MAX_BLOCK)
+    in_sight = slots == 0 and (window is None or (length <= window and (window > 1 or sink_k is None)))
+    if in_sight and setting.softcap is None:
+        return _attend(q, k, v, None, setting)  # nothing was read before and nothing is out of sight
+    largest = MAX_BLOCK if setting.softcap is None else CAPPED_BLOCK
+    block = largest if window is None or q.is_cuda else min(max(window // 2, MIN_BLOCK), largest)
     # The cache, then the new tokens in tiles of the blocks' size: tile i + 1 holds the keys of block i.
     tiles_k, tiles_v = [state.k.to(wide), *k.split(block, 1)], [state.v.to(wide), *v.split(block, 1)]
     reach = len(tiles_k) if window is None else -(-(window - 1) // block)
@@ -171,16 +175,28 @@ def _read_batch(q: Tensor, k: Tensor, v: Tensor, state: AttentionState, setting:
         mask = masks.get(i * block, queries.shape[1], (oldest - 1) * block if oldest else -slots, keys.shape[1])
         if sink_k is not None and sink_v is not None:
             keys, values = torch.cat((sink_k, keys), 1), torch.cat((sink_v, values), 1)
-        outputs.append(_attend(queries, keys, values, mask, setting.scale))
+        outputs.append(_attend(queries, keys, values, mask, setting))
     return torch.cat(outputs, 1)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, setting: _Setting) -> Tensor:
     """Fused attention, [N, T, H, D] each; causal if there is no mask."""
+    if setting.softcap is not None:
+        assert mask is not None
+        return _attend_capped(q, k, v, mask, setting.scale, setting.softcap)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     grouped = q.shape[1] != k.shape[1]
-    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=grouped)
+    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=setting.scale, enable_gqa=grouped)
     return y.transpose(1, 2)
+
+
+def _attend_capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float) -> Tensor:
+    """Attention with capped scores, [N, T, H, D] each. mask: [1 or N, 1, queries, keys]."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    queries = q.unflatten(2, (k.shape[2], -1))  # [N, T, Hkv, group, D]
+    scores = scale * torch.einsum("nthgd,nshd->nhgts", queries, k).to(wide)
+    scores = (softcap * torch.tanh(scores / softcap)).masked_fill(~mask[:, :, None], -torch.inf)
+    return torch.einsum("nhgts,nshd->nthgd", scores.softmax(-1).to(v.dtype), v).flatten(2, 3)
 
 
 class _Masks:

@@ -14,14 +14,14 @@ from fastweight.state import map_tensors
 @dispatch.register_backend("attention", "naive")
 def naive(
     q: Tensor, k: Tensor, v: Tensor, state: AttentionState, *,
-    window: int | None, num_sinks: int, scale: float, cu_seqlens: Tensor | None,
+    window: int | None, num_sinks: int, scale: float, softcap: float | None, cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, AttentionState]:  # fmt: skip
     lengths = sequence_lengths(q.shape[0], q.shape[1], cu_seqlens)
     flat_q, flat_k, flat_v = (x.flatten(0, 1).split(lengths) for x in (q, k, v))
     outputs, rows = [], []
     for n, position in enumerate(state.position.tolist()):
         row = map_tensors(operator.itemgetter(n), state)
-        y, row = _read(flat_q[n], flat_k[n], flat_v[n], row, position, window, num_sinks, scale)
+        y, row = _read(flat_q[n], flat_k[n], flat_v[n], row, position, window, num_sinks, scale, softcap)
         outputs.append(y)
         rows.append(row)
     capacity = state.k.shape[1] + max(lengths)
@@ -34,7 +34,7 @@ def naive(
 
 def _read(
     q: Tensor, k: Tensor, v: Tensor, row: AttentionState, position: int, window: int | None, num_sinks: int,
-    scale: float,
+    scale: float, softcap: float | None,
 ) -> tuple[Tensor, AttentionState]:  # fmt: skip
     """One sequence: q [T, Hq, D], k and v [T, Hkv, D], a state without its first dimension."""
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -54,8 +54,9 @@ def _read(
         key = torch.stack([*sink_keys[:sinks], *keys[seen]]).to(wide)  # [seen, Hkv, D]
         value = torch.stack([*sink_values[:sinks], *values[seen]]).to(wide)
         query = q[t - position].to(wide).unflatten(0, (key.shape[1], -1))  # [Hkv, group, D]
-        weights = (scale * torch.einsum("hgd,shd->hgs", query, key)).softmax(-1)
-        outputs.append(torch.einsum("hgs,shd->hgd", weights, value).flatten(0, 1).to(q.dtype))
+        scores = scale * torch.einsum("hgd,shd->hgs", query, key)
+        scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+        outputs.append(torch.einsum("hgs,shd->hgd", scores.softmax(-1), value).flatten(0, 1).to(q.dtype))
     new_sinks = [_pad(entries, num_sinks, k) if num_sinks else None for entries in (sink_keys, sink_values)]
     end = row.position + q.shape[0]
     return torch.stack(outputs), AttentionState(torch.stack(keys), torch.stack(values), end, *new_sinks)
