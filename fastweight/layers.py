@@ -1,12 +1,14 @@
 """Stateless layers shared by mixers and blocks: normalisation, feed-forward, weight initialisation."""
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastweight.configs import near_names, require
+from fastweight.configs import check_types, from_dict, near_names, require
 
 
 class RMSNorm(nn.Module):
@@ -75,17 +77,51 @@ FEED_FORWARDS = ("swiglu", "geglu", "relu2", "gelu", "gelu-exact")
 GATED = ("swiglu", "geglu")
 
 
+TARGETS = ("hidden", "embedding")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InPlaceConfig:
+    """Memory in the down-projection of a feed-forward (arXiv:2604.06169); see `fastweight.ops.in_place`.
+
+    chunk_size: tokens per update. inner_lr: rate of the sum over a chunk's tokens; it must fall as chunk_size grows.
+    target: what the values are made of, the feed-forward's own input ("hidden", for pretrained models) or the tokens'
+    embeddings ("embedding", for training from scratch). projection: a learned matrix on the values.
+    max_norm: largest Frobenius norm of the memory relative to the down-projection's, None for no bound (as published).
+    At 1 the memory may weigh as much as what it is added to and no more, however long the text.
+    """
+
+    chunk_size: int = 1024
+    inner_lr: float = 0.3
+    target: str = "hidden"
+    projection: bool = True
+    max_norm: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        check_types(self, "in-place memory")
+        require(self.chunk_size > 0, f"in-place memory: chunk_size must be positive, got {self.chunk_size}.")
+        good = math.isfinite(self.inner_lr) and self.inner_lr >= 0
+        require(good, f"in-place memory: inner_lr must be finite and not negative, got {self.inner_lr}.")
+        require(
+            self.target in TARGETS,
+            f"in-place memory: unknown target {self.target!r}.{near_names(self.target, TARGETS)}",
+        )
+        bound = self.max_norm is None or (math.isfinite(self.max_norm) and self.max_norm > 0)
+        require(bound, f"in-place memory: max_norm must be positive and finite or None, got {self.max_norm}.")
+
+
 @dataclass(frozen=True, kw_only=True)
 class FeedForwardConfig:
     """kind: "swiglu", "geglu" (Shazeer 2020, arXiv:2002.05202), "relu2" (So et al. 2021, arXiv:2109.08668), "gelu" or
     "gelu-exact" (Hendrycks & Gimpel 2016, arXiv:1606.08415). "gelu" and "geglu" use the tanh form.
 
-    hidden: inner width. bias: every projection has one.
+    hidden: inner width. bias: every projection has one. memory: the down-projection learns while reading.
     """
 
     kind: str = "swiglu"
     hidden: int
     bias: bool = False
+    memory: InPlaceConfig | None = None
 
     def __post_init__(self) -> None:
         require(
@@ -93,6 +129,12 @@ class FeedForwardConfig:
             f"feed-forward: unknown kind {self.kind!r}.{near_names(self.kind, FEED_FORWARDS)}",
         )
         require(self.hidden > 0, f"feed-forward: hidden must be positive, got {self.hidden}.")
+
+
+def feed_forward_config(data: dict[str, Any]) -> FeedForwardConfig:
+    """Build a feed-forward's config from its JSON object."""
+    memory = data.get("memory") if isinstance(data, dict) else None
+    return from_dict(FeedForwardConfig, data if memory is None else data | {"memory": from_dict(InPlaceConfig, memory)})
 
 
 class FeedForward(nn.Module):

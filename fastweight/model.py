@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from fastweight import files
 from fastweight.configs import require, to_json
-from fastweight.layers import FeedForward, ShortConv, init_linears, make_norm
+from fastweight.in_place import InPlaceFeedForward, make_feed_forward
+from fastweight.layers import ShortConv, init_linears, make_norm
 from fastweight.mixers import Mixer, mixer_class
 from fastweight.model_config import BlockConfig, ModelConfig, fingerprint
 from fastweight.ops.conv import causal_conv
@@ -50,15 +51,27 @@ class Block(nn.Module):
         self.mixer = mixer_class(config.mixer.kind)(d_model, config.mixer)
         self.mixer_post_norm = make() if post else nn.Identity()
         self.feed_forward_norm = make() if pre and feeds else nn.Identity()
-        self.feed_forward = FeedForward(d_model, config.feed_forward) if config.feed_forward else None
+        self.feed_forward = make_feed_forward(d_model, config.feed_forward) if config.feed_forward else None
         self.feed_forward_post_norm = make() if post and feeds else nn.Identity()
 
     def init_state(self, num_sequences: int) -> BlockState:
         tail = None if self.conv is None else self.conv.init_tail(num_sequences)
-        return BlockState(tail, self.mixer.init_state(num_sequences))
+        feed_forward = self.feed_forward if isinstance(self.feed_forward, InPlaceFeedForward) else None
+        return BlockState(
+            tail,
+            self.mixer.init_state(num_sequences),
+            None if feed_forward is None else feed_forward.init_state(num_sequences),
+        )
 
-    def forward(self, x: Tensor, state: BlockState, cu_seqlens: Tensor | None) -> tuple[Tensor, BlockState]:
-        tail = state.conv
+    def memories(self) -> list[Mixer | InPlaceFeedForward]:
+        """The parts that have an op and may learn: the mixer, and the feed-forward if it has a memory."""
+        return [self.mixer] + ([self.feed_forward] if isinstance(self.feed_forward, InPlaceFeedForward) else [])
+
+    def forward(
+        self, x: Tensor, state: BlockState, cu_seqlens: Tensor | None, embedded: Tensor | None = None
+    ) -> tuple[Tensor, BlockState]:
+        """embedded: what the first block of the model reads, for a feed-forward that learns it."""
+        tail, memory = state.conv, state.feed_forward
         if self.conv is not None and self.conv_norm is not None:
             assert tail is not None
             y, tail = causal_conv(self.conv_norm(x), self.conv.weight, self.conv.bias, tail, cu_seqlens=cu_seqlens)
@@ -67,8 +80,12 @@ class Block(nn.Module):
         mixed = x + self.mixer_post_norm(y)
         if self.feed_forward is None:
             return mixed, BlockState(tail, mixer_state)
-        y = self.feed_forward(self.feed_forward_norm(x if self.residual == "parallel" else mixed))
-        return mixed + self.feed_forward_post_norm(y), BlockState(tail, mixer_state)
+        read = self.feed_forward_norm(x if self.residual == "parallel" else mixed)
+        if isinstance(self.feed_forward, InPlaceFeedForward):
+            y, memory = self.feed_forward.parallel(read, memory, embedded=embedded, cu_seqlens=cu_seqlens)
+        else:
+            y = self.feed_forward(read)
+        return mixed + self.feed_forward_post_norm(y), BlockState(tail, mixer_state, memory)
 
 
 class Model(nn.Module):
@@ -94,13 +111,13 @@ class Model(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw new weights: normal with `init_std`, then what each mixer adds."""
+        """Draw new weights: normal with `init_std`, then what each memory adds."""
         nn.init.normal_(self.embedding.weight, std=self.config.init_std)
         if self.positions is not None:
             nn.init.normal_(self.positions.weight, std=self.config.init_std)
         init_linears(self, self.config.init_std)
-        for mixer in self.mixers():
-            mixer.reset_parameters(self.config.init_std)
+        for memory in self.memories():
+            memory.reset_parameters(self.config.init_std)
 
     @staticmethod
     def from_preset(name: str, **changes: Any) -> "Model":
@@ -113,6 +130,10 @@ class Model(nn.Module):
         """The mixer of each block, in block order."""
         return [block.mixer for block in self.blocks]  # type: ignore[misc]  # ModuleList is untyped
 
+    def memories(self) -> list[Mixer | InPlaceFeedForward]:
+        """Every part that has an op and may learn, in block order: mixers, and feed-forwards with a memory."""
+        return [memory for block in self.blocks for memory in block.memories()]  # type: ignore[operator]
+
     @property
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())
@@ -122,17 +143,17 @@ class Model(nn.Module):
         return self.embedding.weight.device
 
     def set_backend(self, backend: str) -> "Model":
-        """Use this backend in every mixer's op ("auto" chooses per call)."""
-        for mixer in self.mixers():
-            mixer.backend = backend
+        """Use this backend in every op ("auto" chooses per call)."""
+        for memory in self.memories():
+            memory.backend = backend
         return self
 
     @contextlib.contextmanager
     def frozen_memory(self) -> Iterator["Model"]:
         """Inside, no memory learns: same weights, no inner updates."""
         with contextlib.ExitStack() as stack:
-            for mixer in self.mixers():
-                stack.enter_context(_learning(mixer, False))
+            for memory in self.memories():
+                stack.enter_context(_learning(memory, False))
             yield self
 
     def init_state(self, num_sequences: int) -> ModelState:
@@ -160,10 +181,10 @@ class Model(nn.Module):
         num_sequences = tokens.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
         state = self.init_state(num_sequences) if state is None else state
         self._check_state(state, num_sequences)
-        x = self._embed(tokens, state.position, cu_seqlens)
+        x = embedded = self._embed(tokens, state.position, cu_seqlens)
         visits = []
         for i, visit in zip(self.config.visits, state.visits, strict=True):
-            x, visit = self._visit(i, x, visit, cu_seqlens)
+            x, visit = self._visit(i, x, visit, cu_seqlens, embedded)
             visits.append(visit)
         position = advance(state.position, tokens.shape[1], cu_seqlens)
         return self.norm(x), ModelState(tuple(visits), position, state.signature, state.note)
@@ -189,17 +210,20 @@ class Model(nn.Module):
         cap = self.config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
-    def _visit(self, index: int, x: Tensor, state: BlockState, cu_seqlens: Tensor | None) -> Any:
+    def _visit(self, index: int, x: Tensor, state: BlockState, cu_seqlens: Tensor | None, embedded: Tensor) -> Any:
         block: Any = self.blocks[index]
         if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(self._reread, block, x, state, cu_seqlens, block.mixer.learning, use_reentrant=False)
-        return block(x, state, cu_seqlens)
+            learning = [memory.learning for memory in block.memories()]
+            return checkpoint(self._reread, block, learning, x, state, cu_seqlens, embedded, use_reentrant=False)
+        return block(x, state, cu_seqlens, embedded)
 
     @staticmethod
-    def _reread(block: Any, x: Tensor, state: BlockState, cu_seqlens: Tensor | None, learning: bool) -> Any:
+    def _reread(block: Any, learning: list[bool], *inputs: Any) -> Any:
         """Run the block with the memory as it was at the first pass: the second one may come after `frozen_memory`."""
-        with _learning(block.mixer, learning):
-            return block(x, state, cu_seqlens)
+        with contextlib.ExitStack() as stack:
+            for memory, was in zip(block.memories(), learning, strict=True):
+                stack.enter_context(_learning(memory, was))
+            return block(*inputs)
 
     def _check_tokens(self, tokens: Tensor, cu_seqlens: Tensor | None) -> None:
         got = f"{tokens.dtype} {list(tokens.shape)}" if isinstance(tokens, Tensor) else f"a {type(tokens).__name__}"
@@ -235,11 +259,11 @@ class Model(nn.Module):
         """One sentence per sequence and visit whose inner updates were not finite (and were skipped)."""
         found = []
         for visit, (block, entry) in enumerate(zip(self.config.visits, state.visits, strict=True)):
-            for faults in _find_faults(entry):
+            parts = (entry.mixer, self.config.blocks[block].mixer.kind), (entry.feed_forward, "in-place feed-forward")
+            for faults, name in ((faults, name) for part, name in parts for faults in _find_faults(part)):
                 counts, firsts = faults.count.tolist(), faults.first.tolist()
-                kind = self.config.blocks[block].mixer.kind
                 found += [
-                    f"visit {visit} (block {block}, {kind}): {count} inner update(s) of sequence {n} were not finite "
+                    f"visit {visit} (block {block}, {name}): {count} inner update(s) of sequence {n} were not finite "
                     f"and were skipped, the first at position {first}"
                     for n, (count, first) in enumerate(zip(counts, firsts, strict=True))
                     if count
@@ -338,12 +362,12 @@ def check_weights(source: str, found: dict[str, Tensor], wanted: dict[str, tuple
 
 
 @contextlib.contextmanager
-def _learning(mixer: Mixer, learning: bool) -> Iterator[None]:
-    before, mixer.learning = mixer.learning, learning
+def _learning(memory: Mixer | InPlaceFeedForward, learning: bool) -> Iterator[None]:
+    before, memory.learning = memory.learning, learning
     try:
         yield
     finally:
-        mixer.learning = before
+        memory.learning = before
 
 
 def _find_faults(tree: Any) -> Iterator[Faults]:

@@ -4,8 +4,8 @@ import hashlib
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fastweight.configs import check_keys, check_types, from_dict, require, to_json
-from fastweight.layers import FeedForwardConfig, check_norm
+from fastweight.configs import check_keys, check_types, require, to_json
+from fastweight.layers import FeedForwardConfig, check_norm, feed_forward_config
 from fastweight.mixers.base import MixerConfig, mixer_config
 
 
@@ -55,7 +55,7 @@ class BlockConfig:
         rest = {key: data[key] for key in ("residual", "norm_position", "pre_conv") if key in data}
         return BlockConfig(
             mixer=mixer_config(data["mixer"]),
-            feed_forward=None if feed_forward is None else from_dict(FeedForwardConfig, feed_forward),
+            feed_forward=None if feed_forward is None else feed_forward_config(feed_forward),
             **rest,
         )
 

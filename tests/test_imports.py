@@ -15,13 +15,13 @@ PACKAGE = Path(fastweight.__file__).parent
 LAYERS = [
     {"configs", "devices", "files", "tensor_files", "state"},
     {"ops", "data", "optim", "layers"},
-    {"mixers"},
+    {"mixers", "in_place"},
     {"model", "model_config", "presets"},
     {"learn", "artifact", "convert", "generate"},
     {"evaluate", "plots"},
     {"train"},
     {"recipes", "hf", "doctor"},
-    {"demo"},
+    {"demo", "report"},
     {"commands", "cli", "__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
