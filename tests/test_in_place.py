@@ -339,6 +339,28 @@ def test_generation_takes_constant_memory_and_says_what_reading_says():
     assert logits[0, 12:].argmax(-1).tolist() == text[13:]
 
 
+def face_of(model: Model):
+    return pytest.importorskip("fastweight.hf").FastweightForCausalLM.from_model(model).eval()
+
+
+@BOTH
+def test_the_hugging_face_model_generates_a_padded_batch_as_each_prompt_alone(memory):
+    model, ids = model_of(memory, attention=True).double(), tokens(2, 13)
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    got = face_of(model).generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False)[:, 13:].tolist()
+    prompts = ids[0, 4:].tolist(), ids[1].tolist()
+    assert got == [list(generate(model, prompt, temperature=0, max_tokens=12)) for prompt in prompts]
+
+
+def test_the_hugging_face_model_is_saved_and_loaded(tmp_path):
+    face = face_of(model_of(EMBEDDING))
+    face.save_pretrained(tmp_path)
+    loaded = type(face).from_pretrained(tmp_path).eval()
+    assert loaded.to_model().config == face.to_model().config
+    assert torch.equal(loaded(tokens()).logits, face(tokens()).logits)
+
+
 def test_the_config_survives_json():
     config = model_of(EMBEDDING).config
     assert ModelConfig.from_dict(config.to_dict()) == config
