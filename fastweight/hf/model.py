@@ -32,7 +32,7 @@ class FastweightForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: FastweightConfig):
         super().__init__(config)
-        self.model = Model(config.to_model_config())
+        self.model = _build(config)
         self.model.origin = config.origin
         self.gradient_checkpointing = False
         self.post_init()
@@ -70,6 +70,10 @@ class FastweightForCausalLM(PreTrainedModel, GenerationMixin):
         }
         found = [f"{key.replace('_', ' ')}: {', '.join(names[:8])}" for key, names in wrong.items() if names]
         require(not found, f"{args[0] if args else 'the checkpoint'} does not fit this model; {'; '.join(found)}.")
+        with torch.device("meta"):
+            fresh = cls(model.config)
+        for name, parameter in fresh.named_parameters():  # transformers makes every loaded tensor trainable
+            model.get_parameter(name).requires_grad_(parameter.requires_grad)
         return (model, info) if wants_info else model
 
     @classmethod
@@ -225,6 +229,16 @@ class FastweightForCausalLM(PreTrainedModel, GenerationMixin):
         whole = isinstance(keep, int) and keep == 0
         require(labels is None or whole, "forward: the loss needs all logits; leave logits_to_keep out with labels.")
         require(isinstance(keep, Tensor) or keep >= 0, f"forward: logits_to_keep must be 0 (all) or more, got {keep}.")
+
+
+def _build(config: FastweightConfig) -> Model:
+    """A model in torch's default dtype, where each module itself says which of its weights stay float32 or wider."""
+    wanted = torch.get_default_dtype()
+    torch.set_default_dtype(torch.promote_types(wanted, torch.float32))
+    try:
+        return Model(config.to_model_config()).to(wanted)
+    finally:
+        torch.set_default_dtype(wanted)
 
 
 def _keep(features: Tensor, logits_to_keep: int | Tensor) -> Tensor:

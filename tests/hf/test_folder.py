@@ -57,10 +57,21 @@ def test_p9_another_process_reads_the_same_bits(tmp_path, monkeypatch, imported)
         assert torch.equal(got, logits), folder.name
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_p9_a_folder_keeps_its_dtype(tmp_path, dtype):
-    face_of("delta", dtype).save_pretrained(tmp_path)
-    assert {p.dtype for p in FastweightForCausalLM.from_pretrained(tmp_path).parameters()} == {dtype}
+def test_p9_a_folder_keeps_each_weights_dtype_bits_and_whether_it_trains(tmp_path, kind, dtype):
+    """A memory's own weights stay float32 in a bfloat16 model; a scheduled μ is not trained."""
+    face = face_of(kind, dtype)
+    torch.manual_seed(4)
+    with torch.no_grad():
+        for parameter in face.parameters():
+            parameter += torch.rand_like(parameter) / 64
+    face.save_pretrained(tmp_path)
+    read = FastweightForCausalLM.from_pretrained(tmp_path)
+    for name, parameter in face.named_parameters():
+        other = read.get_parameter(name)
+        assert (other.dtype, other.requires_grad) == (parameter.dtype, parameter.requires_grad), name
+        assert torch.equal(other, parameter), name
 
 
 def test_a_folder_that_was_read_is_written_again_unchanged(tmp_path):

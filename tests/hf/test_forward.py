@@ -49,7 +49,7 @@ def test_padding_changes_no_value_and_no_gradient(kind, padding):
     logits = face(ids, attention_mask=mask).logits[keep]
     want = torch.cat(alone(face.model, ids, keep))
     assert_close(logits, want, OUTPUT[torch.float64])
-    parameters = list(face.parameters())
+    parameters = [p for p in face.parameters() if p.requires_grad]
     got_grads = torch.autograd.grad((logits * weights).sum(), parameters, allow_unused=True)
     want_grads = torch.autograd.grad((want * weights).sum(), parameters, allow_unused=True)
     for got, grad in zip(got_grads, want_grads):
