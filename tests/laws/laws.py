@@ -36,7 +36,8 @@ class Subject:
         mixer.reset_parameters(0.3)
         with torch.no_grad():
             for parameter in mixer.parameters():
-                parameter.add_(0.05 * torch.randn_like(parameter))
+                if parameter.requires_grad:  # the others are settings, such as a scheduled weight
+                    parameter.add_(0.05 * torch.randn_like(parameter))
         mixer.backend = self.backend
         return mixer.to(self.device, self.dtype)
 
@@ -65,7 +66,7 @@ def run(mixer: Mixer, x: Tensor, read) -> Run:
     for _, tensor in tensors(state):
         if tensor.is_floating_point() and tensor.requires_grad:
             loss = loss + 0.1 * _functional(tensor, weights)
-    parameters = dict(mixer.named_parameters())
+    parameters = {name: p for name, p in mixer.named_parameters() if p.requires_grad}
     grads = torch.autograd.grad(loss, [x, *parameters.values()], allow_unused=True)
     named = {n: g for n, g in zip(["x", *parameters], grads, strict=True) if g is not None}
     return Run(y.detach(), state, named)

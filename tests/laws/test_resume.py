@@ -20,7 +20,8 @@ def model_of(config) -> Model:
     model = Model(ModelConfig(vocab_size=31, d_model=16, blocks=(block,), order=(0, 0), init_std=0.3))
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
     return model
 
 
