@@ -6,7 +6,7 @@ from tiny_models import tiny_model
 
 from fastweight.evaluate import grow as growing
 from fastweight.evaluate import speed
-from fastweight.evaluate.grow import grow, grows_by_caches_alone, shapes
+from fastweight.evaluate.grow import first_length, grow, grows_by_caches_alone, longest_window, shapes
 from fastweight.evaluate.long_texts import read
 from fastweight.evaluate.speed import Speed, measure_speed
 from fastweight.layers import FeedForwardConfig
@@ -30,22 +30,22 @@ def sink_model():
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", [*TINY, "sinks"])
-@pytest.mark.parametrize("length", [40, 130, 501])
+@pytest.mark.parametrize("length", [130, 501])
 def test_a_grown_state_has_the_shapes_and_bytes_of_one_that_was_read(name, length):
     model = sink_model() if name == "sinks" else Model.from_preset(name)
-    _, short = read(model, text(33), 50)
+    _, short = read(model, text(longest_window(model.config) + 1), 50)
     _, want = read(model, text(length), 50)
-    got = grow(model, short, length)
+    got = grow(short, length)
     assert list(shapes(got)) == list(shapes(want))
     assert got.num_bytes == want.num_bytes
     assert got.position.tolist() == want.position.tolist()
-    assert grows_by_caches_alone(model, short, want)
+    assert grows_by_caches_alone(short, want)
 
 
 @torch.no_grad()
 def test_a_grown_state_can_be_read_on_from():
     model = tiny_model(attention=True)
-    state = grow(model, read(model, text(33), 50)[1], 200)
+    state = grow(read(model, text(33), 50)[1], 200)
     _, state = model(text(5), state)
     assert state.position.tolist() == [205]
     assert state.visits[1].mixer.k.shape[1] == 205
@@ -57,12 +57,28 @@ def test_a_model_whose_caches_are_no_attention_caches_is_found_out(monkeypatch):
     _, short = read(model, text(33), 50)
     _, longer = read(model, text(60), 50)
     monkeypatch.setattr(growing, "AttentionState", type("Other", (tuple,), {}))
-    assert not grows_by_caches_alone(model, short, longer)
+    assert not grows_by_caches_alone(short, longer)
+
+
+@torch.no_grad()
+def test_a_window_that_is_not_yet_full_is_found_out():
+    model = Model.from_preset("tiny-window")
+    _, short = read(model, text(50), 50)
+    _, longer = read(model, text(90), 50)
+    assert not grows_by_caches_alone(short, longer)
+
+
+@pytest.mark.parametrize("length", [300, 4096, 5001])
+def test_a_state_is_made_from_a_text_past_all_windows_that_ends_in_the_same_place_of_a_chunk(length):
+    first = first_length(sink_model(), length)
+    assert 70 < first <= 70 + growing.PHASE_TOKENS
+    assert (length - first) % growing.PHASE_TOKENS == 0
 
 
 @pytest.mark.parametrize("growable", [True, False])
 def test_long_texts_are_read_where_a_state_cannot_be_made(growable, monkeypatch):
-    monkeypatch.setattr(speed, "PHASE_TOKENS", 32)
+    for module in (speed, growing):
+        monkeypatch.setattr(module, "PHASE_TOKENS", 32)
     if not growable:
         monkeypatch.setattr(speed, "grows_by_caches_alone", lambda *_: False)
     model = tiny_model(attention=True)

@@ -1,5 +1,6 @@
 """A state of the shapes that reading a long text would give, made from a short one: for measuring time and bytes."""
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastweight.model import Model
+from fastweight.model_config import ModelConfig
 from fastweight.ops.attention import AttentionState
 from fastweight.state import ModelState, tensors
 
@@ -14,41 +16,44 @@ from fastweight.state import ModelState, tensors
 PHASE_TOKENS = 2048
 
 
-def grow(model: Model, state: ModelState, length: int) -> ModelState:
-    """`state` with its attention caches as long as after `length` tokens, their entries being those it has, repeated.
+def grow(state: ModelState, length: int) -> ModelState:
+    """`state` with its attention caches as long as after `length` tokens, their entries repeated.
 
-    A cache of a layer with a window stops at window − 1 entries, as in reading. Everything else keeps its size, which
-    is right for a model that `grows_by_caches_alone`. Only sizes are meant, not what the model says.
+    A cache that holds every token so far goes on growing, one that holds fewer has its full size: true of a state that
+    has read more than the `longest_window` of its model. Everything else keeps its size, which is right where
+    `grows_by_caches_alone`. Only sizes are meant, not what the model says.
     """
-    configs = [model.config.blocks[i].mixer for i in model.config.visits]
-    visits = tuple(
-        _grow(visit, length, getattr(config, "window", None))
-        for visit, config in zip(state.visits, configs, strict=True)
-    )
+    visits = tuple(_grow(visit, length) for visit in state.visits)
     return ModelState(visits, torch.full_like(state.position, length), state.signature, state.note)
 
 
-def _grow(tree: Any, length: int, window: int | None) -> Any:
+def _grow(tree: Any, length: int) -> Any:
     if isinstance(tree, AttentionState):
-        size = length if window is None else min(length, window - 1)
-        return tree._replace(
-            k=_repeat(tree.k, size), v=_repeat(tree.v, size), position=torch.full_like(tree.position, length)
-        )
+        endless = tree.k.shape[1] == int(tree.position.max())
+        index = torch.arange(length if endless else tree.k.shape[1], device=tree.k.device) % max(tree.k.shape[1], 1)
+        position = torch.full_like(tree.position, length)
+        return tree._replace(k=tree.k[:, index], v=tree.v[:, index], position=position)
     if tree is None or isinstance(tree, Tensor):
         return tree
-    children = [_grow(child, length, window) for child in tree]
+    children = [_grow(child, length) for child in tree]
     return type(tree)(*children) if hasattr(tree, "_fields") else tuple(children)
 
 
-def _repeat(cache: Tensor, size: int) -> Tensor:
-    """The entries [N, S, ...] over and over, [N, size, ...]."""
-    entries = cache.shape[1]
-    return cache if size <= entries else cache[:, torch.arange(size, device=cache.device) % entries]
+def longest_window(config: ModelConfig) -> int:
+    """The greatest of all windows of the model's layers, 0 if there is none."""
+    settings = (item for block in config.blocks for item in dataclasses.asdict(block.mixer).items())
+    return max((value for name, value in settings if "window" in name and isinstance(value, int)), default=0)
 
 
-def grows_by_caches_alone(model: Model, shorter: ModelState, longer: ModelState) -> bool:
+def grows_by_caches_alone(shorter: ModelState, longer: ModelState) -> bool:
     """Whether `grow` makes from `shorter`, a state of one text, the very shapes of `longer`, read further."""
-    return list(shapes(grow(model, shorter, int(longer.position.max())))) == list(shapes(longer))
+    return list(shapes(grow(shorter, int(longer.position.max())))) == list(shapes(longer))
+
+
+def first_length(model: Model, length: int) -> int:
+    """The least tokens from which a state of `length` can be made: past all windows, in the same place of a chunk."""
+    least = longest_window(model.config) + 1
+    return least + (length - least) % PHASE_TOKENS
 
 
 def shapes(state: ModelState) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:

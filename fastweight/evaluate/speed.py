@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastweight.configs import require
-from fastweight.evaluate.grow import PHASE_TOKENS, grow, grows_by_caches_alone
+from fastweight.evaluate.grow import PHASE_TOKENS, first_length, grow, grows_by_caches_alone
 from fastweight.evaluate.long_texts import read
 from fastweight.evaluate.scoring import Progress
 from fastweight.model import Model
@@ -88,13 +88,13 @@ def measure_speed(
 def _state_before(model: Model, text: Tensor, read_tokens: int, piece_tokens: int) -> tuple[ModelState, bool]:
     """The state after `text` [1, T], and whether it was made instead of read."""
     length = text.shape[1]
-    short = length % PHASE_TOKENS or PHASE_TOKENS
+    short = first_length(model, length)
     if length <= max(read_tokens, short + PHASE_TOKENS):
         return read(model, text, piece_tokens)[1], False
     _, first = read(model, text[:, :short], piece_tokens)
     _, second = read(model, text[:, short : short + PHASE_TOKENS], piece_tokens, first)
-    if grows_by_caches_alone(model, first, second):
-        return grow(model, second, length), True
+    if grows_by_caches_alone(first, second):
+        return grow(second, length), True
     return read(model, text[:, short + PHASE_TOKENS :], piece_tokens, second)[1], False
 
 

@@ -1,0 +1,15 @@
+"""The honest report: several models side by side on the same text, and whether the memory of one of them helps."""
+
+from fastweight.report.compare import compare
+from fastweight.report.result import Report
+from fastweight.report.settings import ReportSettings
+from fastweight.report.window import window_of_same_memory, windowed_config, with_window
+
+__all__ = [
+    "Report",
+    "ReportSettings",
+    "compare",
+    "window_of_same_memory",
+    "windowed_config",
+    "with_window",
+]
