@@ -315,9 +315,8 @@ def test_a_state_without_the_memory_is_refused():
 
 def test_faults_name_the_feed_forward():
     model, state = model_of(), model_of().init_state(2)
-    pending = state.visits[0].feed_forward.pending.clone()
-    pending[1] = torch.nan
-    broken = state.visits[0]._replace(feed_forward=state.visits[0].feed_forward._replace(pending=pending))
+    spoiled = state.visits[0].feed_forward._replace(spoiled=torch.tensor([False, True]))
+    broken = state.visits[0]._replace(feed_forward=spoiled)
     _, state = model(tokens(), ModelState((broken, *state.visits[1:]), state.position, state.signature))
     assert model.describe_faults(state) == [
         "visit 0 (block 0, in-place feed-forward): 1 inner update(s) of sequence 1 were not finite and were skipped, "

@@ -159,8 +159,8 @@ def test_the_size_of_the_state_does_not_depend_on_the_chunk_or_the_length():
     for chunk_size, length in ((4, 3), (4, 50), (64, 50)):
         problem = Problem({"chunk_size": chunk_size}, length)
         _, state = problem.read(problem.init(2))
-        # Memory and pending sum, two tokens of the tail, position and two fault counters: per sequence.
-        assert sum(t.nbytes for _, t in tensors(state)) == 2 * (8 * (2 * D * I + 2 * (D + I)) + 3 * 8)
+        # Memory and pending sum, two tokens of the tail, a flag, position and two fault counters: per sequence.
+        assert sum(t.nbytes for _, t in tensors(state)) == 2 * (8 * (2 * D * I + 2 * (D + I)) + 1 + 3 * 8)
 
 
 def test_the_bound_is_kept_and_only_used_when_needed():

@@ -27,15 +27,17 @@ class InPlaceTail(NamedTuple):
 @register_state
 class InPlaceState(NamedTuple):
     """memory: [N, D, I], what finished chunks added to the weight, float32 or wider. pending: [N, D, I], Σ vᵀh of the
-    unfinished chunk, not yet multiplied by the inner learning rate; NaN if a token of it was not finite.
+    unfinished chunk, not yet multiplied by the inner learning rate. The size is independent of the chunk's.
 
-    tail: the tokens of the unfinished chunk whose values are incomplete. position: [N] int64, tokens read. faults:
-    chunks whose update was not finite, by the position of their first token. The size is independent of the chunk's.
+    tail: the tokens of the unfinished chunk whose values are incomplete. spoiled: [N] bool, a token of the unfinished
+    chunk was not finite. position: [N] int64, tokens read. faults: chunks whose update was skipped, by the position of
+    their first token.
     """
 
     memory: Tensor
     pending: Tensor
     tail: InPlaceTail
+    spoiled: Tensor
     position: Tensor
     faults: Faults
 
@@ -104,7 +106,8 @@ def init_in_place(weight: Tensor, num_sequences: int) -> InPlaceState:
 
     position = torch.zeros(num_sequences, dtype=torch.int64, device=device)
     tail = InPlaceTail(zeros(REACH, dim), zeros(REACH, width))
-    return InPlaceState(zeros(dim, width), zeros(dim, width), tail, position, Faults.none(num_sequences, device))
+    faults = Faults.none(num_sequences, device)
+    return InPlaceState(zeros(dim, width), zeros(dim, width), tail, position > 0, position, faults)
 
 
 def _drop_bad_tokens(hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -24,6 +24,13 @@ class Carried(NamedTuple):
     start: Tensor
 
 
+class Chunk(NamedTuple):
+    """Σ vᵀh of a chunk [rows, D, I], and whether a token of it was not finite [rows]."""
+
+    total: Tensor
+    spoiled: Tensor
+
+
 @dispatch.register_backend("in_place", "chunked")
 def chunked(
     hidden: Tensor, target: Tensor, bad: Tensor, taps: Tensor, projection: Tensor | None, weight: Tensor,
@@ -33,42 +40,45 @@ def chunked(
     batch, length = hidden.shape[:2]
     lengths = sequence_lengths(batch, length, cu_seqlens)
     sizes = torch.tensor(lengths, device=hidden.device)
-    pending = state.pending + _late(target, taps, projection, state, sizes, rule)
-    after = state._replace(pending=pending, tail=_last_two(target, hidden, state, sizes, rule))
+    late = _late(target, taps, state, sizes, rule)
+    tail = _last_two(target, hidden, state, sizes, rule)
     if max(lengths) == 1:
-        y, after = _step(hidden, target, bad, taps, projection, weight, state.tail, after, rule)
-        return y.unflatten(0, (batch, length)), after
+        hidden, target, bad = (t.flatten(0, 1) for t in (hidden, target, bad))
+        y, after = _step(hidden, target, bad, taps, projection, weight, late, state, rule)
+        return y.unflatten(0, (batch, length)), after._replace(tail=tail)
     phases = (state.position % rule.chunk_size).tolist()
     plan = plan_chunks(lengths, phases, rule.chunk_size, hidden.device)
     values = _project(_convolve(_surround(plan, target, state, phases), taps), projection)
     grids = plan.gather(hidden), values, plan.gather(bad[..., None]).flatten(1).any(1)
-    outputs, carried, pending = _loop(plan, grids, after, weight, rule)
-    y = plan.scatter(outputs, batch)
+    pending = torch.baddbmm(state.pending, _project(late, projection).transpose(1, 2), state.tail.hidden)
+    outputs, carried, left = _loop(plan, grids, state._replace(pending=pending), weight, rule)
     position = advance(state.position, length, cu_seqlens)
-    return y, InPlaceState(carried.memory, pending, after.tail, position, carried.faults)
+    after = InPlaceState(carried.memory, left.total, tail, left.spoiled, position, carried.faults)
+    return plan.scatter(outputs, batch), after
 
 
 def _loop(
     plan: ChunkPlan, grids: tuple[Tensor, ...], state: InPlaceState, weight: Tensor, rule: Rule
-) -> tuple[Tensor, Carried, Tensor]:
+) -> tuple[Tensor, Carried, Chunk]:
     """All chunks in turn: reads of every slot, and per sequence what is carried and what stays pending."""
     limit = _limit(weight, state.memory.dtype, rule)
     start = state.position - state.position % rule.chunk_size
-    carried, pending = map_tensors(
-        lambda t: t.index_select(0, plan.order), (Carried(state.memory, state.faults, start), state.pending)
-    )
+    started = Carried(state.memory, state.faults, start), Chunk(state.pending, state.spoiled)
+    carried, before = map_tensors(lambda t: t.index_select(0, plan.order), started)
     outputs, finished = [], []
     for i, (hidden, values, bad) in enumerate(zip(*(plan.split(grid) for grid in grids), strict=True)):
         outputs.append(hidden @ carried.memory.transpose(1, 2))
-        total = values.transpose(1, 2) @ hidden
-        total = (total if pending is None else total + pending).masked_fill(bad[:, None, None], torch.nan)
-        full, pending = plan.complete[i], None
-        learned = _learn(carried, total, limit, rule)
+        chunk = Chunk(values.transpose(1, 2) @ hidden, bad)
+        if i == 0:
+            chunk = Chunk(chunk.total + before.total, bad | before.spoiled)
+        full = plan.complete[i]
+        learned = _learn(carried, chunk, limit, rule)
         if full is not None:
             learned = zip_tensors(lambda new, old, full=full: torch.where(_like(full, new), new, old), learned, carried)
         going = plan.active[i + 1] if i + 1 < len(plan.active) else 0
         if going < plan.active[i]:
-            left = torch.zeros_like(total) if full is None else total.masked_fill(_like(full, total), 0)
+            ended = torch.ones_like(bad) if full is None else full
+            left = map_tensors(lambda t, ended=ended: t.masked_fill(_like(ended, t), 0), chunk)
             finished.append(map_tensors(lambda t, n=going: t[n:], (learned, left)))
         carried = map_tensors(lambda t, n=going: t[:n], learned)
     done = zip_tensors(lambda *t: torch.cat(t).index_select(0, plan.rank), *reversed(finished))
@@ -77,40 +87,41 @@ def _loop(
 
 def _step(
     hidden: Tensor, target: Tensor, bad: Tensor, taps: Tensor, projection: Tensor | None, weight: Tensor,
-    before: InPlaceTail, state: InPlaceState, rule: Rule,
+    late: Tensor, state: InPlaceState, rule: Rule,
 ) -> tuple[Tensor, InPlaceState]:  # fmt: skip
-    """One token per sequence. The rows whose chunk ends must be known on the host: an update under a mask would cost
-    every token what it costs one token in chunk_size. That is the only synchronisation."""
-    hidden, target, bad = (t.flatten(0, 1) for t in (hidden, target, bad))
+    """One token per sequence, [N, ·]. The rows whose chunk ends must be known on the host: an update under a mask would
+    cost every token what it costs one token in chunk_size. That is the only synchronisation."""
     y = torch.einsum("ndi,ni->nd", state.memory, hidden)
-    seen = F.pad(torch.cat([before.target, target[:, None]], 1), (0, 0, 0, REACH))
-    value = _project(_convolve(seen, taps), projection)
-    pending = torch.baddbmm(state.pending, value.transpose(1, 2), hidden[:, None])
-    pending = pending.masked_fill(bad[:, None, None], torch.nan)
-    position = state.position + 1
+    seen = F.pad(torch.cat([state.tail.target, target[:, None]], 1), (0, 0, 0, REACH))
+    values = _project(torch.cat([late, _convolve(seen, taps)], 1), projection)
+    keys = torch.cat([state.tail.hidden, hidden[:, None]], 1)
+    pending = torch.baddbmm(state.pending, values.transpose(1, 2), keys)
+    spoiled, position = state.spoiled | bad, state.position + 1
     memory, faults = state.memory, state.faults
     due = (position % rule.chunk_size == 0).nonzero().flatten()
     if due.numel():
         carried = Carried(memory, faults, position - rule.chunk_size)
-        chosen, total = map_tensors(lambda t: t.index_select(0, due), (carried, pending))
-        learned = _learn(chosen, total, _limit(weight, memory.dtype, rule), rule)
+        chosen, chunk = map_tensors(lambda t: t.index_select(0, due), (carried, Chunk(pending, spoiled)))
+        learned = _learn(chosen, chunk, _limit(weight, memory.dtype, rule), rule)
         memory, faults, _ = zip_tensors(lambda t, new: t.index_copy(0, due, new), carried, learned)
-        pending = pending.index_fill(0, due, 0)
-    return y, InPlaceState(memory, pending, state.tail, position, faults)
+        pending, spoiled = (t.index_fill(0, due, 0) for t in (pending, spoiled))
+    return y, InPlaceState(memory, pending, state.tail, spoiled, position, faults)
 
 
-def _learn(carried: Carried, total: Tensor, limit: Tensor | None, rule: Rule) -> Carried:
-    """Add inner_lr · total [rows, D, I] and scale back to `limit`; rows whose sum is not finite stay as they are."""
+def _learn(carried: Carried, chunk: Chunk, limit: Tensor | None, rule: Rule) -> Carried:
+    """Add inner_lr · total and scale back to `limit`; rows that are spoiled or would not be finite stay as they are."""
     memory, faults, start = carried
     with torch.no_grad():
-        bad = ~_norm(torch.add(memory, total, alpha=rule.inner_lr)).isfinite()
-    after = torch.add(memory, total.masked_fill(bad[:, None, None], 0), alpha=rule.inner_lr)
+        moved = torch.add(memory, chunk.total, alpha=rule.inner_lr)
+        bad = chunk.spoiled | ~_norm(moved).isfinite()
+    # The total is zeroed rather than its sum replaced: in the backward pass zero times infinity would be NaN.
+    after = torch.add(memory, chunk.total.masked_fill(_like(bad, memory), 0), alpha=rule.inner_lr)
     if limit is not None:
         norm = _norm(after)
         over = (norm > limit) & ~bad
         # The inner `where` keeps a division by zero out of the backward pass.
         scale = torch.where(over, limit / torch.where(over, norm, torch.ones_like(norm)), torch.ones_like(norm))
-        after = after * scale[:, None, None]
+        after = after * _like(scale, after)
     return Carried(after, faults.add(bad.long(), start), start + rule.chunk_size)
 
 
@@ -151,16 +162,13 @@ def _surround(plan: ChunkPlan, target: Tensor, state: InPlaceState, phases: list
     return torch.cat([first, grid[rows:]])
 
 
-def _late(
-    target: Tensor, taps: Tensor, projection: Tensor | None, state: InPlaceState, sizes: Tensor, rule: Rule
-) -> Tensor:
-    """What the tail's tokens add to the pending sum now that the next two targets of their chunk are known."""
+def _late(target: Tensor, taps: Tensor, state: InPlaceState, sizes: Tensor, rule: Rule) -> Tensor:
+    """What the next two targets of their chunk add to the values of the tail's tokens, not projected: [N, 2, D]."""
     flat, starts = target.flatten(0, 1), sizes.cumsum(0) - sizes
     has_second = (sizes > 1) & ((state.position + 1) % rule.chunk_size != 0)
     first = flat.index_select(0, starts)
     second = flat.index_select(0, torch.where(has_second, starts + 1, starts)) * has_second[:, None]
-    values = torch.stack([first * taps[:, 4], first * taps[:, 3] + second * taps[:, 4]], 1)
-    return _project(values, projection).transpose(1, 2) @ state.tail.hidden
+    return torch.stack([first * taps[:, 4], first * taps[:, 3] + second * taps[:, 4]], 1)
 
 
 def _last_two(target: Tensor, hidden: Tensor, state: InPlaceState, sizes: Tensor, rule: Rule) -> InPlaceTail:

@@ -21,4 +21,4 @@ def read_only(
     ended = position // chunk_size > state.position // chunk_size
     pending = state.pending.masked_fill(ended[:, None, None], 0)
     tail = map_tensors(torch.zeros_like, state.tail)
-    return y, state._replace(pending=pending, tail=tail, position=position)
+    return y, state._replace(pending=pending, tail=tail, spoiled=state.spoiled & ~ended, position=position)

@@ -23,7 +23,7 @@ def naive(
         own, rows = map_tensors(lambda x, n=n: x[n], state), []
         for s in range(h.shape[0]):
             rows.append(own.memory @ h[s])
-            own = _write(own, h[s], t[s], bool(wrong[s]), taps, values)
+            own = _write(own, h[s], t[s], wrong[s], taps, values)
             if int(own.position) % rule.chunk_size == 0:
                 own = _learn(own, weight, rule)
         outputs.append(torch.stack(rows))
@@ -32,7 +32,7 @@ def naive(
     return y, zip_tensors(lambda *x: torch.stack(x), *states)
 
 
-def _write(state: InPlaceState, h: Tensor, t: Tensor, bad: bool, taps: Tensor, projection: Tensor) -> InPlaceState:
+def _write(state: InPlaceState, h: Tensor, t: Tensor, bad: Tensor, taps: Tensor, projection: Tensor) -> InPlaceState:
     """Token s is a target for itself and the two before it, and they are targets for it.
 
     v_s takes what is known, v_{s-1} and v_{s-2} get the term that was missing: the sum over the chunk is the same.
@@ -43,20 +43,18 @@ def _write(state: InPlaceState, h: Tensor, t: Tensor, bad: bool, taps: Tensor, p
     pending = state.pending + torch.outer(now, h)
     pending = pending + torch.outer((w[3] * t) @ projection, h1) + torch.outer((w[4] * t) @ projection, h2)
     tail = InPlaceTail(torch.stack([t1, t]), torch.stack([h1, h]))
-    if bad:
-        pending = torch.full_like(pending, torch.nan)
-    return state._replace(pending=pending, tail=tail, position=state.position + 1)
+    return state._replace(pending=pending, tail=tail, spoiled=state.spoiled | bad, position=state.position + 1)
 
 
 def _learn(state: InPlaceState, weight: Tensor, rule: Rule) -> InPlaceState:
     """The state after the last token of a chunk: the update is done, or skipped if it is not finite."""
     memory, faults = state.memory + rule.inner_lr * state.pending, state.faults
     norm = memory.square().sum().sqrt()
-    if not norm.isfinite():
+    if state.spoiled or not norm.isfinite():
         memory, start = state.memory, state.position - rule.chunk_size
         faults = Faults(faults.count + 1, start if faults.first < 0 else faults.first)
     elif rule.max_norm is not None:
         limit = rule.max_norm * weight.to(memory.dtype).square().sum().sqrt()
         memory = memory * (limit / norm) if norm > limit else memory
     tail = map_tensors(torch.zeros_like, state.tail)
-    return InPlaceState(memory, torch.zeros_like(memory), tail, state.position, faults)
+    return InPlaceState(memory, torch.zeros_like(memory), tail, state.spoiled & False, state.position, faults)
