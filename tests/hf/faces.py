@@ -9,6 +9,7 @@ from fastweight.mixers import MixerConfig
 from fastweight.mixers.attention import AttentionConfig
 from fastweight.mixers.delta import DeltaConfig
 from fastweight.mixers.lact import LactConfig
+from fastweight.mixers.liza import LizaConfig
 from fastweight.mixers.ttt import TTTLinearConfig, TTTMLPConfig
 from fastweight.model import BlockConfig, Model, ModelConfig
 
@@ -18,6 +19,7 @@ WINDOW = AttentionConfig(num_heads=2, window=5, num_sinks=1)
 DELTA = DeltaConfig(num_heads=2, head_dim=4, gated=True)
 TTT = TTTLinearConfig(num_heads=2, mini_batch_size=4)
 MLP = TTTMLPConfig(num_heads=2, mini_batch_size=4, share_qk=False, gate=False)
+LIZA = LizaConfig(num_heads=4, num_kv_heads=2, mag_weight=0.4, memory_window=5, memory_sinks=1, order=2, qk_norm="head")
 LACT = LactConfig(num_heads=4, num_fast_heads=2, chunk_size=5, window=6, base_lr=0.05, low_rank=3)
 
 
@@ -40,6 +42,7 @@ def models(dtype: torch.dtype = torch.float32) -> dict[str, Model]:
         "ttt_linear": model_of(TTT, dtype=dtype, tie_embeddings=True, pre_conv=3),
         "ttt_mlp": model_of(MLP, dtype=dtype),
         "lact": model_of(LACT, dtype=dtype, tie_embeddings=True),
+        "liza": model_of(LIZA, FULL, dtype=dtype),
         "hybrid": model_of(DELTA, FULL, TTT, dtype=dtype, residual="parallel", logit_softcap=5.0),
         "recurrent": model_of(DELTA, LACT, dtype=dtype, order=(0, 1, 0, 1)),
     }

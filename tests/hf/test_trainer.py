@@ -25,13 +25,14 @@ class Texts(torch.utils.data.Dataset):
         return {"input_ids": ids, "labels": labels}
 
 
-def trainer(face, folder, **settings):
+def trainer(face, folder, callbacks=None, **settings):
     defaults = {
         "output_dir": str(folder), "max_steps": 4, "per_device_train_batch_size": 2, "learning_rate": 1e-2,
         "report_to": [], "save_strategy": "no", "logging_steps": 1, "use_cpu": True, "disable_tqdm": True,
         "dataloader_pin_memory": False, "seed": 3,
     }  # fmt: skip
-    return Trainer(model=face, args=TrainingArguments(**defaults | settings), train_dataset=Texts())
+    arguments = TrainingArguments(**defaults | settings)
+    return Trainer(model=face, args=arguments, train_dataset=Texts(), callbacks=callbacks)
 
 
 def losses(run):
