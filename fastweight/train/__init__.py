@@ -4,7 +4,9 @@ from fastweight.train.config import (
     DataConfig,
     InnerRateWarmup,
     LogConfig,
+    LoraConfig,
     ModelSource,
+    ObjectiveConfig,
     TrainConfig,
 )
 from fastweight.train.folders import CheckpointError
@@ -19,7 +21,9 @@ __all__ = [
     "DivergedError",
     "InnerRateWarmup",
     "LogConfig",
+    "LoraConfig",
     "ModelSource",
+    "ObjectiveConfig",
     "TrainConfig",
     "TrainResult",
     "load_run_config",

@@ -1,8 +1,9 @@
 """What a checkpoint holds: a model folder, and all that the next step needs besides the weights. No pickles.
 
-model.safetensors, config.json, tokenizer/: the model, readable by `fastweight.load`. optimizer.safetensors: what the
-optimisers remember. rng.safetensors: the random generators. trainer.json: the tally. carried-N.safetensors: the state
-of the N-th micro-batch when documents carry their memory from step to step.
+model.safetensors, config.json, tokenizer/: the model, readable by `fastweight.load`; a run that trains a part of the
+model has trained.safetensors instead (partial.py). optimizer.safetensors: what the optimisers remember.
+rng.safetensors: the random generators. trainer.json: the tally. carried-N.safetensors: the state of the N-th
+micro-batch when documents carry their memory from step to step.
 """
 
 import json
@@ -50,17 +51,29 @@ def save_trainer(folder: Path, optimizer: Optimizer, tally: Tally, carried: list
     files.write_text(folder / "trainer.json", to_json(record) + "\n")
 
 
-def read_checkpoint(folder: Path, device: torch.device) -> tuple[Model, Resumed]:
-    """Read what `save_model` and `save_trainer` wrote. Raises CheckpointError if a part cannot be read."""
+def read_model(folder: Path) -> Model:
+    """Read what `save_model` wrote into a checkpoint. Raises CheckpointError if it cannot be read."""
+    try:
+        return load(folder)
+    except (OSError, ValueError) as error:
+        raise _unreadable(folder, error) from error
+
+
+def read_trainer(folder: Path, device: torch.device) -> Resumed:
+    """Read what `save_trainer` wrote. Raises CheckpointError if a part cannot be read."""
     try:
         record = json.loads((folder / "trainer.json").read_text())
         carried = record["carried"]
         if carried is not None:
             carried = [load_state(folder / f"carried-{i}.safetensors").to(device) for i in range(carried)]
         moments, rng = (load_file(folder / f"{part}.safetensors") for part in ("optimizer", "rng"))
-        return load(folder, device), Resumed(moments, rng, Tally.from_dict(record["tally"]), carried)
+        return Resumed(moments, rng, Tally.from_dict(record["tally"]), carried)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"checkpoint {folder} cannot be read: {error} Resume from another checkpoint.") from error
+        raise _unreadable(folder, error) from error
+
+
+def _unreadable(folder: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"checkpoint {folder} cannot be read: {error} Resume from another checkpoint.")
 
 
 def random_state() -> dict[str, Tensor]:

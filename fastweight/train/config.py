@@ -6,11 +6,16 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_type_hints
 
 from fastweight.configs import check_keys, check_types, require
+from fastweight.convert.mag_schedule import MagSchedule
 from fastweight.optim import OptimizerConfig, ScheduleConfig
 
 Scalar = int | float | bool | str
 ViewName = Literal["windows", "bins", "streams"]
 Precision = Literal["float32", "bfloat16"]
+ObjectiveName = Literal["next-token", "transfer", "distill"]
+Student = Literal["linear", "mix"]
+Quantization = Literal["none", "nf4"]
+ALL, MEMORY, LORA = "all", "memory", "lora"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +93,62 @@ class InnerRateWarmup:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """What a step makes smaller.
+
+    transfer: in each layer with both branches, the error of the linear branch's heads against those of the softmax
+    branch, both read from the frozen backbone's own hidden states (LoLCATs, arXiv:2410.10254, section 3.2).
+    distill: KL(backbone ‖ model) over the next token (Hinton et al. 2015, arXiv:1503.02531).
+    """
+
+    kind: ObjectiveName = "next-token"
+    """next-token: cross-entropy of the text."""
+    mse: float = 1.0
+    """transfer: weight of the squared error, per token relative to the squared norm of the softmax heads."""
+    cosine: float = 0.0
+    """transfer: weight of 1 − cosine, a mean over heads."""
+    student: Student = "linear"
+    """transfer: the linear branch alone, or the layer's mix of its (windowed) softmax and linear branches."""
+    temperature: float = 1.0
+    """distill: both distributions are softened by it; the loss is multiplied by its square."""
+    alpha: float = 0.0
+    """distill: part of the cross-entropy of the text in the loss, the rest is the KL."""
+
+    def __post_init__(self) -> None:
+        check_types(self, "objective")
+        for name in ("mse", "cosine"):
+            require(getattr(self, name) >= 0, f"objective: {name} must not be negative, got {getattr(self, name)}.")
+        require(self.mse + self.cosine > 0, "objective: mse and cosine are both 0; nothing would be learned.")
+        require(self.temperature > 0, f"objective: temperature must be positive, got {self.temperature}.")
+        require(0 <= self.alpha <= 1, f"objective: alpha must lie in [0, 1], got {self.alpha}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters (Hu et al. 2022, arXiv:2106.09685), through PEFT. rank 0: none."""
+
+    rank: int = 0
+    """Rank of every adapter."""
+    alpha: float = 16.0
+    """An adapter's product is multiplied by alpha / rank."""
+    dropout: float = 0.0
+    """Of an adapter's input, in training."""
+    targets: tuple[str, ...] = ("qkv", "out")
+    """Linear layers that get one, by the end of their names in the model, e.g. "mixer.qkv" or "down"."""
+    train_memory: bool = True
+    """Also train what the conversion has added."""
+    quantize: Quantization = "none"
+    """nf4: the frozen target layers in 4 bits (QLoRA, arXiv:2305.14314); needs a GPU and bitsandbytes."""
+
+    def __post_init__(self) -> None:
+        check_types(self, "lora")
+        require(self.rank >= 0, f"lora: rank must not be negative, got {self.rank}.")
+        require(self.alpha > 0, f"lora: alpha must be positive, got {self.alpha}.")
+        require(0 <= self.dropout < 1, f"lora: dropout must lie in [0, 1), got {self.dropout}.")
+        require(bool(self.targets), "lora: targets is empty; name at least one layer.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class LogConfig:
     """What is reported and kept; nothing here changes the weights."""
 
@@ -101,6 +162,8 @@ class LogConfig:
     """Steps between held-out losses; 0: never."""
     heldout_tokens: int = 65536
     """Tokens of one held-out loss, at least one window."""
+    before_after: bool = False
+    """Held-out losses before the first step and after the last."""
     checkpoint_every: int = 500
     """Steps between checkpoints; 0: only the first and the last."""
     keep_checkpoints: int = 2
@@ -129,6 +192,13 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     inner_rate: InnerRateWarmup = field(default_factory=InnerRateWarmup)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    trainable: tuple[str, ...] = (ALL,)
+    """Which parameters learn: all; memory (what a conversion has added); lora (adapters, and the memory if
+    lora.train_memory); or patterns of names ("*.feed_forward.*"). The others stay as they are, bit for bit."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    mag: MagSchedule | None = None
+    """How the weight of the linear branches moves over the run; None leaves it as it is."""
     log: LogConfig = field(default_factory=LogConfig)
     steps: int = 1000
     """Updates of the weights."""
@@ -167,11 +237,50 @@ class TrainConfig:
             not (self.compile and self.inner_rate.steps),
             "train: compile and inner_rate.steps cannot go together: the rate would be compiled anew every step.",
         )
+        self._check_objective()
+        self._check_trainable()
         beyond = self.schedule.warmup_steps + self.schedule.decay_steps
         require(
             bool(self.max_seconds) or beyond <= self.steps,
             f"train: warm-up and decay take {beyond} steps, the run has {self.steps}. "
             "Lower schedule.warmup_steps and schedule.decay_steps.",
+        )
+
+    @property
+    def partial(self) -> bool:
+        """Some parameters stay frozen, so that a checkpoint holds the others alone."""
+        return self.trainable != (ALL,)
+
+    def _check_objective(self) -> None:
+        kind = self.objective.kind
+        require(
+            kind == "next-token" or not self.carry_state,
+            f'train: carry_state goes with objective "next-token" alone, got {kind!r}.',
+        )
+        require(
+            kind == "next-token" or ALL not in self.trainable,
+            f"train: objective {kind!r} learns from the frozen backbone, but trainable {ALL!r} would change it. "
+            f'Set trainable to ("{MEMORY}",) or ("{LORA}",).',
+        )
+        require(
+            kind != "transfer" or LORA not in self.trainable,
+            'train: objective "transfer" trains no adapters: they would change the layer that is learned from.',
+        )
+        require(
+            kind != "transfer" or not self.compile,
+            'train: compile and objective "transfer" cannot go together: layers are trained one by one.',
+        )
+
+    def _check_trainable(self) -> None:
+        require(bool(self.trainable), f'train: trainable is empty. Name "{ALL}", "{MEMORY}", "{LORA}" or patterns.')
+        require(ALL not in self.trainable or not self.partial, f"train: {ALL!r} leaves no room for more trainables.")
+        require(
+            LORA not in self.trainable or self.lora.rank > 0,
+            f"train: trainable {LORA!r} needs adapters, lora.rank is 0. Set lora.rank, e.g. to 16.",
+        )
+        require(
+            LORA in self.trainable or self.lora.rank == 0,
+            f'train: lora.rank is {self.lora.rank}, but no adapter would be trained. Set trainable to ("{LORA}",).',
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -190,7 +299,8 @@ def _from_dict(cls: type, data: Any, owner: str) -> Any:
     check_keys(owner, data, hints)
     values = {}
     for key, value in data.items():
-        if dataclasses.is_dataclass(hints[key]):
-            value = _from_dict(typing.cast(type, hints[key]), value, key)
+        nested = [hint for hint in (hints[key], *typing.get_args(hints[key])) if dataclasses.is_dataclass(hint)]
+        if nested and value is not None:
+            value = _from_dict(typing.cast(type, nested[0]), value, key)
         values[key] = tuple(value) if isinstance(value, list) else value
     return cls(**values)

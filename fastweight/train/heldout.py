@@ -1,24 +1,35 @@
 """The loss on held-out windows while a run goes on."""
 
+from typing import Any
+
 import numpy as np
+import torch
 
 from fastweight.data import Split, Windows
 from fastweight.model import Model
 from fastweight.train.config import TrainConfig
-from fastweight.train.loss import score_batch
+from fastweight.train.objectives import Objective
 from fastweight.train.tally import NATS_PER_BIT
 
 
-def heldout_loss(model: Model, split: Split, config: TrainConfig) -> tuple[float, float]:
-    """(nats per target, bits per byte) over the first windows of `split`, each read from its own start.
+def heldout_losses(model: Model, objective: Objective, split: Split, config: TrainConfig) -> dict[str, Any]:
+    """loss_nats per target, bits_per_byte, and what else the objective measures, over the first windows of `split`.
 
-    As many whole windows of data.seq_len as fit log.heldout_tokens, at least one. Sums in float64.
+    As many whole windows of data.seq_len as fit log.heldout_tokens, at least one, each read from its own start and
+    without dropout. Sums in float64.
     """
     view = Windows(split, config.data.seq_len)
     num_windows = min(len(view), max(1, config.log.heldout_tokens // config.data.seq_len))
-    nats, targets, num_bytes = 0.0, 0, 0
-    for first in range(0, num_windows, config.data.rows):
-        batch = view.batch(np.arange(first, min(first + config.data.rows, num_windows)))
-        targets, num_bytes = targets + batch.num_targets, num_bytes + batch.num_bytes
-        nats += score_batch(model, batch.to(model.device), config.precision).item()
-    return nats / targets, nats / NATS_PER_BIT / num_bytes
+    sums, targets, num_bytes = torch.zeros((), dtype=torch.float64), 0, 0
+    training = model.training
+    model.eval()
+    try:
+        for first in range(0, num_windows, config.data.rows):
+            batch = view.batch(np.arange(first, min(first + config.data.rows, num_windows)))
+            targets, num_bytes = targets + batch.num_targets, num_bytes + batch.num_bytes
+            sums = sums + objective.score(batch.to(model.device)).cpu().double()
+    finally:
+        model.train(training)
+    nats, *parts = sums.tolist()
+    own = objective.describe([part / targets for part in parts])
+    return {"loss_nats": nats / targets, "bits_per_byte": nats / NATS_PER_BIT / num_bytes, **own}

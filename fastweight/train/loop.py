@@ -1,30 +1,38 @@
 """The loop: read, learn, report, save; and go on exactly where it stopped."""
 
+import dataclasses
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from fastweight.configs import require
+from fastweight import files
+from fastweight.configs import require, to_json
 from fastweight.data import Batch, Store
 from fastweight.mixers.ttt import inner_lr_warmup
-from fastweight.model import Model
+from fastweight.model import Model, load
 from fastweight.optim import Optimizer, schedule_factor
 from fastweight.state import ModelState
-from fastweight.train import checkpoint, folders
+from fastweight.train import checkpoint, folders, partial
 from fastweight.train.config import TrainConfig
-from fastweight.train.heldout import heldout_loss
+from fastweight.train.heldout import heldout_losses
 from fastweight.train.inner import inner_statistics
-from fastweight.train.loss import count, train_on
+from fastweight.train.lora import add_adapters, merge_and_unload, save_adapter
+from fastweight.train.loss import Counts, count
+from fastweight.train.mag import MagFollower
 from fastweight.train.metrics import Metrics, finite
-from fastweight.train.report import Report, summary, warn_of_faults
+from fastweight.train.objectives import make_objective
+from fastweight.train.report import Report, describe_heldout, summary, warn_of_faults
 from fastweight.train.signals import StopRequest
 from fastweight.train.source import step_batches
 from fastweight.train.tally import Tally, TrainResult
+from fastweight.train.trainable import is_adapter
 
 # The attribute by which a layer lets its base inner learning rate be scaled.
 INNER_RATE = "inner_lr_scale"
+RESULT = "result.json"
 
 
 class DivergedError(ValueError):
@@ -40,7 +48,10 @@ class Trainer:
         self.config, self.out, self.model, self.store = config, out, model, store
         self.tally, self.report, self.metrics = tally, report, metrics
         self.device = model.device
+        self.objective = make_objective(model, config)
         self.optimizer = Optimizer(model, config.optimizer)
+        self.trained = [name for name, p in model.named_parameters() if p.requires_grad]
+        self.mag = MagFollower(model, config.mag)
         self.carried: list[ModelState] | None = None
         self.saved_step = -1
         self._started = time.monotonic() - tally.seconds
@@ -55,8 +66,12 @@ class Trainer:
     def run(self, stop: StopRequest) -> TrainResult:
         """Train until the steps, the time or a signal end it; save, and say what came out."""
         config, tally = self.config, self.tally
+        self.mag.set(self._mag_step())
         if self.saved_step < 0:
             # The first checkpoint before the first step: a disk that is full or read-only shows now, not in an hour.
+            if config.log.before_after:
+                tally.before = self._measure("before")
+                self._started = time.monotonic()
             self.save()
         self.report.start(tally.step)
         steps = step_batches(self.store.split("train"), config.data, config.seed, tally.step)
@@ -75,7 +90,10 @@ class Trainer:
         self.tally.seconds = self._seconds()
 
         def write(folder: Path) -> None:
-            checkpoint.save_model(folder, self.model, self.store.tokenizer)
+            if self.config.partial:
+                partial.save_trained(folder, self.model, self.trained)
+            else:
+                checkpoint.save_model(folder, self.model, self.store.tokenizer)
             checkpoint.save_trainer(folder, self.optimizer, self.tally, self.carried)
 
         folders.write_checkpoint(self.out, self.tally.step, write, self.config.log.keep_checkpoints)
@@ -106,6 +124,10 @@ class Trainer:
         part = self.tally.step / self.config.steps
         return max(part, min(1.0, self._seconds() / self.config.max_seconds)) if self.config.max_seconds else part
 
+    def _mag_step(self) -> int:
+        """Where the schedule of μ is: the step about to be made; in a run with a time budget, by the clock."""
+        return round(self._fraction() * self.config.steps) if self.config.max_seconds else self.tally.step
+
     def step(self, batches: list[Batch]) -> None:
         """One step and all that is due after it."""
         config, log, tally = self.config, self.config.log, self.tally
@@ -130,6 +152,7 @@ class Trainer:
         config, tally = self.config, self.tally
         counts = count(batches)
         self._warm_inner_rate()
+        self.mag.set(self._mag_step())
         factor = schedule_factor(
             config.schedule,
             tally.step,
@@ -137,36 +160,43 @@ class Trainer:
             config.optimizer.lr,
             self._fraction() if config.max_seconds else None,
         )
-        nats, norm = self._gradients(batches, max(1, counts.targets))
-        if math.isfinite(nats) and math.isfinite(norm):
+        sums, norm = self._gradients(batches, max(1, counts.targets))
+        if all(map(math.isfinite, sums)) and math.isfinite(norm):
             self.optimizer.set_factor(factor)
             self.optimizer.step()
-            tally.add(nats, counts.targets, counts.bytes)
+            self._count(sums, counts)
             tally.bad_row, tally.grad_norm = 0, norm
         else:
-            self._skip(nats, norm)
+            self._skip(sums, norm)
         self.optimizer.zero_grad()
         return factor * config.optimizer.lr
 
-    def _gradients(self, batches: list[Batch], num_targets: int) -> tuple[float, float]:
-        """Summed loss in nats and global gradient norm, the gradients clipped. The one device sync of a step."""
+    def _count(self, sums: list[float], counts: Counts) -> None:
+        """Add the sums of a good step to the tally."""
+        if self.objective.reads_text:
+            self.tally.add(sums[0], counts.targets, counts.bytes)
+        if len(sums) > 1:
+            self.tally.add_parts(sums[1:], counts.targets)
+
+    def _gradients(self, batches: list[Batch], num_targets: int) -> tuple[list[float], float]:
+        """The objective's sums and the global gradient norm, the gradients clipped. The one device sync of a step."""
         carry, logged = self.config.carry_state, self._is_logged(self.tally.step + 1)
         states, total = [], torch.zeros((), device=self.device)
         for i, batch in enumerate(batches):
             batch = batch.to(self.device, non_blocking=True)
             start = self._start_state(i, batch)
-            nats, state = train_on(self.model, batch, start, num_targets, self.config.precision)
-            total = total + nats
+            sums, state = self.objective.learn(batch, start, num_targets)
+            total = total + sums
             # Looking for faults waits for the device, and states are large: only where they are needed.
             self._faults += self._new_faults(start, state) if logged else []
-            states += [state] if carry else []
+            states += [state] if carry and state is not None else []
         self.carried = states if carry else None
         parameters = list(self.optimizer.parameters())
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]).to(self.device)
         if self.config.clip_norm:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.config.clip_norm, norm)
-        nats, value = torch.stack([total, norm.to(total.dtype)]).tolist()
-        return nats, value
+        *sums, value = torch.cat([total, norm.to(total.dtype)[None]]).tolist()
+        return sums, value
 
     def _start_state(self, i: int, batch: Batch) -> ModelState | None:
         """None for new states; with carry_state, the carried rows where a document goes on."""
@@ -175,20 +205,23 @@ class Trainer:
         assert batch.continues is not None
         return self.carried[i].where(batch.continues, self.model.init_state(batch.tokens.shape[0]))
 
-    def _new_faults(self, start: ModelState | None, state: ModelState) -> list[str]:
+    def _new_faults(self, start: ModelState | None, state: ModelState | None) -> list[str]:
         """The faults of one step: those that a carried state had before are not reported again."""
+        if state is None:
+            return []
         before = [] if start is None else self.model.describe_faults(start)
         return [sentence for sentence in self.model.describe_faults(state) if sentence not in before]
 
-    def _skip(self, nats: float, norm: float) -> None:
+    def _skip(self, sums: list[float], norm: float) -> None:
         """Count a step that is not finite. Memories that are carried start anew: theirs may be what broke."""
         tally = self.tally
         tally.bad_steps, tally.bad_row = tally.bad_steps + 1, tally.bad_row + 1
         self.carried = None
-        self.report.say(f"warning: step {tally.step} skipped: loss {nats:g} nats, gradient norm {norm:g}")
+        found = f"loss {sums[0]:g} nats" if self.objective.reads_text else f"loss {sums[1]:g}"
+        self.report.say(f"warning: step {tally.step} skipped: {found}, gradient norm {norm:g}")
         if tally.bad_row >= self.config.max_bad_steps:
             raise DivergedError(
-                f"{tally.bad_row} steps in a row were not finite (the last: step {tally.step}, loss {nats:g} nats, "
+                f"{tally.bad_row} steps in a row were not finite (the last: step {tally.step}, {found}, "
                 f"gradient norm {norm:g}). The last good checkpoint is {folders.latest(self.out)}. Lower optimizer.lr "
                 f"(now {self.config.optimizer.lr:g}) or lengthen schedule.warmup_steps, and start again."
             )
@@ -204,7 +237,7 @@ class Trainer:
 
     def _log(self, rate: float) -> None:
         tally = self.tally
-        tally.close_interval()
+        means = tally.close_interval()
         tally.seconds = self._seconds()
         seconds, tokens = self._interval
         tally.fault_reports += len(self._faults)
@@ -213,6 +246,7 @@ class Trainer:
         names = ("loss_nats", "bits_per_byte", "grad_norm", "tokens", "bad_steps", "fault_reports", "seconds")
         values = {name: getattr(tally, name) for name in names} | {"lr": rate}
         values["tokens_per_second"] = tokens / max(1e-9, seconds)
+        values |= (self.objective.describe(means) if means else {}) | self.mag.describe()
         self.metrics.write("train", tally.step, values)
         self.report.advance(tally.step, self._fraction(), summary(values))
 
@@ -222,25 +256,57 @@ class Trainer:
         self.metrics.write("inner", self.tally.step, {"layers": layers})
 
     def _log_heldout(self) -> None:
+        values = self._measure("heldout")
+        self.tally.heldout_nats, self.tally.heldout_bits_per_byte = values["loss_nats"], values["bits_per_byte"]
+
+    def _measure(self, kind: str) -> dict[str, Any]:
+        """Write and say the held-out losses as they are now; NaN is None, which JSON and so the checkpoint can hold."""
         self._set_inner_rate(1.0)
-        nats, bits = heldout_loss(self.model, self.store.split("heldout"), self.config)
-        # JSON, and so the checkpoint, knows no NaN.
-        self.tally.heldout_nats, self.tally.heldout_bits_per_byte = finite(nats), finite(bits)
-        self.metrics.write("heldout", self.tally.step, {"loss_nats": nats, "bits_per_byte": bits})
-        self.report.say(f"step {self.tally.step}: held-out loss {nats:.4f} nats, {bits:.3f} bits/byte")
+        values = heldout_losses(self.model, self.objective, self.store.split("heldout"), self.config)
+        self.metrics.write(kind, self.tally.step, values)
+        when = f"step {self.tally.step}" if kind == "heldout" else kind
+        self.report.say(f"{when}: {describe_heldout(values)}")
+        return finite(values)
 
     def _finish(self, stopped: str) -> TrainResult:
-        folder = self.out / "model"
         by_signal = stopped not in ("", "time")
-        if not by_signal:
-            folders.replace_folder(folder, lambda new: checkpoint.save_model(new, self.model, self.store.tokenizer))
+        parameters = sum(p.numel() for name, p in self.model.named_parameters() if not is_adapter(name))
+        saved: dict[str, Any] = {"model": ""} if by_signal else self._save_final()
         tally, names = self.tally, TrainResult.__dataclass_fields__
-        return TrainResult(
+        result = TrainResult(
             **{name: value for name, value in tally.to_dict().items() if name in names},
+            **saved,
             out=str(self.out),
-            model="" if by_signal else str(folder),
             checkpoint=str(self.out / folders.FOLDER / folders.checkpoint_name(tally.step)),
             stopped=stopped,
             tokens_per_second=tally.tokens / max(1e-9, tally.seconds),
-            parameters=self.model.num_parameters,
+            parameters=parameters,
         )
+        if not by_signal:
+            files.write_text(self.out / RESULT, to_json(finite(result.to_dict())) + "\n")
+        return result
+
+    def _save_final(self) -> dict[str, Any]:
+        """Write what the run ends with: the adapters, if any, and the plain model. Returns their folders."""
+        self.mag.set(self.config.steps)
+        if self.config.log.before_after:
+            self.tally.after = self._measure("after")
+        folder, adapter, lora = self.out / "model", self.out / "adapter", self.config.lora
+        if lora.rank:
+            folders.replace_folder(adapter, lambda new: save_adapter(new, self.model, lora, str(folder)))
+        final = self._merged()
+        folders.replace_folder(folder, lambda new: checkpoint.save_model(new, final, self.store.tokenizer))
+        return {"model": str(folder), "adapter": str(adapter) if lora.rank else ""}
+
+    def _merged(self) -> Model:
+        """The model without adapters, what they have learned in its weights."""
+        lora = self.config.lora
+        if lora.quantize == "none":
+            return merge_and_unload(self.model)
+        # Quantised weights cannot take a product: merge into those that the run started from.
+        model = load(self.out / partial.BASE, self.device)
+        add_adapters(model, dataclasses.replace(lora, quantize="none"))
+        trained = dict(self.model.named_parameters())
+        for name in self.trained:
+            model.get_parameter(name).data.copy_(trained[name])
+        return merge_and_unload(model)

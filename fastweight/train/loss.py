@@ -38,9 +38,10 @@ def total_nats(model: Model, features: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORED)
 
 
-def _pieces(model: Model, features: Tensor, targets: Tensor) -> list[tuple[Tensor, Tensor]]:
-    rows = max(1, MAX_LOGITS // model.config.vocab_size)
-    return list(zip(features.flatten(0, 1).split(rows), targets.flatten().split(rows), strict=True))
+def split_pieces(width: int, features: Tensor, *others: Tensor) -> list[tuple[Tensor, ...]]:
+    """Cut features [B, T, D] and what goes with them [B, T, ...] into pieces [n, ...] with n · width <= MAX_LOGITS."""
+    rows = max(1, MAX_LOGITS // width)
+    return list(zip(*(z.flatten(0, 1).split(rows) for z in (features, *others)), strict=True))
 
 
 def train_on(
@@ -56,12 +57,14 @@ def train_on(
         features, after = model.features(batch.tokens, state, batch.cu_seqlens)
     leaf = features.detach().requires_grad_()
     nats = torch.zeros((), device=leaf.device)
-    for piece, targets in _pieces(model, leaf, batch.targets):
+    for piece, targets in split_pieces(model.config.vocab_size, leaf, batch.targets):
         with autocast(leaf.device, precision):
             loss = total_nats(model, piece, targets)
         (loss / num_targets).backward()
         nats = nats + loss.detach()
-    features.backward(leaf.grad)
+    # Without a trained parameter on its way (a branch of weight 0) the loss is a constant.
+    if features.requires_grad:
+        features.backward(leaf.grad)
     return nats, after.detach()
 
 
@@ -70,5 +73,6 @@ def score_batch(model: Model, batch: Batch, precision: str) -> Tensor:
     """Summed loss of a batch in nats, each row from its own start."""
     with autocast(batch.tokens.device, precision):
         features, _ = model.features(batch.tokens, None, batch.cu_seqlens)
-        parts = [total_nats(model, piece, targets) for piece, targets in _pieces(model, features, batch.targets)]
+        pieces = split_pieces(model.config.vocab_size, features, batch.targets)
+        parts = [total_nats(model, piece, targets) for piece, targets in pieces]
     return torch.stack(parts).sum()

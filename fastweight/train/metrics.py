@@ -14,7 +14,8 @@ FILE = "metrics.jsonl"
 class Metrics:
     """Writes one JSON object per line, and the same numbers to the chosen viewers.
 
-    step: records beyond it belong to a future that a restart has undone; they are dropped from the file.
+    step: records beyond it belong to a future that a restart has undone; they are dropped from the file, as is what
+    was measured at the end of the run. A new run gives -1.
     """
 
     def __init__(self, out: Path, config: LogConfig, step: int, run_config: dict[str, Any]):
@@ -54,7 +55,7 @@ def finite(value: Any) -> Any:
 
 
 def read_metrics(out: str | Path, kind: str = "") -> list[dict[str, Any]]:
-    """The records of a run, those of one `kind` ("train", "heldout", "inner") if given."""
+    """The records of a run, those of one `kind` ("train", "heldout", "inner", "before", "after") if given."""
     records = _records(Path(out) / FILE)
     return [record for record in records if not kind or record["kind"] == kind]
 
@@ -68,7 +69,8 @@ def _records(path: Path) -> list[dict[str, Any]]:
 
 
 def _keep_until(path: Path, step: int) -> None:
-    kept = [json.dumps(record) + "\n" for record in _records(path) if record["step"] <= step]
+    records = [record for record in _records(path) if record["step"] <= step and record["kind"] != "after"]
+    kept = [json.dumps(record) + "\n" for record in records]
     files.write_text(path, "".join(kept))
 
 

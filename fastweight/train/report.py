@@ -79,6 +79,13 @@ def describe_run(config: TrainConfig, model: Model, store: Store, device: torch.
     return lines + [f"op {op}: {text}" for op, text in backends(model).items()]
 
 
+def describe_trained(config: TrainConfig, model: Model, names: list[str]) -> str:
+    """What a run with frozen parameters trains, in one line."""
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    count, all_of_them = sum(sizes[name] for name in names), sum(sizes.values())
+    return f"trains: {', '.join(config.trainable)}: {count:,} of {all_of_them:,} parameters; {config.objective.kind}"
+
+
 def backends(model: Model) -> dict[str, str]:
     """For each op of the model: the backend that runs and why no faster one does."""
     found = {}
@@ -100,9 +107,23 @@ def warn_of_faults(report: Report, sentences: list[str]) -> None:
         report.say(f"warning: and {len(sentences) - 3} more")
 
 
+def describe_heldout(values: dict[str, Any]) -> str:
+    """Held-out losses in one line."""
+    nats, bits = values["loss_nats"], values["bits_per_byte"]
+    parts = [f"held-out loss {nats:.4f} nats, {bits:.3f} bits/byte"]
+    parts += [f"objective {values['loss']:.4f}"] if "loss" in values else []
+    if "transfer_error" in values:
+        errors = (f"{entry['block']}: {entry['error']:.3f}" for entry in values["transfer_error"])
+        parts.append(f"transfer error by block {', '.join(errors)}")
+    return "; ".join(parts)
+
+
 def summary(values: dict[str, Any]) -> str:
     """The numbers beside the bar."""
-    loss, bits = values["loss_nats"], values["bits_per_byte"]
-    parts = ["no good step" if loss is None else f"loss {loss:.4f} nats"]
+    own, nats, bits = values.get("loss"), values["loss_nats"], values["bits_per_byte"]
+    parts = ["no good step"] if own is None and nats is None else []
+    parts += [f"objective {own:.4f}"] if own is not None else []
+    parts += [f"loss {nats:.4f} nats"] if nats is not None else []
     parts += [f"{bits:.3f} bits/byte"] if bits is not None else []
+    parts += [f"mag {values['mag_weight']:.3f}"] if "mag_weight" in values else []
     return "  ".join([*parts, f"{values['tokens_per_second']:,.0f} tokens/s"])

@@ -12,11 +12,12 @@ from fastweight.configs import require, to_json
 from fastweight.data import Store, Windows
 from fastweight.devices import pick_device
 from fastweight.model import Model, load
-from fastweight.train import checkpoint, folders
+from fastweight.train import checkpoint, folders, partial
 from fastweight.train.config import TrainConfig
 from fastweight.train.loop import Trainer
 from fastweight.train.metrics import Metrics
-from fastweight.train.report import Report, describe_run
+from fastweight.train.prepare import check_parts, prepared
+from fastweight.train.report import Report, describe_run, describe_trained
 from fastweight.train.signals import stop_requests
 from fastweight.train.source import make_view
 from fastweight.train.tally import Tally, TrainResult
@@ -52,28 +53,36 @@ def train(
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), stop_requests() as stop:
         torch.manual_seed(config.seed)
         if resume:
-            same = _read_record(out)["store"] == _fingerprint(store)
+            record = _read_record(out)
+            same = record["store"] == _fingerprint(store)
             require(same, f"{store.path} holds other data than the run in {out} was started with. Give its own store.")
             folder = folders.open_checkpoint(out, resume if isinstance(resume, str) else None)
-            trained, resumed = checkpoint.read_checkpoint(folder, device)
+            trained = partial.read_base(out, record["base"]) if config.partial else checkpoint.read_model(folder)
+            resumed = checkpoint.read_trainer(folder, device)
         else:
-            trained, resumed = _new_model(config, store, model).to(device), None
+            trained, folder, resumed = _new_model(config, store, model), None, None
+        trained = trained.to(device)
         _check_vocabulary(trained, store)
         _check_data(store, config)
         _check_statistics(trained, config)
+        check_parts(trained, config)
         for line in describe_run(config, trained, store, device):
             report.say(line)
         if resumed is None:
             _record(config, trained, store, out)
-        _prepare(trained, config)
         tally = Tally() if resumed is None else resumed.tally
-        metrics = Metrics(out, config.log, tally.step, config.to_dict())
+        metrics = Metrics(out, config.log, -1 if resumed is None else tally.step, config.to_dict())
         try:
-            trainer = Trainer(config, out, trained, store, tally, report, metrics)
-            if resumed is not None:
-                trainer.restore(resumed)
-                report.say(f"resumed after step {tally.step}")
-            return trainer.run(stop)
+            with prepared(trained, config) as names:
+                if folder is not None and config.partial:
+                    partial.load_trained(folder, trained, names)
+                if config.partial:
+                    report.say(describe_trained(config, trained, names))
+                trainer = Trainer(config, out, trained, store, tally, report, metrics)
+                if resumed is not None:
+                    trainer.restore(resumed)
+                    report.say(f"resumed after step {tally.step}")
+                return trainer.run(stop)
         finally:
             metrics.close()
 
@@ -128,6 +137,9 @@ def _record(config: TrainConfig, model: Model, store: Store, out: Path) -> None:
     software = {"fastweight": fastweight.__version__, "torch": torch.__version__}
     record = {"format": FORMAT, "version": VERSION, "train": config.to_dict(), "software": software}
     record |= {"model": model.config.to_dict(), "store": _fingerprint(store)}
+    if config.partial:
+        partial.save_base(out, model, store.tokenizer)
+        record["base"] = partial.weights_checksum(model)
     files.write_text(out / "config.json", to_json(record) + "\n")
 
 
@@ -159,7 +171,7 @@ def _check_vocabulary(model: Model, store: Store) -> None:
 def _check_data(store: Store, config: TrainConfig) -> None:
     """Raise before the run starts if a split is too small for what is asked of it."""
     make_view(store.split("train"), config.data, config.seed)
-    if config.log.heldout_every:
+    if config.log.heldout_every or config.log.before_after:
         Windows(store.split("heldout"), config.data.seq_len)
 
 
@@ -174,11 +186,3 @@ def _check_statistics(model: Model, config: TrainConfig) -> None:
             f"{min(log.stats_tokens, config.data.seq_len)}. Set log.stats_tokens and data.seq_len to {chunk} or more, "
             "or log.stats_every to 0.",
         )
-
-
-def _prepare(model: Model, config: TrainConfig) -> None:
-    model.train()
-    model.checkpointing = config.activation_checkpointing
-    if config.compile:
-        for block in model.blocks:
-            block.compile()

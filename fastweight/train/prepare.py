@@ -1,0 +1,63 @@
+"""Making a model ready for a run: adapters, what is trained and what is frozen; and making it plain again."""
+
+import contextlib
+from collections.abc import Iterator
+
+from fastweight.configs import require
+from fastweight.convert.mag import mag_weights
+from fastweight.model import Model
+from fastweight.train.config import LORA, MEMORY, TrainConfig
+from fastweight.train.lora import add_adapters, remove_adapters, target_layers
+from fastweight.train.mag import check_mag
+from fastweight.train.objectives import make_objective
+from fastweight.train.trainable import check_backbone_frozen, memory_parameters, set_trainable, trained_names
+
+
+def check_parts(model: Model, config: TrainConfig) -> None:
+    """Refuse settings that this model cannot follow, before anything is written or changed."""
+    if config.lora.rank:
+        target_layers(model, config.lora)
+    if config.partial:
+        names = trained_names(model, config, tuple(word for word in config.trainable if word != LORA))
+        if config.objective.kind != "next-token":
+            check_backbone_frozen(names, config.objective.kind)
+    make_objective(model, config)
+    check_mag(model, config.mag, config.steps)
+    _check_memory_is_read(model, config)
+
+
+def _check_memory_is_read(model: Model, config: TrainConfig) -> None:
+    """Refuse to train memories that no output depends on."""
+    weights = mag_weights(model)
+    read = config.mag is not None or config.objective.kind == "transfer" or config.trainable != (MEMORY,)
+    others = [name for name in memory_parameters(model) if ".mixer." not in name]
+    require(
+        read or bool(others) or any(value > 0 for heads in weights.values() for value in heads),
+        "train: only the memory learns, but its mag weight is 0 in all layers, so that it is never read. "
+        "Raise it (set_mag_weight), or give a mag schedule.",
+    )
+
+
+@contextlib.contextmanager
+def prepared(model: Model, config: TrainConfig) -> Iterator[list[str]]:
+    """Inside, `model` has the adapters of `config` and trains what it names; yields the names of what is trained.
+
+    Afterwards the adapters are gone (what was not merged is lost) and parameters need gradients as they did before.
+    """
+    needed = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    model.train()
+    model.checkpointing = config.activation_checkpointing
+    try:
+        if config.lora.rank:
+            add_adapters(model, config.lora)
+        if config.partial:
+            set_trainable(model, trained_names(model, config, config.trainable))
+        if config.compile:
+            for block in model.blocks:
+                block.compile()
+        yield [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    finally:
+        if config.lora.rank:
+            remove_adapters(model)
+        for parameter in model.parameters():
+            parameter.requires_grad_(needed.get(parameter, parameter.requires_grad))
