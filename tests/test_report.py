@@ -208,7 +208,7 @@ def test_other_weights_settings_or_texts_are_measured_anew(change, tmp_path):
     make(three(), tmp_path)
     models, options = three(), {}
     if change == "weights":
-        models["memory"].embedding.weight.data[0, 0] += 1
+        models["memory"].embedding.weight.data[-1, -1] += 1
     elif change == "frozen":
         for mixer in models["memory"].mixers():
             mixer.learning = False
@@ -262,6 +262,8 @@ def test_a_model_that_was_given_stays_as_it_was():
     ({"converted": "mem"}, "no model 'mem' .*Did you mean memory"),
     ({"converted": "backbone"}, "'backbone' is the backbone"),
     ({"documents": documents(2, 30)}, "none of the 2 documents has 60 tokens; the longest has 30"),
+    ({"documents": [(ids + 1, num_bytes) for ids, num_bytes in documents()]},
+     "the documents hold token ids up to 257, the tokenizer bytes has 257"),
     ({"models": {"backbone": tiny_model, "memory": dict}}, "'memory' loads a dict; needs a fastweight Model"),
     ({"models": {"backbone": tiny_model, "memory": lambda: tiny_model(vocab_size=200)}},
      "'memory' has 200 token ids, the tokenizer bytes has 257"),
@@ -283,6 +285,21 @@ def test_what_does_not_fit_is_refused_by_name(changes, message):
 def test_settings_that_make_no_sense_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         ReportSettings(**changes)
+
+
+def test_the_tokens_of_a_report_are_those_that_a_model_reads(monkeypatch):
+    """Counted at the models."""
+    read, features = [], Model.features
+    monkeypatch.setattr(
+        Model, "features", lambda self, tokens, *rest: read.append(tokens.numel()) or features(self, tokens, *rest)
+    )
+    models = {"backbone": tiny_model(seed=0), "memory": tiny_model(seed=1)}
+    make(models)
+    per_model = SETTINGS.tokens_per_model
+    # What the settings do not know: 3 prompts of 3 choices, each 6 bytes with the space, the last of them unread.
+    answers = 3 * 3 * 5
+    # The backbone does not diverge from itself: 4 documents of 30 tokens, twice.
+    assert sum(read) == 2 * (per_model + answers) - 4 * 30 * 2
 
 
 def test_parts_that_are_not_wanted_are_left_out(tmp_path):

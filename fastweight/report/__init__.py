@@ -2,10 +2,11 @@
 
 from fastweight.report.compare import compare
 from fastweight.report.result import Report
-from fastweight.report.settings import ReportSettings
+from fastweight.report.settings import QUICK, ReportSettings
 from fastweight.report.window import window_of_same_memory, windowed_config, with_window
 
 __all__ = [
+    "QUICK",
     "Report",
     "ReportSettings",
     "compare",

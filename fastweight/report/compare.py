@@ -52,6 +52,11 @@ def compare(
     converted = _check_names(models, backbone, converted)
     device = pick_device(settings.device)
     texts = long_texts(documents, settings.lengths[-1], settings.documents)
+    require(
+        int(texts.tokens.max()) < tokenizer.vocab_size,
+        f"report: the documents hold token ids up to {int(texts.tokens.max())}, the tokenizer {tokenizer.name} has "
+        f"{tokenizer.vocab_size}. Were they made with another tokenizer?",
+    )
     material = make_material(texts, tokenizer, settings, filler)
     measurer = Measurer(material, settings, Parts(folder), partial(progress_bar, quiet=quiet))
 

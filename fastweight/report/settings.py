@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from fastweight.configs import check_types, require
+from fastweight.evaluate.grow import PHASE_TOKENS
 
 _COUNTS = ("tail_tokens", "documents", "passkey_trials", "pair_trials", "prefill_tokens", "decode_tokens", "repeats")
 _COUNTS += ("read_tokens", "divergence_tokens", "batch_size", "piece_tokens")
@@ -63,6 +64,26 @@ class ReportSettings:
         read = [self.lengths[-1], *(2 * n + 2 for n in self.pairs), *(n + 16 for n in self.passkey_lengths)]
         return max(read + [n + self.decode_tokens for n in self.speed_lengths])
 
+    @property
+    def tokens_per_model(self) -> int:
+        """Tokens that one model reads, about: what a report costs, with the tokens per second of the machine.
+
+        The divergence counts twice, because the backbone reads along. Where a long state cannot be made, more is read.
+        """
+        texts = self.documents * (self.lengths[-1] + 2 * min(self.divergence_tokens, self.lengths[-1]))
+        passkeys = len(self.passkey_depths) * self.passkey_trials * sum(self.passkey_lengths)
+        pairs = self.pair_trials * sum(2 * n + 2 for n in self.pairs)
+        before = sum(min(n - self.prefill_tokens, max(self.read_tokens, 2 * PHASE_TOKENS)) for n in self.speed_lengths)
+        steps = (self.repeats + 1) * (self.prefill_tokens + self.decode_tokens) * len(self.speed_lengths)
+        return texts + passkeys + pairs + before + steps
+
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""
         return {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}
+
+
+# A few minutes per model of 135 million parameters on a laptop; the defaults want a GPU, or patience.
+QUICK = ReportSettings(
+    lengths=(512, 2048), documents=4, divergence_tokens=512, passkey_lengths=(512,), passkey_trials=2, pairs=(8, 32),
+    pair_trials=16, prefill_tokens=128, decode_tokens=4, repeats=3, read_tokens=1024,
+)  # fmt: skip
