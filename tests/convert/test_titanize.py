@@ -1,0 +1,415 @@
+"""Pretrained attention becomes LiZA: exact at the start, the same at every cut, and attention again."""
+
+import contextlib
+
+import pytest
+import torch
+from tolerances import assert_close
+from torch import Tensor
+
+from fastweight import BlockConfig, FeedForwardConfig, Model, ModelConfig, load
+from fastweight.convert.layer_choice import choose_layers
+from fastweight.convert.mag import backbone_view, find_model, liza_layers, mag_weights, set_mag_weight
+from fastweight.convert.titanize import restore_backbone, titanize
+from fastweight.hf import FastweightForCausalLM
+from fastweight.mixers.attention import AttentionConfig
+from fastweight.mixers.delta import DeltaConfig
+from fastweight.mixers.liza import LizaConfig
+
+VOCAB, T = 37, 23
+ATTENTION = AttentionConfig(num_heads=4, num_kv_heads=2, qk_norm="head", qkv_bias=True)
+SETTINGS = {
+    "plain": {},
+    "windowed": {"window": 5, "num_sinks": 2, "positions": "rope"},
+    "rich": {"order": 2, "conv_width": 3, "feature_map": "hedgehog", "output_norm": "rms"},
+}
+with_settings = pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+with_weights = pytest.mark.parametrize("mag", [0.3, 1.0])
+
+
+def backbone(*mixers, dtype=torch.float32, **changes) -> Model:
+    torch.manual_seed(0)
+    mixers = mixers or (ATTENTION, ATTENTION)
+    blocks = tuple(BlockConfig(mixer=mixer, feed_forward=FeedForwardConfig(hidden=24)) for mixer in mixers)
+    config = ModelConfig(**{"vocab_size": VOCAB, "d_model": 16, "blocks": blocks, "init_std": 0.3} | changes)
+    return Model(config).to(dtype).eval()
+
+
+def ids(*shape, seed=1) -> Tensor:
+    return torch.randint(0, VOCAB, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def face(model: Model) -> FastweightForCausalLM:
+    return FastweightForCausalLM.from_model(model).eval()
+
+
+def greedy(model: Model, prompt: Tensor, count: int = 12, **options) -> list:
+    return face(model).generate(prompt, max_new_tokens=count, do_sample=False, **options)[:, prompt.shape[1] :].tolist()
+
+
+# P1: at μ = 0 the model is the backbone
+
+
+@pytest.mark.parametrize("backend", ["naive", "chunked"])
+@pytest.mark.parametrize("training", [False, True])
+@with_settings
+def test_p1_at_zero_logits_loss_gradients_and_cache_are_the_backbones_bit_for_bit(settings, training, backend):
+    plain = backbone().train(training).set_backend(backend)
+    model = titanize(plain, **settings)
+    results = []
+    for each in (plain, model):
+        logits, state = each(ids(2, T))
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids(2, T)[:, 1:].flatten())
+        gradient = torch.autograd.grad(loss, each.embedding.weight)[0]
+        caches = [getattr(visit.mixer, "attention", visit.mixer) for visit in state.visits]
+        results.append([logits, loss, gradient, *(z for cache in caches for z in (cache.k, cache.v, cache.position))])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@with_settings
+def test_p1_at_zero_padded_logits_and_greedy_text_are_the_backbones_bit_for_bit(settings):
+    plain, x = backbone(), ids(2, 9)
+    model = titanize(plain, **settings)
+    for mask in (None, torch.tensor([[0] * 3 + [1] * 6, [1] * 9]), torch.tensor([[1] * 6 + [0] * 3, [1] * 9])):
+        want, got = (face(each)(x, attention_mask=mask, labels=x) for each in (plain, model))
+        assert torch.equal(got.logits, want.logits)
+        assert torch.equal(got.loss, want.loss)
+        assert greedy(model, x, attention_mask=mask) == greedy(plain, x, attention_mask=mask)
+
+
+def test_p1_at_zero_a_family_with_its_own_windows_keeps_them():
+    plain = backbone(AttentionConfig(num_heads=2, window=4), AttentionConfig(num_heads=2, window=6, num_sinks=1))
+    assert torch.equal(titanize(plain, window=5, num_sinks=3)(ids(2, T))[0], plain(ids(2, T))[0])
+
+
+# P4 … P8: one function for every cut
+
+
+@with_weights
+@with_settings
+def test_p4_logits_of_a_prefix_do_not_depend_on_what_follows(settings, mag):
+    model = titanize(backbone(), mag_weight=mag, **settings)
+    with torch.no_grad():
+        want, _ = model(ids(2, T))
+        for n in (1, 2, 3, 5, 7, 11, 13, 19, T - 1):
+            assert_close(model(ids(2, T)[:, :n])[0], want[:, :n], 1e-5)
+            other = torch.cat([ids(2, T)[:, :n], ids(2, T, seed=9)[:, n:]], 1)
+            assert torch.equal(model(other)[0][:, :n], want[:, :n])
+
+
+@with_weights
+@with_settings
+def test_p5_prefill_and_single_tokens_give_the_logits_of_reading_all_at_once(settings, mag):
+    model, x = titanize(backbone(), mag_weight=mag, **settings), ids(2, T)
+    with torch.no_grad():
+        want, _ = model(x)
+        for p in range(1, T):
+            logits, state = model(x[:, :p])
+            pieces = [logits]
+            for t in range(p, T):
+                logits, state = model(x[:, t : t + 1], state)
+                pieces.append(logits)
+            assert_close(torch.cat(pieces, 1), want, 1e-4)
+
+
+@with_weights
+@with_settings
+def test_p5_greedy_text_is_the_same_with_and_without_a_cache(settings, mag):
+    model = titanize(backbone(dtype=torch.float64), mag_weight=mag, **settings)
+    assert greedy(model, ids(2, 7), use_cache=True) == greedy(model, ids(2, 7), use_cache=False)
+
+
+@with_weights
+@with_settings
+def test_p7_padding_on_either_side_changes_no_logit_nor_later_text(settings, mag):
+    model, x = face(titanize(backbone(dtype=torch.float64), mag_weight=mag, **settings)), ids(3, 9)
+    mask = torch.tensor([[0] * 4 + [1] * 5, [1] * 5 + [0] * 4, [1] * 9])
+    more = ids(3, 4, seed=4)
+    with torch.no_grad():
+        out = model(x, attention_mask=mask, use_cache=True)
+        steps = [
+            model(more[:, t : t + 1], past_key_values=out.past_key_values, use_cache=True).logits for t in range(4)
+        ]
+        for row, keep in enumerate(mask.bool()):
+            alone = model(torch.cat([x[row][keep], more[row]])[None]).logits[0]
+            assert_close(torch.cat([out.logits[row][keep], *(s[row] for s in steps)]), alone, 1e-9)
+
+
+@pytest.mark.parametrize(("mag", "window"), [(1.0, None), (0.3, 5)])
+def test_p8_decoding_memory_stops_growing_and_still_tells_prompts_apart(mag, window):
+    model = titanize(backbone(), mag_weight=mag, window=window, num_sinks=1 if window else 0)
+    with torch.no_grad():
+        sizes, logits = [], []
+        for seed in (1, 2):  # the sink token and the last 20 are the same: the difference has left every window
+            prompt = torch.cat([ids(1, 1), ids(1, 79, seed=seed), ids(1, 20)], 1)
+            _, state = model(prompt)
+            sizes.append(state.num_bytes)
+            logits.append(model(ids(1, 1), state)[0])
+            sizes.append(model(ids(1, 900), state)[1].num_bytes)
+        assert len(set(sizes)) == 1
+        assert (logits[0] - logits[1]).abs().max() > 1e-4
+
+
+def test_p8_bytes_are_what_the_page_says():
+    model = titanize(backbone(), mag_weight=1.0, order=2, conv_width=3)
+    heads, kv, d = 4, 2, 4
+    memory, conv, tail = kv * d * d, 2 * (heads + 2 * kv) * d, kv * 2 * d
+    assert model.init_state(1).num_bytes == 2 * (4 * (memory + conv + tail) + 8 * 3) + 8
+
+
+# P12: generation
+
+
+@with_weights
+def test_p12_generating_twice_gives_the_same_text_and_other_batches_do_not_disturb_it(mag):
+    model = titanize(backbone(dtype=torch.float64), mag_weight=mag, order=2, window=5)
+    want = greedy(model, ids(2, 7))
+    greedy(model, ids(3, 5, seed=8))
+    assert greedy(model, ids(2, 7)) == want
+    assert greedy(model, ids(2, 7)[:1]) == want[:1]
+
+
+@with_weights
+def test_p12_beam_search_with_a_cache_equals_beam_search_without(mag):
+    model = titanize(backbone(dtype=torch.float64), mag_weight=mag, order=2, window=5)
+    texts = [greedy(model, ids(2, 7), num_beams=3, use_cache=cache) for cache in (True, False)]
+    assert texts[0] == texts[1]
+
+
+# P13: which layers, and back
+
+
+@pytest.mark.parametrize(
+    ("spec", "want"),
+    [
+        ("all", range(12)),
+        ([3, 1, 3], [1, 3]),
+        ("0-5,9", [0, 1, 2, 3, 4, 5, 9]),
+        ("7", [7]),
+        ("every 3", [0, 3, 6, 9]),
+        ("last 4", [8, 9, 10, 11]),
+        (4, [1, 4, 7, 10]),
+        (1, [6]),
+        (12, range(12)),
+        (0, []),
+        ([], []),
+    ],
+)
+def test_p13_layers_are_named_by_numbers_ranges_patterns_or_a_budget(spec, want):
+    assert choose_layers(spec, 12) == tuple(want)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ([0, 12], "there is no layer 12; this model has 0 to 11"),
+        ([-1], "there is no layer -1"),
+        ("10-14", "there is no layer 12, 13, 14"),
+        ("5-2", "runs backwards"),
+        ("most", "cannot read 'most'"),
+        ("1,,2", "cannot read '1,,2'"),
+        ("every 0", "needs a positive number"),
+        ("last 13", "more than the 12 layers"),
+        (13, "a budget of 13 does not fit"),
+        ([1.5], "are not whole numbers"),
+        (None, "cannot read None"),
+    ],
+)
+def test_a_choice_of_layers_that_does_not_exist_is_refused(spec, message):
+    with pytest.raises(ValueError, match=message):
+        choose_layers(spec, 12)
+
+
+def test_p13_only_the_listed_layers_have_a_memory():
+    model = titanize(backbone(*[ATTENTION] * 4), layers=[1, 3])
+    assert [block.mixer.kind for block in model.config.blocks] == ["attention", "liza", "attention", "liza"]
+    assert list(mag_weights(model)) == [1, 3]
+
+
+def test_p13_listing_no_layer_leaves_the_backbone():
+    plain = backbone()
+    model = titanize(plain, layers=[], mag_weight=1.0)
+    assert model.config == plain.config
+    assert torch.equal(model(ids(2, T))[0], plain(ids(2, T))[0])
+
+
+@with_settings
+def test_p13_restoring_gives_the_same_keys_tensors_and_config(settings):
+    plain = backbone(dtype=torch.bfloat16)
+    before = {name: t.clone() for name, t in plain.state_dict().items()}
+    back = restore_backbone(titanize(plain, mag_weight=0.7, **settings))
+    assert back.config == plain.config
+    assert list(back.state_dict()) == list(before)
+    assert all(torch.equal(t, before[name]) and t.dtype == before[name].dtype for name, t in back.state_dict().items())
+
+
+def test_p13_restoring_after_a_save_and_a_load_gives_the_same_tensors(tmp_path):
+    plain = backbone()
+    plain.origin = {"family": "llama", "config": {"hidden_size": 16}}
+    titanize(plain, mag_weight=0.4).save(tmp_path / "m")
+    back = restore_backbone(load(tmp_path / "m"))
+    assert back.origin == plain.origin
+    assert all(torch.equal(a, b) for a, b in zip(back.parameters(), plain.parameters(), strict=True))
+
+
+def test_in_a_hybrid_all_means_every_attention_layer():
+    model = titanize(backbone(DeltaConfig(num_heads=2, head_dim=4), ATTENTION, ATTENTION))
+    assert list(liza_layers(model)) == [1, 2]
+
+
+def test_a_block_visited_twice_keeps_one_state_per_visit():
+    plain = backbone(order=(0, 1, 0))
+    model = titanize(plain, mag_weight=0.5)
+    assert len(model.init_state(1).visits) == 3
+    with torch.no_grad():
+        want, _ = model(ids(1, T))
+        first, state = model(ids(1, T)[:, :9])
+        assert_close(torch.cat([first, model(ids(1, T)[:, 9:], state)[0]], 1), want, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("mixers", "layers", "message"),
+    [
+        ([DeltaConfig(num_heads=2, head_dim=4), ATTENTION], [0, 1], r"layer\(s\) 0 \(delta\) are no attention"),
+        ([DeltaConfig(num_heads=2, head_dim=4)], "all", "this model has no attention layer; its layers are delta"),
+        ([ATTENTION], [1], "there is no layer 1; this model has 0 to 0"),
+        ([ATTENTION, LizaConfig(num_heads=4)], "1", r"1 \(liza\) are no attention.*call restore_backbone first"),
+    ],
+)
+def test_layers_that_cannot_be_titanized_are_refused_by_number_and_kind(mixers, layers, message):
+    with pytest.raises(ValueError, match=message):
+        titanize(backbone(*mixers), layers=layers)
+
+
+# The new Model
+
+
+def test_the_new_model_shares_the_backbones_tensors_and_leaves_the_old_as_it_was():
+    plain = backbone()
+    config, names = plain.config, list(plain.state_dict())
+    model = titanize(plain)
+    assert model.blocks[0].mixer.qkv.weight.data_ptr() == plain.blocks[0].mixer.qkv.weight.data_ptr()
+    assert (plain.config, list(plain.state_dict())) == (config, names)
+    model.requires_grad_(False)
+    assert plain.embedding.weight.requires_grad
+
+
+def test_the_seed_alone_decides_the_new_memories():
+    plain, drawn = backbone(), []
+    for seed in (3, 3, 4):
+        torch.manual_seed(seed * 7 + len(drawn))
+        before = torch.get_rng_state()
+        drawn.append(titanize(plain, seed=seed).blocks[1].mixer.memory.beta.weight)
+        assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+
+
+def test_p15_memories_of_a_bfloat16_backbone_are_float32():
+    model = titanize(backbone(dtype=torch.bfloat16), mag_weight=0.3)
+    wide = {name.split(".")[3] for name, p in model.named_parameters() if p.dtype == torch.float32}
+    assert wide == {"memory", "mag"}
+    for context in (contextlib.nullcontext(), torch.autocast("cpu", dtype=torch.bfloat16)):
+        with context, torch.no_grad():
+            logits, state = model(ids(2, T))
+            assert logits.isfinite().all()
+            assert state.visits[0].mixer.memory.matrix.memory.dtype == torch.float32
+
+
+def test_a_saved_model_keeps_its_weights_of_the_memory(tmp_path):
+    model = titanize(backbone(dtype=torch.bfloat16), mag_weight=0.3)
+    set_mag_weight(model, {1: [0.1, 0.2, 0.3, 0.4]})
+    model.save(tmp_path / "m")
+    again = load(tmp_path / "m")
+    assert mag_weights(again) == mag_weights(model)
+    assert torch.equal(again(ids(2, T))[0], model(ids(2, T))[0])
+
+
+def test_titanize_takes_a_face_and_a_model_folder(tmp_path):
+    plain = backbone()
+    plain.save(tmp_path / "m")
+    want = titanize(plain, mag_weight=0.5)(ids(2, T))[0]
+    assert torch.equal(titanize(face(plain), mag_weight=0.5)(ids(2, T))[0], want)
+    assert torch.equal(titanize(str(tmp_path / "m"), mag_weight=0.5)(ids(2, T))[0], want)
+
+
+def test_a_model_with_adapters_in_it_is_refused():
+    plain = backbone()
+    plain.blocks[0].mixer.extra = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"not its own: blocks.0.mixer.extra.weight.*Merge adapters first"):
+        titanize(plain)
+
+
+# Weights of the memory
+
+
+class Wrapper(torch.nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+
+def test_weights_are_set_for_a_model_a_face_and_whatever_wraps_them():
+    model = titanize(backbone())
+    for value, thing in ((0.25, model), (0.5, face(model)), (0.75, Wrapper(Wrapper(face(model))))):
+        set_mag_weight(thing, value)
+        assert mag_weights(thing) == {0: [value] * 4, 1: [value] * 4}
+
+
+def test_weights_are_set_by_layer_and_by_head():
+    model = titanize(backbone())
+    set_mag_weight(model, (0.5,), layers=[1])
+    assert mag_weights(model) == {0: [0.0] * 4, 1: [0.5] * 4}
+    set_mag_weight(model, {0: [0.0, 0.25, 0.5, 1.0]})
+    assert mag_weights(model)[0] == [0.0, 0.25, 0.5, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("value", "layers", "message"),
+    [
+        (1.5, None, r"needs a number in \[0, 1\], or 4 of them \(one per head\), got 1.5"),
+        (float("nan"), None, "got nan"),
+        ([0.1, 0.2], None, "got \\[0.1, 0.2\\]"),
+        ("0.5", None, "got '0.5'"),
+        (0.5, [0], r"layer\(s\) \[0\] have no memory; those that do are \[1\]"),
+        ({1: 0.5, 7: 0.5}, None, r"layer\(s\) \[7\] have no memory"),
+        ({1: 0.5}, [1], "leave layers out"),
+    ],
+)
+def test_a_weight_that_cannot_be_set_is_refused_and_nothing_changes(value, layers, message):
+    model = titanize(backbone(), layers=[1])
+    with pytest.raises(ValueError, match=message):
+        set_mag_weight(model, value, layers)
+    assert mag_weights(model) == {1: [0.0] * 4}
+
+
+def test_a_model_without_memories_has_no_weights_to_set():
+    with pytest.raises(ValueError, match="no liza layer"):
+        set_mag_weight(backbone(), 0.5)
+    with pytest.raises(ValueError, match="needs a Model or something around one, got Linear"):
+        find_model(torch.nn.Linear(2, 2))
+
+
+# The teacher's view
+
+
+@with_settings
+def test_the_view_reads_as_the_backbone_and_leaves_everything_as_it_was(settings):
+    plain = backbone()
+    model = titanize(plain, mag_weight=0.6, **settings)
+    want, _ = model(ids(2, T))
+    with backbone_view(model) as teacher:
+        assert torch.equal(teacher(ids(2, T))[0], plain(ids(2, T))[0])
+    assert torch.equal(model(ids(2, T))[0], want)
+    assert mag_weights(model)[0] == [pytest.approx(0.6)] * 4
+
+
+def test_states_of_the_view_and_of_the_model_do_not_mix():
+    model = titanize(backbone(), mag_weight=0.6)
+    _, own = model(ids(2, T))
+    with backbone_view(model):
+        with pytest.raises(ValueError, match="belongs to another model"):
+            model(ids(2, T), own)
+        _, foreign = model(ids(2, T))
+    with pytest.raises(ValueError, match="belongs to another model"):
+        model(ids(2, T), foreign)
