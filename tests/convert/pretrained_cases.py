@@ -5,16 +5,19 @@ import functools
 import torch
 import transformers
 
-SIZES = {
-    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": None,
-    "pad_token_id": None,
+SHARED = {"vocab_size": 97, "bos_token_id": 1, "eos_token_id": None, "pad_token_id": None}
+SIZES = SHARED | {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64,
 }  # fmt: skip
 LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }  # fmt: skip
 YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 16}
+LONGROPE = {"type": "longrope", "short_factor": [1.0, 1.5, 2.0, 3.0], "long_factor": [2.0, 3.0, 4.0, 5.0]}
+GEMMA2_CAPS = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}
+GPT2 = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}
 
 # Name → (config class, settings beside SIZES).
 CASES = {
@@ -49,6 +52,48 @@ CASES = {
             "mlp_bias": True, "tie_word_embeddings": False,
         },
     ),
+    "gemma2": ("Gemma2Config", {"head_dim": 12, "sliding_window": 6, "query_pre_attn_scalar": 20, **GEMMA2_CAPS}),
+    "gemma2-no-caps": (
+        "Gemma2Config",
+        {
+            "head_dim": 8, "sliding_window": 9, "attn_logit_softcapping": None, "final_logit_softcapping": None,
+            "layer_types": ["full_attention", "sliding_attention", "full_attention"], "attention_bias": True,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "gemma3": ("Gemma3TextConfig", {"head_dim": 12, "sliding_window": 6, "sliding_window_pattern": 2}),
+    "gemma3-scaled": (
+        "Gemma3TextConfig",
+        {
+            "head_dim": 8, "sliding_window": 7, "query_pre_attn_scalar": 30, "final_logit_softcapping": 5.0,
+            "layer_types": ["sliding_attention", "full_attention", "full_attention"], "rms_norm_eps": 1e-3,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+            },
+        },
+    ),
+    "phi3": ("Phi3Config", {"sliding_window": 11}),
+    "phi3-partial": ("Phi3Config", {"partial_rotary_factor": 0.5}),
+    "phi3-longrope": (
+        "Phi3Config", {"original_max_position_embeddings": 48, "max_position_embeddings": 192, "rope_scaling": LONGROPE}
+    ),
+    "gpt2": ("GPT2Config", GPT2),
+    "gpt2-other-scales": (
+        "GPT2Config",
+        {
+            **GPT2, "scale_attn_weights": False, "scale_attn_by_inverse_layer_idx": True, "n_inner": 40,
+            "activation_function": "gelu", "tie_word_embeddings": False, "layer_norm_epsilon": 1e-2,
+        },
+    ),
+    "gpt_neox": ("GPTNeoXConfig", {"rotary_pct": 0.5, "layer_norm_eps": 1e-2}),
+    "gpt_neox-sequential": (
+        "GPTNeoXConfig",
+        {
+            "use_parallel_residual": False, "attention_bias": False, "hidden_act": "gelu_new", "rotary_pct": 1.0,
+            "tie_word_embeddings": True,
+        },
+    ),
 }  # fmt: skip
 
 
@@ -56,7 +101,7 @@ CASES = {
 def tiny(case, attention="eager"):
     """The model of a case, or None if transformers has it not with this attention. Its weights depend on `case`."""
     name, settings = CASES[case]
-    config = getattr(transformers, name)(**(SIZES | settings))
+    config = getattr(transformers, name)(**(SHARED if name == "GPT2Config" else SIZES) | settings)
     config._attn_implementation = attention
     torch.manual_seed(len(case))
     try:

@@ -12,14 +12,16 @@ from fastweight import files
 from fastweight.configs import near_names, require
 from fastweight.convert.base import Format
 from fastweight.convert.folders import require_equal
-from fastweight.convert.pretrained import llama, shards, tensors
+from fastweight.convert.pretrained import gemma, gpt2, gpt_neox, llama, phi3, shards, tensors
 from fastweight.convert.pretrained.family import Family
 from fastweight.convert.pretrained.settings import Settings
 from fastweight.convert.pretrained.sources import CONFIG, read_checkpoint
 from fastweight.model import Model
 from fastweight.model_config import ModelConfig
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (*llama.FAMILIES,)}
+FAMILIES: dict[str, Family] = {
+    family.name: family for module in (llama, gemma, phi3, gpt2, gpt_neox) for family in module.FAMILIES
+}
 
 
 def load_pretrained(source: str | Path, *, gguf_file: str | None = None, dtype: torch.dtype | None = None) -> Model:

@@ -14,9 +14,9 @@ class Family(NamedTuple):
     """One family, known by the `model_type` of its config.json.
 
     model_config: our config for theirs. outside, inside: the tensors beside and within the blocks. layers: the name of
-    block {}. head: the tensor of the output layer, which may be stored although it is the embedding again. prefix: of
-    all tensors but the head; files of the bare decoder lack it. ignored: endings of stored tensors that are no weights
-    (constants that older programs saved).
+    block {}. head: the tensor of the output layer, which may be stored although it is the embedding again. old_head:
+    its name in other versions' files. prefix: of all tensors but the head; files of the bare decoder lack it. ignored:
+    endings of stored tensors that are no weights (constants that older programs saved).
     """
 
     name: str
@@ -25,6 +25,7 @@ class Family(NamedTuple):
     inside: tuple[Rule, ...]
     layers: str = "model.layers.{}."
     head: str = "lm_head.weight"
+    old_head: str | None = None
     prefix: str = "model."
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)
 

@@ -20,12 +20,14 @@ LARGEST_CONSTANT = 1 << 16  # bytes of a stored constant that is kept as it is
 class Stored(NamedTuple):
     """How a checkpoint holds what a Model holds otherwise, as JSON values.
 
-    prefix: of its names, "" where the family's is left out. head: the tied head is stored too. dtype: of its weights.
+    prefix: of its names, "" where the family's is left out. head: the name of its output layer. head_too: it is stored
+    although it is tied. dtype: of its weights.
     constants: its tensors that are no weights, by name.
     """
 
     prefix: str
-    head: bool
+    head: str
+    head_too: bool
     dtype: str
     constants: dict[str, Any]
 
@@ -37,13 +39,14 @@ def read(
     model = skeleton(config)
     table = _table(family, model)
     prefix = _prefix(family, found)
-    found_names = {family.prefix + name.removeprefix(prefix) if name != family.head else name: name for name in found}
+    head = family.old_head if family.old_head in found else family.head
+    found_names = {family.head if n == head else family.prefix + n.removeprefix(prefix): n for n in found}
     constants = {n: _describe(n, found.pop(n)) for n in list(found) if n.endswith(family.ignored)}
     found_names = {theirs: name for theirs, name in found_names.items() if name in found}
-    head = _take_tied_head(family, model, found, found_names, source)
+    head_too = _take_tied_head(family, model, found, found_names, source)
     wanted = {theirs: tuple(t.shape) for entry in table for theirs, t in entry.write(model.state_dict()).items()}
     check_weights(source, {theirs: found[name] for theirs, name in found_names.items()}, wanted)
-    stored = Stored(prefix, head, str(_dtype(found, source, dtype)).removeprefix("torch."), constants)
+    stored = Stored(prefix, head, head_too, str(_dtype(found, source, dtype)).removeprefix("torch."), constants)
     weights: dict[str, Tensor] = {}
     for entry in table:
         parts = [found.pop(found_names[theirs]) for theirs in entry.theirs]
@@ -61,9 +64,10 @@ def write(family: Family, model: Model, stored: Stored) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for entry in _table(family, model):
         found |= entry.write({name: weights[name] for name in entry.ours})
-    if stored.head:
+    if stored.head_too:
         found[family.head] = weights["embedding.weight"].clone()
-    found = {n if n == family.head else stored.prefix + n.removeprefix(family.prefix): t for n, t in found.items()}
+    prefix = stored.prefix
+    found = {stored.head if n == family.head else prefix + n.removeprefix(family.prefix): t for n, t in found.items()}
     return found | {name: _restore(told) for name, told in stored.constants.items()}
 
 
@@ -80,10 +84,9 @@ def _take_tied_head(
     family: Family, model: Model, found: dict[str, Tensor], found_names: dict[str, str], source: str
 ) -> bool:
     """Drop a head that is the embedding once more; whether there was one."""
-    if model.head is not None or family.head not in found:
+    if model.head is not None or family.head not in found_names:
         return False
-    head, embedding = found.pop(family.head), _embedding_name(family)
-    del found_names[family.head]
+    head, embedding = found.pop(found_names.pop(family.head)), _embedding_name(family)
     same = embedding in found_names and same_bytes(head, found[found_names[embedding]])
     require(same, f"{source}: {family.head} differs from {embedding}, but tie_word_embeddings is true.")
     return True
