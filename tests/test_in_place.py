@@ -19,6 +19,7 @@ from fastweight.in_place import InPlaceFeedForward
 from fastweight.layers import FEED_FORWARDS, FeedForward, InPlaceConfig
 from fastweight.mixers.attention import AttentionConfig
 from fastweight.mixers.delta import DeltaConfig
+from fastweight.ops.in_place import in_place
 from fastweight.state import ModelState
 
 MEMORY = InPlaceConfig(chunk_size=8, inner_lr=0.5)
@@ -109,6 +110,21 @@ def test_frozen_it_is_the_plain_feed_forward_bit_for_bit():
     part, x = subject.build(), subject.tokens(2)
     part.learning = False
     assert torch.equal(book.whole(part, x)[0], plain_of(part, CASES["swiglu"])(x))
+
+
+def test_in_bfloat16_the_memory_is_added_before_the_one_rounding():
+    subject = Subject(Alone, CASES["swiglu"], "chunked", torch.bfloat16)
+    part, x = subject.build(), subject.tokens(2)
+    y, base = book.whole(part, x)[0], plain_of(part, CASES["swiglu"])(x)
+    # The oracle adds in float32 what the memory reads from the same activations.
+    read, _ = in_place(
+        part.hidden(x), x, part.memory.taps, part.memory.projection, part.down.weight,
+        part.init_state(2), chunk_size=8, inner_lr=0.5, max_norm=1.0, backend="naive",
+    )  # fmt: skip
+    want = (base.float() + read).bfloat16()
+    twice = base + read.bfloat16()
+    assert (y == want).float().mean() > 0.99
+    assert (twice == want).float().mean() < 0.9
 
 
 def test_a_rate_of_zero_is_the_plain_feed_forward():

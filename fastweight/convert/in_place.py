@@ -1,72 +1,79 @@
 """In-Place memory added to a trained model and taken away again: the model's own tensors stay as they are."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import copy
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
-from torch import Tensor
+import torch
+from torch import nn
 
 from fastweight.configs import require
 from fastweight.convert.folders import skeleton
-from fastweight.in_place import InPlaceFeedForward, InPlaceWeights
-from fastweight.layers import InPlaceConfig
-from fastweight.model import BlockConfig, Model, ModelConfig
+from fastweight.convert.layer_choice import Layers, choose_layers
+from fastweight.convert.titanize import read_model
+from fastweight.in_place import InPlaceWeights
+from fastweight.layers import InPlaceConfig, state_dtype
+from fastweight.model import Model
+from fastweight.model_config import BlockConfig, ModelConfig
 
 OWN = ".feed_forward.memory."  # in the names of the tensors that the memory adds
 
 
 def add_in_place_memory(
-    model: Model, config: InPlaceConfig | None = None, *, layers: str | Sequence[int] = "all"
+    model: Any, config: InPlaceConfig | None = None, *, layers: Layers = "all", seed: int = 0
 ) -> Model:
-    """A copy of `model` in which the down-projections of the chosen blocks learn while they read.
+    """A new Model in which the down-projections of the chosen blocks learn while they read.
 
     Its logits are those of `model` bit for bit until the new tensors (blocks.N.feed_forward.memory.*) are trained: the
-    convolution starts at zero. The projection is drawn from torch's generator.
+    convolution starts at zero. They are float32 or wider, and the projection's diagonal is drawn from `seed`. All other
+    tensors are those of `model`, not copies: what is trained in one changes in the other. Training mode, mixers'
+    backends and origin are kept.
 
-    config: settings of the memory, default InPlaceConfig(). layers: numbers of blocks, or "all" that have a
-    feed-forward. Raises ValueError for a block that does not exist, has no feed-forward or has the memory already.
+    model: a Model, anything with `to_model()`, a model folder, or a pretrained folder or hub name. config: settings of
+    the memory, default InPlaceConfig(). layers: "all" (every block with a feed-forward), a list, "0-5,9", "every 6",
+    "last 4", or a budget: see `choose_layers`.
+    Raises ValueError for a block that does not exist, has no feed-forward or has the memory already.
     """
-    config = InPlaceConfig() if config is None else config
-    chosen = _choose(model, layers)
-    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    for i in chosen:
-        down = model.get_parameter(f"blocks.{i}.feed_forward.down.weight")
-        added = InPlaceWeights(model.config.d_model, config)
-        added.reset_parameters()
-        weights |= {f"blocks.{i}{OWN}{name}": tensor.to(down) for name, tensor in added.state_dict().items()}
-    return _rebuilt(model, _with_memory(model.config, dict.fromkeys(chosen, config)), weights)
+    base, config = read_model(model), InPlaceConfig() if config is None else config
+    chosen = _choose(base.config.blocks, layers)
+    added: dict[str, nn.Parameter] = {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for i in chosen:
+            down = base.get_parameter(f"blocks.{i}.feed_forward.down.weight")
+            memory = InPlaceWeights(base.config.d_model, config)
+            memory.reset_parameters()
+            memory.to(down.device, state_dtype(down))
+            added |= {f"blocks.{i}{OWN}{name}": parameter for name, parameter in memory.named_parameters()}
+    return _rebuilt(base, _with_memory(base.config, dict.fromkeys(chosen, config)), added)
 
 
-def remove_in_place_memory(model: Model) -> Model:
-    """A copy of `model` without In-Place memories: the model from before `add_in_place_memory`, as trained since.
+def remove_in_place_memory(model: Any) -> Model:
+    """A new Model without In-Place memories: the tensors of `model` under the names from before they were added.
 
-    Raises ValueError if there is none.
+    The tensors are the same, not copies. Raises ValueError if there is no In-Place memory.
     """
-    holders = {i: None for i, block in enumerate(model.blocks) if isinstance(block.feed_forward, InPlaceFeedForward)}
+    model = read_model(model)
+    holders = [i for i, block in enumerate(model.config.blocks) if _memory(block) is not None]
     require(bool(holders), "remove_in_place_memory: no block of this model has an In-Place memory.")
-    weights = {name: tensor.clone() for name, tensor in model.state_dict().items() if OWN not in name}
-    return _rebuilt(model, _with_memory(model.config, holders), weights)
+    return _rebuilt(model, _with_memory(model.config, dict.fromkeys(holders)), {})
 
 
-def _choose(model: Model, layers: str | Sequence[int]) -> list[int]:
+def _choose(blocks: tuple[BlockConfig, ...], layers: Layers) -> tuple[int, ...]:
     """Numbers of the blocks that get a memory, checked."""
-    blocks = model.config.blocks
-    if layers == "all":
-        layers = [i for i, block in enumerate(blocks) if block.feed_forward is not None]
-    good = not isinstance(layers, str) and all(isinstance(i, int) and not isinstance(i, bool) for i in layers)
-    require(good, f'add_in_place_memory: layers must be "all" or numbers of blocks, got {layers!r}.')
-    chosen = sorted({int(i) for i in layers})
-    _refuse(
-        (i for i in chosen if not 0 <= i < len(blocks)), f"do not exist; the model has blocks 0 to {len(blocks) - 1}"
-    )
-    _refuse((i for i in chosen if blocks[i].feed_forward is None), "have no feed-forward")
-    _refuse((i for i in chosen if _memory(blocks[i]) is not None), "have an In-Place memory already")
-    require(bool(chosen), "add_in_place_memory: no block is chosen.")
+    able = [i for i, block in enumerate(blocks) if block.feed_forward is not None]
+    chosen = choose_layers(layers, len(blocks), able)
+    require(bool(chosen), "add_in_place_memory: no layer is chosen.")
+    bare = [i for i in chosen if i not in able]
+    require(not bare, f"add_in_place_memory: layer(s) {_listed(bare)} have no feed-forward.")
+    again = [i for i in chosen if _memory(blocks[i]) is not None]
+    require(not again, f"add_in_place_memory: layer(s) {_listed(again)} have an In-Place memory already.")
     return chosen
 
 
-def _refuse(blocks: Iterable[int], reason: str) -> None:
-    named = [str(i) for i in blocks]
-    require(not named, f"add_in_place_memory: block(s) {', '.join(named)} {reason}.")
+def _listed(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers))
 
 
 def _memory(block: BlockConfig) -> InPlaceConfig | None:
@@ -83,9 +90,20 @@ def _with_memory(config: ModelConfig, memories: Mapping[int, InPlaceConfig | Non
     return replace(config, blocks=tuple(blocks))
 
 
-def _rebuilt(model: Model, config: ModelConfig, weights: dict[str, Tensor]) -> Model:
-    """A model of `config` with `weights` that otherwise stands as `model` does."""
-    new = skeleton(config)
-    new.load_state_dict(weights, assign=True)
-    new.origin, new.checkpointing = model.origin, model.checkpointing
+def _rebuilt(model: Model, config: ModelConfig, added: dict[str, nn.Parameter]) -> Model:
+    """A model of `config` over `model`'s tensors and `added` that otherwise stands as `model` does."""
+    new, found = skeleton(config), dict(model.named_parameters())
+    wanted = new.state_dict().keys()
+    foreign = [name for name in found if name not in wanted and OWN not in name]
+    require(
+        not foreign,
+        f"this model holds tensors that are not its own: {', '.join(foreign[:4])}. Merge adapters first.",
+    )
+    shared = {name: p for name, p in found.items() if name in wanted}
+    new.load_state_dict(shared | added, assign=True)
+    for name, parameter in shared.items():
+        new.get_parameter(name).requires_grad_(parameter.requires_grad)
+    for mixer, before in zip(new.mixers(), model.mixers(), strict=True):
+        mixer.backend, mixer.learning = before.backend, before.learning
+    new.origin, new.checkpointing = copy.deepcopy(model.origin), model.checkpointing
     return new.train(model.training)

@@ -223,16 +223,17 @@ def test_without_learning_the_memory_is_read_and_not_written(backend):
     assert not state.pending.any()
 
 
-def test_tokens_read_without_learning_teach_nothing_later():
-    problem = Problem({}, 2 * CHUNK)
-    _, state = problem.read(problem.init(2), slice(0, 5), learn=False)
-    _, state = problem.read(state, slice(5, CHUNK))
-    zeroed = Problem({}, 2 * CHUNK)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("start", "stop"), [(0, 5), (3, 6)])
+def test_tokens_read_without_learning_neither_teach_nor_are_targets(start, stop, backend):
+    problem, zeroed = Problem({}, CHUNK), Problem({}, CHUNK)
+    state = problem.init(2)
+    for a, b, learn in ((0, start, True), (start, stop, False), (stop, CHUNK, True)):
+        state = problem.read(state, slice(a, b), learn=learn, backend=backend)[1] if b > a else state
     with torch.no_grad():
         for name in ("hidden", "target"):
-            zeroed.x[name][:, :5] = 0
-    _, want = zeroed.read(zeroed.init(2), slice(0, CHUNK))
-    assert_trees_close(state, want, 1e-12)
+            zeroed.x[name][:, start:stop] = 0
+    assert_trees_close(state, zeroed.read(zeroed.init(2))[1], 1e-12)
 
 
 def test_inputs_are_not_modified():
