@@ -250,9 +250,10 @@ def test_models_are_loaded_one_at_a_time_beside_the_backbone():
 def test_a_model_that_was_given_stays_as_it_was():
     models = three()
     models["memory"].train()
+    models["memory"].blocks[0].eval()
     before = {name: model_fingerprint(model) for name, model in models.items()}
     make(models)
-    assert models["memory"].training
+    assert [block.training for block in models["memory"].blocks] == [False, True]
     assert before == {name: model_fingerprint(model) for name, model in models.items()}
 
 

@@ -101,8 +101,10 @@ def _opened(name: str, entry: Entry, device: torch.device, tokenizer: Tokenizer)
         f"report: {name!r} has {rows:,} token ids, the tokenizer {tokenizer.name} has {tokenizer.vocab_size:,}. "
         "Is this the tokenizer that the model was trained with?",
     )
-    before, training = model.device, model.training
+    before, training = model.device, [module for module in model.modules() if module.training]
     try:
         yield model.to(device).eval()
     finally:
-        model.to(before).train(training)
+        model.to(before)
+        for module in training:
+            module.training = True
