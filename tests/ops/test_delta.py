@@ -49,6 +49,29 @@ def test_chunked_equals_naive(length, decay, order, dtype):
 
 
 @pytest.mark.parametrize("backend", ["naive", "chunked"])
+def test_query_heads_that_share_a_memory_read_what_copies_of_it_would_give(backend):
+    _, k, v, beta, decay = inputs(100, order=2)
+    q = torch.randn(2, 100, 3 * H, K, generator=torch.Generator().manual_seed(3), dtype=torch.float64).requires_grad_()
+    state = state_of()
+    y, after, grads = run((q, k, v, beta, decay), state, backend=backend)
+    copies = state._replace(memory=state.memory.repeat_interleave(3, 1))
+    many = [t.repeat_interleave(3, dim) for t, dim in ((k, 3), (v, 3), (beta, 3), (decay, 2))]
+    want, end = delta_rule(q, *many[:3], copies, log_decay=many[3], backend="naive")
+    assert_close(y, want, 1e-10)
+    assert_close(after.memory, end.memory[:, ::3], 1e-10)
+    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
+    loss = (want * weights).sum() + end.memory[:, ::3].square().sum()
+    for got, wanted in zip(grads, torch.autograd.grad(loss, (q, k, v, beta, decay, state.memory)), strict=True):
+        assert_close(got, wanted, 1e-9)
+
+
+def test_query_heads_that_no_memory_serves_are_refused():
+    _, k, v, beta, _ = inputs(5, decay=False)
+    with pytest.raises(ValueError, match="3 query heads cannot share 2 memories"):
+        delta_rule(torch.zeros(2, 5, 3, K), k, v, beta, state_of())
+
+
+@pytest.mark.parametrize("backend", ["naive", "chunked"])
 def test_packed_documents_equal_single_ones(backend):
     lengths = [3, 100, 1, 64, 9]
     arguments = inputs(sum(lengths), batch=1)

@@ -21,7 +21,7 @@ class DeltaState(NamedTuple):
 
 
 def delta_rule(
-    q: Float[Tensor, "B T H K"],
+    q: Float[Tensor, "B T Hq K"],
     k: Float[Tensor, "B T H K"] | Float[Tensor, "B T M H K"],
     v: Float[Tensor, "B T H V"] | Float[Tensor, "B T M H V"],
     beta: Float[Tensor, "B T H"] | Float[Tensor, "B T M H"],
@@ -30,12 +30,13 @@ def delta_rule(
     log_decay: Float[Tensor, "B T H"] | None = None,
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
-) -> tuple[Float[Tensor, "B T H V"], DeltaState]:
+) -> tuple[Float[Tensor, "B T Hq V"], DeltaState]:
     """Write with the delta rule, then read: S ← a(I − β k kᵀ)S + β k vᵀ, o = Sᵀ q.
 
     Token t first moves S so that Sᵀk is closer to v by a fraction β, then reads with q. With a micro-step dimension M
     (the order), the M pairs of a token are written one after the other, the decay acts before the first, and the read
-    comes after the last. Exact for any cut of T; inputs are not modified; arithmetic and state are float32 or wider.
+    comes after the last. Query head h reads memory h // (Hq / H). Exact for any cut of T; inputs are not modified;
+    arithmetic and state are float32 or wider.
 
     beta: write strength, 0 keeps, 1 replaces, (1, 2] overshoots. k: unit L2 norm, or the memory may diverge (not
     checked). log_decay: log a ≤ 0, None for no decay. cu_seqlens: [N+1], packed input of batch 1. A token whose k, v,
@@ -64,8 +65,8 @@ def delta_rule(
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None) -> None:
-    batch, length, heads, dim = q.shape
-    order = k.shape[2]
+    batch, length, q_heads, dim = q.shape
+    order, heads = k.shape[2:4]
     wanted = {
         "k": (k, (batch, length, order, heads, dim)),
         "v": (v, (batch, length, order, heads, v.shape[-1])),
@@ -73,6 +74,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | No
     }
     if log_decay is not None:
         wanted["log_decay"] = (log_decay, (batch, length, heads))
+    if q_heads % heads:
+        raise ValueError(f"delta_rule: {q_heads} query heads cannot share {heads} memories evenly. Use a divisor.")
     for name, (tensor, shape) in wanted.items():
         if tuple(tensor.shape) != shape:
             raise ValueError(

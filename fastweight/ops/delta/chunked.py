@@ -15,7 +15,9 @@ from fastweight.ops import dispatch
 from fastweight.ops.delta.naive import naive
 from fastweight.ops.sequences import plan_chunks, sequence_lengths
 
-BLOCK = 64  # tokens solved together; a tile, not part of the function
+# Tokens solved together; a tile, not part of the function. On a GPU few long steps beat many short ones: the recurrence
+# waits for launches there, not for arithmetic.
+BLOCK, CUDA_BLOCK = 64, 256
 
 
 @dispatch.register_backend("delta_rule", "chunked")
@@ -30,10 +32,12 @@ def chunked(
     if order > 1:
         q, decay = _last(q, order), _first(decay, order)
     k, v, beta = (x.flatten(1, 2) for x in (k, v, beta))
-    block = min(BLOCK, 1 << (max(lengths) * order - 1).bit_length())
+    block = min(CUDA_BLOCK if q.is_cuda else BLOCK, 1 << (max(lengths) * order - 1).bit_length())
     plan = plan_chunks([n * order for n in lengths], [0] * len(lengths), block, q.device)
-    grids = [plan.gather(x).transpose(1, 2) for x in (q, k, v, beta, decay)]  # [chunks, H, block, ·]
-    chunks = [plan.split(x) for x in _solve(*grids, gated=gated)]
+    q = q.unflatten(2, (k.shape[2], -1)).transpose(2, 3)  # [B, T, queries of a memory, H, K]
+    queries = plan.gather(q).permute(0, 3, 2, 1, 4)  # [chunks, H, queries of a memory, block, K]
+    grids = [plan.gather(x).transpose(1, 2) for x in (k, v, beta, decay)]  # [chunks, H, block, ·]
+    chunks = [plan.split(x) for x in _solve(queries, *grids, gated=gated)]
     memory = memory.index_select(0, plan.order)
     outputs, finished = [], []
     for active, (read, mix, key, value, removed, keep) in zip(plan.active, zip(*chunks, strict=True), strict=True):
@@ -44,14 +48,19 @@ def chunked(
         outputs.append(read @ memory + mix @ written)
         memory = keep * memory + key.transpose(-1, -2) @ written
     memory = torch.cat([memory, *reversed(finished)]).index_select(0, plan.rank)
-    y = plan.scatter(torch.cat(outputs).transpose(1, 2), batch)
+    y = torch.cat(outputs).unflatten(2, (-1, block)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+    y = plan.scatter(y, batch)
     return (y[:, order - 1 :: order] if order > 1 else y), memory
 
 
 def _solve(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor, *, gated: bool) -> tuple[Tensor, ...]:
-    """Everything a chunk needs that does not depend on the memory it starts from."""
-    block = q.shape[2]
-    scores, overlap = q @ k.transpose(-1, -2), (beta[..., None] * k) @ k.transpose(-1, -2)
+    """Everything a chunk needs that does not depend on the memory it starts from.
+
+    q: [chunks, H, G, block, K]; what is read with it comes back with G · block rows.
+    """
+    block = q.shape[3]
+    scores = (q.flatten(2, 3) @ k.transpose(-1, -2)).unflatten(2, (-1, block))
+    overlap = (beta[..., None] * k) @ k.transpose(-1, -2)
     ones = q.new_ones(1, 1, 1, 1)
     read, key, scaled, keep = q, k, beta[..., None] * k, ones.expand(q.shape[0], q.shape[1], 1, 1)
     if gated:
@@ -59,15 +68,15 @@ def _solve(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor, *, gate
         # Above the diagonal the difference is positive and could overflow; those entries are masked before exp.
         upper = torch.ones(block, block, dtype=torch.bool, device=q.device).triu(1)
         ratio = (total[..., :, None] - total[..., None, :]).masked_fill(upper, -torch.inf).exp()
-        scores, overlap = scores * ratio, overlap * ratio
-        read, scaled = q * total.exp()[..., None], scaled * total.exp()[..., None]
+        scores, overlap = scores * ratio.unsqueeze(2), overlap * ratio
+        read, scaled = q * total.exp()[:, :, None, :, None], scaled * total.exp()[..., None]
         keep = total[..., -1:, None].exp()
         key = k * (total[..., -1:] - total).exp()[..., None]
     # unitriangular: the diagonal is taken as ones, what stands there and above is ignored.
     right = torch.cat([beta[..., None] * v, scaled], -1)
     solved = torch.linalg.solve_triangular(overlap.tril(-1), right, upper=False, unitriangular=True)
     value, removed = solved.split([v.shape[-1], k.shape[-1]], -1)
-    return read, scores.tril(), key, value, removed, keep
+    return read.flatten(2, 3), scores.tril().flatten(2, 3), key, value, removed, keep
 
 
 def _last(x: Tensor, order: int) -> Tensor:

@@ -12,7 +12,7 @@ def naive(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor, memory: Tensor, *,
     cu_seqlens: Tensor | None, gated: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """q [B, T, H, K], k and v [B, T, M, H, ·], beta [B, T, M, H], decay [B, T, H], memory [N, H, K, V]."""
+    """q [B, T, Hq, K], k and v [B, T, M, H, ·], beta [B, T, M, H], decay [B, T, H], memory [N, H, K, V]."""
     if cu_seqlens is None:
         return _read(q, k, v, beta, decay, memory)
     lengths = sequence_lengths(1, q.shape[1], cu_seqlens)
@@ -29,5 +29,6 @@ def _read(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor, memory: 
             key, value, strength = k[:, t, m], v[:, t, m], beta[:, t, m, :, None]
             error = value - torch.einsum("bhkv,bhk->bhv", memory, key)
             memory = memory + torch.einsum("bhk,bhv->bhkv", key, strength * error)
-        outputs.append(torch.einsum("bhkv,bhk->bhv", memory, q[:, t]))
+        query = q[:, t].unflatten(1, (memory.shape[1], -1))
+        outputs.append(torch.einsum("bhkv,bhgk->bhgv", memory, query).flatten(1, 2))
     return torch.stack(outputs, 1), memory
