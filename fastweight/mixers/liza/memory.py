@@ -107,7 +107,10 @@ class LizaMemory(nn.Module):
             writes, conv, tail = self.project(x, q, k, v, state, cu_seqlens)
             if not learning:
                 writes = writes._replace(beta=torch.zeros_like(writes.beta), log_decay=None)
-            y, matrix = read_in_groups(writes, state.matrix, cu_seqlens, backend)
+            q, k, v, beta, log_decay = writes
+            y, matrix = delta_rule(
+                q, k, v, beta, state.matrix, log_decay=log_decay, cu_seqlens=cu_seqlens, backend=backend
+            )
             if self.gain is not None:
                 y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + NORM_EPS) * self.gain.to(y.dtype)
         return y, LizaMemoryState(matrix, conv, tail)
@@ -140,22 +143,6 @@ def keep_wide(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
     moved = fn(tensor)
     narrower = moved.is_floating_point() and moved.element_size() < min(tensor.element_size(), 4)
     return tensor.to(moved.device) if narrower else moved
-
-
-def read_in_groups(
-    writes: Writes, state: DeltaState, cu_seqlens: Tensor | None, backend: str
-) -> tuple[Tensor, DeltaState]:
-    """The delta rule with one memory per key head, read by Hq / Hkv query heads each."""
-    q, k, v, beta, log_decay = writes
-    group = q.shape[2] // k.shape[3]
-    if group == 1:
-        return delta_rule(q, k, v, beta, state, log_decay=log_decay, cu_seqlens=cu_seqlens, backend=backend)
-    k, v, beta = (z.repeat_interleave(group, 3) for z in (k, v, beta))
-    log_decay = None if log_decay is None else log_decay.repeat_interleave(group, 2)
-    copies = state._replace(memory=state.memory.repeat_interleave(group, 1))
-    y, copies = delta_rule(q, k, v, beta, copies, log_decay=log_decay, cu_seqlens=cu_seqlens, backend=backend)
-    # All memories of a group are the same; a copy of one, as a view would keep the others alive.
-    return y, copies._replace(memory=copies.memory[:, ::group].contiguous())
 
 
 def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
