@@ -1,7 +1,8 @@
 """Which parameter goes to which optimiser, and which of them decay."""
 
 import fnmatch
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from torch import nn
@@ -30,6 +31,8 @@ class OptimizerConfig:
     decay_exclude: tuple[str, ...] = (VECTORS,)
     """Parameters that do not decay: patterns of names ("*norm*"), or the word vectors for all with fewer than two
     dimensions. Empty: everything decays."""
+    lr_factors: dict[str, float] = field(default_factory=dict)
+    """Factors on rates by patterns of parameter names, e.g. {"*.mag": 10.0}; the first that fits counts."""
     muon_lr: float = 0.0
     """Peak rate of the matrices; 0: lr."""
     muon_momentum: float = 0.95
@@ -49,41 +52,48 @@ class OptimizerConfig:
         require(self.weight_decay >= 0, f"optimizer: weight_decay must not be negative, got {self.weight_decay}.")
         require(self.muon_lr >= 0, f"optimizer: muon_lr must not be negative, got {self.muon_lr}.")
         require(0 <= self.muon_momentum < 1, f"optimizer: muon_momentum must lie in [0, 1), got {self.muon_momentum}.")
+        low = [f"{pattern}: {factor}" for pattern, factor in self.lr_factors.items() if not 0 <= factor < float("inf")]
+        require(not low, f"optimizer: lr_factors must not be negative or infinite, got {', '.join(low)}.")
         require(1 <= self.muon_steps < 100, f"optimizer: muon_steps must lie in 1..99, got {self.muon_steps}.")
 
 
 class ParameterGroup(NamedTuple):
-    """Parameters that are treated alike: the optimiser's name, whether they decay, and (name, parameter) pairs."""
+    """Parameters that are treated alike: optimiser, decay, factor on the rate; and their (name, parameter) pairs."""
 
     optimizer: str
     decays: bool
+    factor: float
     parameters: list[tuple[str, nn.Parameter]]
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[ParameterGroup]:
     """Sort the trainable parameters of `model` into groups, each parameter once.
 
-    Muon takes the weight matrices of hidden linear layers. Embedding, head, norms, biases, convolutions and initial
-    fast weights go to AdamW. Raises ValueError for a `decay_exclude` pattern that fits no parameter.
+    Muon takes the weight matrices of hidden linear layers. Embedding, head, norms, biases, convolutions, initial fast
+    weights, and what was added to a pretrained layer (memories, low-rank adapters) go to AdamW. Raises ValueError for a
+    pattern that fits no parameter.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     require(bool(named), "optimizer: the model has no trainable parameter.")
-    _check_patterns(config.decay_exclude, [name for name, _ in named])
+    _check_patterns("decay_exclude", config.decay_exclude, [name for name, _ in named])
+    _check_patterns("lr_factors", config.lr_factors, [name for name, _ in named])
     matrices = _hidden_matrices(model) if config.name == "muon" else set()
-    groups = {
-        (optimizer, decays): ParameterGroup(optimizer, decays, [])
-        for optimizer in ("muon", "adamw")
-        for decays in (True, False)
-    }
+    groups: dict[tuple[bool, bool, float], ParameterGroup] = {}
     for name, p in named:
-        key = ("muon" if name in matrices else "adamw", not _excluded(name, p, config.decay_exclude))
-        groups[key].parameters.append((name, p))
-    return [group for group in groups.values() if group.parameters]
+        adamw, still = name not in matrices, _excluded(name, p, config.decay_exclude)
+        factor = next((f for pattern, f in config.lr_factors.items() if fnmatch.fnmatchcase(name, pattern)), 1.0)
+        group = ParameterGroup("adamw" if adamw else "muon", not still, factor, [])
+        groups.setdefault((adamw, still, factor), group).parameters.append((name, p))
+    return [groups[key] for key in sorted(groups)]
 
 
 def _hidden_matrices(model: nn.Module) -> set[str]:
     linears = {f"{name}.weight" for name, part in model.named_modules() if isinstance(part, nn.Linear)}
-    return linears - {"head.weight"}
+    return {name for name in linears if name != "head.weight" and not _is_added(name)}
+
+
+def _is_added(name: str) -> bool:
+    return any(part == "memory" or part.startswith("lora_") for part in name.split("."))
 
 
 def _excluded(name: str, p: nn.Parameter, patterns: tuple[str, ...]) -> bool:
@@ -91,7 +101,7 @@ def _excluded(name: str, p: nn.Parameter, patterns: tuple[str, ...]) -> bool:
     return is_vector or any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _check_patterns(patterns: tuple[str, ...], names: list[str]) -> None:
+def _check_patterns(setting: str, patterns: Iterable[str], names: list[str]) -> None:
     for pattern in patterns:
         fits = pattern == VECTORS or any(fnmatch.fnmatchcase(name, pattern) for name in names)
-        require(fits, f"optimizer: decay_exclude {pattern!r} fits no parameter.{near_names(pattern, names[:40])}")
+        require(fits, f"optimizer: {setting} {pattern!r} fits no parameter.{near_names(pattern, names[:40])}")

@@ -93,9 +93,13 @@ def _by_parameter(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     return entries
 
 
-def _torch_groups(groups: list[ParameterGroup], weight_decay: float) -> list[dict[str, Any]]:
+def _torch_groups(groups: list[ParameterGroup], lr: float, weight_decay: float) -> list[dict[str, Any]]:
     return [
-        {"params": [p for _, p in group.parameters], "weight_decay": weight_decay if group.decays else 0.0}
+        {
+            "params": [p for _, p in group.parameters],
+            "lr": lr * group.factor,
+            "weight_decay": weight_decay if group.decays else 0.0,
+        }
         for group in groups
     ]
 
@@ -103,14 +107,13 @@ def _torch_groups(groups: list[ParameterGroup], weight_decay: float) -> list[dic
 def _adamw(groups: list[ParameterGroup], config: OptimizerConfig) -> torch.optim.Optimizer:
     fused = all(p.device.type in ("cpu", "cuda") for group in groups for _, p in group.parameters)
     return torch.optim.AdamW(
-        _torch_groups(groups, config.weight_decay), lr=config.lr, betas=config.betas, eps=config.eps, fused=fused
+        _torch_groups(groups, config.lr, config.weight_decay), betas=config.betas, eps=config.eps, fused=fused
     )
 
 
 def _muon(groups: list[ParameterGroup], config: OptimizerConfig) -> torch.optim.Optimizer:
     return torch.optim.Muon(
-        _torch_groups(groups, config.weight_decay),
-        lr=config.muon_lr or config.lr,
+        _torch_groups(groups, config.muon_lr or config.lr, config.weight_decay),
         momentum=config.muon_momentum,
         ns_steps=config.muon_steps,
         adjust_lr_fn=config.muon_scale,

@@ -182,3 +182,24 @@ def test_the_rms_scale_gives_muon_updates_of_the_size_of_adamw():
     rms = (before - weight).square().mean().sqrt().item()
     assert rms == pytest.approx(0.2, rel=0.25)
     assert math.isfinite(rms)
+
+
+def test_a_factor_multiplies_the_rate_of_the_parameters_that_its_pattern_names():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+    before = [p.detach().clone() for p in model.parameters()]
+    config = OptimizerConfig(lr=1e-2, weight_decay=0.0, lr_factors={"1.bias": 10.0, "1.*": 0.0})
+    optimizer = Optimizer(model, config)
+    optimizer.set_factor(0.5)
+    model(torch.randn(4, 3)).square().sum().backward()
+    optimizer.step()
+    moved = [(p - q).abs().max().item() for p, q in zip(model.parameters(), before, strict=True)]
+    # The first step of Adam moves every weight by the rate.
+    assert moved == pytest.approx([5e-3, 5e-3, 0.0, 5e-2], rel=1e-3)
+
+
+def test_a_factor_for_nothing_and_a_negative_one_are_refused():
+    with pytest.raises(ValueError, match="lr_factors '\\*.gate' fits no parameter"):
+        parameter_groups(torch.nn.Linear(2, 2), OptimizerConfig(lr_factors={"*.gate": 2.0}))
+    with pytest.raises(ValueError, match="must not be negative"):
+        OptimizerConfig(lr_factors={"*": -1.0})
