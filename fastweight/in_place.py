@@ -53,7 +53,13 @@ class InPlaceFeedForward(FeedForward):
         self.memory.reset_parameters()
 
     def init_state(self, num_sequences: int) -> InPlaceState:
-        """An empty memory for each sequence."""
+        """An empty memory for each sequence. Raises ValueError for a down-projection whose weight is packed."""
+        found, needed = list(self.down.weight.shape), [self.down.out_features, self.down.in_features]
+        require(
+            found == needed,
+            f"in-place memory: the down-projection's weight must be {needed}, got {found}. If it is quantised, leave "
+            "`down` out of the quantised layers, or take the memory away with remove_in_place_memory.",
+        )
         return init_in_place(self.down.weight, num_sequences)
 
     def parallel(

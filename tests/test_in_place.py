@@ -164,6 +164,30 @@ def test_a_target_of_embeddings_must_be_given():
         part.parallel(torch.randn(1, 2, 8), part.init_state(1))
 
 
+def test_a_packed_weight_is_refused():
+    part = InPlaceFeedForward(8, FeedForwardConfig(hidden=12, memory=MEMORY))
+    part.down.weight = nn.Parameter(torch.zeros(48, 1))
+    with pytest.raises(ValueError, match=r"must be \[8, 12\], got \[48, 1\].*leave `down` out"):
+        part.init_state(1)
+
+
+def test_an_adapter_on_the_down_projection_reads_with_it_and_merges():
+    peft = pytest.importorskip("peft")
+    model = model_of(replace(MEMORY, max_norm=None)).double()
+    plain = model(tokens())[0]
+    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["down"]), model)
+    assert torch.equal(model(tokens())[0], plain)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    adapted = model(tokens())[0]
+    assert relative_error(adapted, plain) > 1e-3
+    for block in model.blocks:
+        block.feed_forward.down.merge()
+        block.feed_forward.down = block.feed_forward.down.get_base_layer()
+    assert_close(model(tokens())[0], adapted, 1e-10)
+
+
 @pytest.mark.parametrize(
     ("bad", "message"),
     [

@@ -39,7 +39,7 @@ def add_in_place_memory(
     chosen = _choose(base.config.blocks, layers)
     added: dict[str, nn.Parameter] = {}
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         for i in chosen:
             down = base.get_parameter(f"blocks.{i}.feed_forward.down.weight")
             memory = InPlaceWeights(base.config.d_model, config)
