@@ -9,6 +9,19 @@ import torch
 
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", help="where the laws run: cpu, cuda")
+    parser.addoption("--real", action="store_true", help="also run what needs published weights (fetches 93 MB once)")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "real: needs published weights; runs with --real")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--real"):
+        skip = pytest.mark.skip(reason="needs published weights; run with --real")
+        for item in items:
+            if item.get_closest_marker("real"):
+                item.add_marker(skip)
 
 
 @pytest.fixture(autouse=True)

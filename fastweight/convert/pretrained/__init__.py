@@ -15,7 +15,9 @@ from fastweight.convert.folders import require_equal
 from fastweight.convert.pretrained import gemma, gpt2, gpt_neox, llama, phi3, shards, tensors
 from fastweight.convert.pretrained.family import Family
 from fastweight.convert.pretrained.settings import Settings
+from fastweight.convert.pretrained.smollm2 import fetch_smollm2
 from fastweight.convert.pretrained.sources import CONFIG, read_checkpoint
+from fastweight.convert.pretrained.tokenizer import load_pretrained_tokenizer
 from fastweight.model import Model
 from fastweight.model_config import ModelConfig
 
@@ -87,4 +89,12 @@ def _read(src: Path, config: Path | None) -> Model:
 
 FORMAT = Format("hf", _read, save_pretrained_format, f"pretrained decoders of transformers: {', '.join(FAMILIES)}")
 
-__all__ = ["FAMILIES", "FORMAT", "load_pretrained", "restore", "save_pretrained_format"]
+__all__ = [
+    "FAMILIES",
+    "FORMAT",
+    "fetch_smollm2",
+    "load_pretrained",
+    "load_pretrained_tokenizer",
+    "restore",
+    "save_pretrained_format",
+]

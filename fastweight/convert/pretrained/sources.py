@@ -98,5 +98,7 @@ def gguf_support(path: Path) -> Iterator[Any]:
         raise ImportError(f"reading {path} needs transformers and gguf ({error}). {INSTALL}") from error
     try:
         yield transformers
-    except (ValueError, KeyError, OSError, RuntimeError) as error:
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:  # a damaged file makes its readers fail in many ways
         raise ValueError(f"{path}: transformers cannot read this GGUF file ({error}).") from error
