@@ -1,7 +1,7 @@
 """Prompts of the recall tasks: a pass key in a long text, and pairs of random words. Their lengths are in tokens."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -95,36 +95,39 @@ def _sentences(rng: random.Random) -> str:
 
 
 def pair_prompts(tokenizer: Tokenizer, pairs: int, *, trials: int = 32, seed: int = 0) -> list[Prompt]:
-    """[document start, key, value, key, value, ..., one of the keys]: which value belongs to it?
+    """[document start], then lines "key: value", then one of the keys and its colon: which value belongs to it?
 
     Keys and values are different single tokens, drawn anew for each prompt; the choices are all values of the prompt,
-    the right one first, so that a guess among them is right once in `pairs`. Length: 2 · pairs + 2 tokens.
-    Raises ValueError if the tokenizer has too few tokens. Source: Arora et al. 2023, arXiv:2312.04927, section 3.
+    the right one first, so that a guess among them is right once in `pairs`.
+    Raises ValueError if the tokenizer has too few tokens. Source: Arora et al. 2023, arXiv:2312.04927, section 3, here
+    with signs between the words, which pretrained models know from lists.
     """
     require(pairs >= 2, f"pairs: needs at least 2 pairs to tell apart, got {pairs}.")
-    words, prompts = words_of(tokenizer, 2 * pairs), []
+    colon, line_end = (tokenizer.encode(text).ids for text in (":", "\n"))
+    words, prompts = words_of(tokenizer, 2 * pairs, without={*colon.tolist(), *line_end.tolist()}), []
     for trial in range(trials):
         rng = random.Random(f"pairs {seed} {pairs} {trial}")
-        drawn = np.array(rng.sample(words, 2 * pairs), dtype=np.int64)
-        asked, values = rng.randrange(pairs), drawn[1::2]
-        ids = np.concatenate(([tokenizer.bos_id], drawn, drawn[2 * asked : 2 * asked + 1]))
+        drawn = np.array(rng.sample(words, 2 * pairs), dtype=np.int64).reshape(pairs, 2)
+        asked = rng.randrange(pairs)
+        lines = [part for key, value in drawn for part in ([key], colon, [value], line_end)]
+        ids = np.concatenate(([tokenizer.bos_id], *lines, drawn[asked, :1], colon))
         order = np.append(asked, np.delete(np.arange(pairs), asked))
-        prompts.append(Prompt(ids.astype(np.int64), values[order][:, None], f"pair {asked + 1} of {pairs}"))
+        prompts.append(Prompt(ids.astype(np.int64), drawn[order, 1:], f"pair {asked + 1} of {pairs}"))
     return prompts
 
 
-def words_of(tokenizer: Tokenizer, count: int) -> list[int]:
+def words_of(tokenizer: Tokenizer, count: int, without: Collection[int] = ()) -> list[int]:
     """Ids of tokens that are a space and a plain word; all tokens but the document start, where there are too few.
 
-    Raises ValueError if even those are fewer than `count`.
+    without: ids that are not taken. Raises ValueError if even all tokens are fewer than `count`.
     """
-    everything = [i for i in range(tokenizer.vocab_size) if i != tokenizer.bos_id]
-    words = [i for i in everything if _is_word(tokenizer, i)]
+    everything = [i for i in range(tokenizer.vocab_size) if i != tokenizer.bos_id and i not in without]
     require(
         len(everything) >= count,
         f"pairs: {count // 2} pairs need {count} different tokens, {tokenizer.name} has {len(everything)}. "
         "Ask for fewer pairs.",
     )
+    words = [i for i in everything if _is_word(tokenizer, i)]
     return words if len(words) >= count else everything
 
 

@@ -30,7 +30,7 @@ class ReportSettings:
     passkey_depths: tuple[float, ...] = (0.1, 0.5, 0.9)
     passkey_trials: int = 2
     passkey_choices: int = 8
-    pairs: tuple[int, ...] = (8, 32, 128)
+    pairs: tuple[int, ...] = (4, 16, 64)
     pair_trials: int = 32
     speed_lengths: tuple[int, ...] = (1024, 32768)
     prefill_tokens: int = 512
@@ -61,7 +61,7 @@ class ReportSettings:
     @property
     def longest(self) -> int:
         """The most tokens that any part reads, answers included."""
-        read = [self.lengths[-1], *(2 * n + 2 for n in self.pairs), *(n + 16 for n in self.passkey_lengths)]
+        read = [self.lengths[-1], *(4 * n + 3 for n in self.pairs), *(n + 16 for n in self.passkey_lengths)]
         return max(read + [n + self.decode_tokens for n in self.speed_lengths])
 
     @property
@@ -72,7 +72,7 @@ class ReportSettings:
         """
         texts = self.documents * (self.lengths[-1] + 2 * min(self.divergence_tokens, self.lengths[-1]))
         passkeys = len(self.passkey_depths) * self.passkey_trials * sum(self.passkey_lengths)
-        pairs = self.pair_trials * sum(2 * n + 2 for n in self.pairs)
+        pairs = self.pair_trials * sum(4 * n + 3 for n in self.pairs)
         before = sum(min(n - self.prefill_tokens, max(self.read_tokens, 2 * PHASE_TOKENS)) for n in self.speed_lengths)
         steps = (self.repeats + 1) * (self.prefill_tokens + self.decode_tokens) * len(self.speed_lengths)
         return texts + passkeys + pairs + before + steps
@@ -84,6 +84,6 @@ class ReportSettings:
 
 # A few minutes per model of 135 million parameters on a laptop; the defaults want a GPU, or patience.
 QUICK = ReportSettings(
-    lengths=(512, 2048), documents=4, divergence_tokens=512, passkey_lengths=(512,), passkey_trials=2, pairs=(8, 32),
+    lengths=(512, 2048), documents=4, divergence_tokens=512, passkey_lengths=(512,), passkey_trials=2, pairs=(4, 16),
     pair_trials=16, prefill_tokens=128, decode_tokens=4, repeats=3, read_tokens=1024,
 )  # fmt: skip

@@ -29,8 +29,8 @@ def sheets(report: "Report") -> Iterator[Sheet]:
     yield _differences(report, f"Nats per token less {report.backbone}'s, the same tokens (standard error)")
     if len(report.models) > 1:
         yield _divergence(report)
-    yield from _recall(report, "passkey", "tokens", "Number hidden in a text: found exactly, likeliest of the choices")
-    yield from _recall(report, "pairs", "size", "Pairs of words: answered exactly, likeliest of the values shown")
+    yield from _recall(report, "passkey", "tokens", "Number hidden in a text: found exactly; likeliest of the choices")
+    yield from _recall(report, "pairs", "size", "Pairs of words: answered exactly; likeliest of the values shown")
     yield _bytes(report)
     if report.settings["speed_lengths"]:
         yield _speed(report, "prefill")

@@ -92,7 +92,11 @@ def _loss(models: dict[str, Any], converted: str, other: str, which: int, part: 
     text = f"{place} {figures} ({ratio:+.2f} %; {_in_nats(difference)})"
     if part:
         return Claim(topic="help", against=other, outcome=outcome, text=f"{_HELP[outcome]}: {text}")
-    words = {"better": "short texts gain", "same": "short texts cost nothing that shows", "worse": "short texts cost"}
+    words = {
+        "better": "short texts gain",
+        "same": "the cost on short texts is within the noise",
+        "worse": "short texts cost",
+    }
     text = f"{words.get(outcome, 'short texts, one document')}: {text}"
     return Claim(topic="cost", against=other, outcome=outcome, text=text)
 
