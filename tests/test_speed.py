@@ -9,8 +9,9 @@ from fastweight.evaluate import speed
 from fastweight.evaluate.grow import first_length, grow, grows_by_caches_alone, longest_window, shapes
 from fastweight.evaluate.long_texts import read
 from fastweight.evaluate.speed import Speed, measure_speed
-from fastweight.layers import FeedForwardConfig
+from fastweight.layers import FeedForwardConfig, InPlaceConfig
 from fastweight.mixers.attention import AttentionConfig
+from fastweight.mixers.liza import LizaConfig
 from fastweight.model import BlockConfig, Model, ModelConfig
 from fastweight.presets import preset_names
 
@@ -21,18 +22,28 @@ def text(length):
     return torch.randint(257, (1, length), generator=torch.Generator().manual_seed(0))
 
 
-def sink_model():
-    block = BlockConfig(
-        mixer=AttentionConfig(num_heads=2, window=70, num_sinks=3), feed_forward=FeedForwardConfig(hidden=8)
-    )
+MIXERS = {
+    "sinks": AttentionConfig(num_heads=2, window=70, num_sinks=3),
+    "backbone in waiting": LizaConfig(num_heads=2, mag_weight=0.0, memory_window=40),
+    "beside attention": LizaConfig(num_heads=2, mag_weight=0.5),
+    "beside a window": LizaConfig(num_heads=2, mag_weight=0.5, memory_window=40, memory_sinks=3),
+    "memory alone": LizaConfig(num_heads=2, mag_weight=1.0),
+}
+
+
+def make(name):
+    if name in TINY:
+        return Model.from_preset(name)
+    memory = InPlaceConfig(chunk_size=16)
+    block = BlockConfig(mixer=MIXERS[name], feed_forward=FeedForwardConfig(hidden=8, memory=memory))
     return Model(ModelConfig(vocab_size=257, d_model=16, blocks=(block,)))
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", [*TINY, "sinks"])
+@pytest.mark.parametrize("name", [*TINY, *MIXERS])
 @pytest.mark.parametrize("length", [130, 501])
 def test_a_grown_state_has_the_shapes_and_bytes_of_one_that_was_read(name, length):
-    model = sink_model() if name == "sinks" else Model.from_preset(name)
+    model = make(name).eval()
     _, short = read(model, text(longest_window(model.config) + 1), 50)
     _, want = read(model, text(length), 50)
     got = grow(short, length)
@@ -70,7 +81,7 @@ def test_a_window_that_is_not_yet_full_is_found_out():
 
 @pytest.mark.parametrize("length", [300, 4096, 5001])
 def test_a_state_is_made_from_a_text_past_all_windows_that_ends_in_the_same_place_of_a_chunk(length):
-    first = first_length(sink_model(), length)
+    first = first_length(make("sinks"), length)
     assert 70 < first <= 70 + growing.PHASE_TOKENS
     assert (length - first) % growing.PHASE_TOKENS == 0
 
