@@ -193,8 +193,17 @@ def test_a_model_with_other_layers_is_not_given_back(make):
     model = load_pretrained(make())
     other = Model(load_pretrained(make("mistral")).config)
     other.origin = model.origin
-    with pytest.raises(ValueError, match=r"a llama checkpoint cannot hold this model: .*window is 7"):
+    with pytest.raises(
+        ValueError, match=r"a llama checkpoint cannot hold this model: .*window is 7.* Take the conversion"
+    ):
         restore(other)
+
+
+def test_a_damaged_origin_is_refused(make):
+    model = load_pretrained(make())
+    model.origin["stored"].pop("head")
+    with pytest.raises(ValueError, match=r"the model's origin must say constants, dtype, head"):
+        restore(model)
 
 
 def test_a_hub_name_is_fetched_by_the_hubs_own_cache(make, monkeypatch):

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from fastweight.mixers.attention import Attention, AttentionConfig
 
+LINEAR = {"kind": "linear", "factor": 4.0}
 CASES = {
     "full": AttentionConfig(num_heads=4),
     "grouped": AttentionConfig(
@@ -23,7 +24,7 @@ CASES = {
         softcap=1.5,
         qk_norm="head",
         norm="rms-offset",
-        rope_scaling={"kind": "linear", "factor": 4.0},
+        rope_scaling=LINEAR,
     ),
 }
 
@@ -126,6 +127,13 @@ def test_a_windows_state_stops_growing():
         ({"num_heads": 4, "rope_base": -1.0}, "rope_base must be positive"),
         ({"num_heads": 4, "rotary_dim": 3}, "rotary_dim must be even"),
         ({"num_heads": 4, "qk_norm": "heads"}, "Did you mean head"),
+        ({"num_heads": 4, "norm": "rmsnorm"}, "unknown norm 'rmsnorm'. Did you mean rms"),
+        ({"num_heads": 4, "scale": 0.0}, "scale must be positive"),
+        ({"num_heads": 4, "softcap": -1.0}, "softcap must be positive"),
+        ({"num_heads": 4, "rope_scaling": {"kind": "linaer"}}, "unknown kind 'linaer'. Did you mean linear"),
+        ({"num_heads": 4, "rope_scaling": {"kind": "linear"}}, r"linear: missing key\(s\) factor"),
+        ({"num_heads": 4, "rope_scaling": {"kind": "linear", "factor": 0}}, "factor must be positive"),
+        ({"num_heads": 4, "rope_base": None, "rope_scaling": LINEAR}, "rope_scaling needs a rope_base"),
         ({"num_heads": 3}, "d_model 16 is not a multiple of num_heads 3"),
         ({"num_heads": 4, "rotary_dim": 6}, "rotary_dim 6 exceeds head_dim 4"),
         ({"num_heads": 4, "head_dim": 5}, "head_dim 5 is odd"),

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tolerances import assert_close
 
 from fastweight.ops.conv import causal_conv
-from fastweight.ops.rope import apply_rope
+from fastweight.ops.rope import apply_rope, rope_rates, rope_scale
 from fastweight.ops.sequences import plan_chunks, token_positions
 
 CPU = torch.device("cpu")
@@ -71,6 +71,47 @@ def test_rope_turns_pairs_like_complex_numbers(interleaved):
     want = torch.view_as_real(turned)
     want = want.flatten(-2) if interleaved else want.transpose(-1, -2).flatten(-2)
     assert_close(got, want, 1e-6)  # angles are float32 by definition
+
+
+def test_linear_scaling_divides_positions():
+    x, base = torch.randn(1, 12, 2, 8), 100.0
+    rates = rope_rates(base, 8, {"kind": "linear", "factor": 4.0})
+    slow = apply_rope(x, 4 * torch.arange(12)[None], rates=rates)
+    assert_close(slow, apply_rope(x, torch.arange(12)[None], base=base), 1e-6)
+
+
+def test_llama3_scaling_slows_what_turns_seldom_and_keeps_what_turns_often():
+    scaling = {
+        "kind": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_positions": 100
+    }  # fmt: skip
+    plain, scaled = rope_rates(1e4, 64, None), rope_rates(1e4, 64, scaling)
+    turns = 100 * plain / (2 * torch.pi)
+    assert torch.equal(scaled[turns >= 4], plain[turns >= 4])
+    assert torch.equal(scaled[turns <= 1], plain[turns <= 1] / 8)
+    between = (turns > 1) & (turns < 4)
+    assert between.sum() > 2
+    assert ((scaled < plain) & (scaled > plain / 8))[between].all()
+
+
+def test_yarn_keeps_fast_pairs_and_divides_slow_ones():
+    scaling = {
+        "kind": "yarn", "factor": 8.0, "beta_fast": 32, "beta_slow": 1, "truncate": True, "attention_factor": 1.2,
+        "original_max_positions": 1000,
+    }  # fmt: skip
+    plain, scaled = rope_rates(1e4, 64, None), rope_rates(1e4, 64, scaling)
+    turns = 1000 * plain / (2 * torch.pi)
+    ratio = scaled / plain
+    assert torch.equal(ratio[turns > 40], torch.ones_like(ratio[turns > 40]))  # the ramp begins at a whole pair
+    assert_close(ratio[turns < 0.7], torch.full_like(ratio[turns < 0.7], 1 / 8), 1e-6)
+    assert (ratio.diff() <= 0).all()
+    assert rope_scale(scaling) == 1.2
+
+
+def test_a_scale_lengthens_only_what_rotates():
+    x = torch.randn(1, 4, 2, 8)
+    got = apply_rope(x, torch.arange(4)[None], base=10.0, rotary_dim=4, scale=3.0)
+    assert_close(got[..., :4].norm(dim=-1), 3 * x[..., :4].norm(dim=-1), 1e-6)
+    assert torch.equal(got[..., 4:], x[..., 4:])
 
 
 def test_partial_rope_leaves_the_other_channels():

@@ -54,8 +54,11 @@ def restore(model: Model) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "this model was not loaded from a pretrained checkpoint, so there is no format to give it back in.",
     )
     family = _family(origin["family"], "origin")
-    require_equal(f"a {family.name} checkpoint", model.config, _model_config(family, origin["config"]))
-    return copy.deepcopy(origin["config"]), tensors.write(family, model, tensors.Stored(**origin["stored"]))
+    try:
+        require_equal(f"a {family.name} checkpoint", model.config, _model_config(family, origin["config"]))
+    except ValueError as error:
+        raise ValueError(f"{error} Take the conversion back first, or keep the model with its own save().") from error
+    return copy.deepcopy(origin["config"]), tensors.write(family, model, tensors.Stored.of(origin["stored"]))
 
 
 def save_pretrained_format(model: Model, folder: str | Path, *, shard_bytes: int = 5_000_000_000) -> None:

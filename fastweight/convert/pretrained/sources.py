@@ -83,8 +83,12 @@ def _read_gguf(path: Path) -> Checkpoint:
     config = json.loads(model.config.to_json_string()) | {"architectures": [type(model).__name__]}
     for key in ("quantization_config", "_name_or_path"):  # of the file as it was; these tensors are floats
         config.pop(key, None)
-    tied = set(model.all_tied_weights_keys)
-    tensors = {name: tensor.detach() for name, tensor in model.state_dict().items() if name not in tied}
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in model.state_dict().items():
+        if tensor.data_ptr() not in seen:  # a tied head is the embedding once more
+            tensors[name] = tensor.detach()
+        seen.add(tensor.data_ptr())
     return Checkpoint(str(path), config, tensors)
 
 

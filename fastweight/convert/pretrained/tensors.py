@@ -14,6 +14,7 @@ from fastweight.model import Model, check_weights
 from fastweight.model_config import ModelConfig
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DTYPES = {str(d).removeprefix("torch."): d for d in (*FLOATS, torch.bool, torch.uint8, torch.int32, torch.int64)}
 LARGEST_CONSTANT = 1 << 16  # bytes of a stored constant that is kept as it is
 
 
@@ -30,6 +31,14 @@ class Stored(NamedTuple):
     head_too: bool
     dtype: str
     constants: dict[str, Any]
+
+    @staticmethod
+    def of(data: Any) -> "Stored":
+        """From its JSON form, which may have been damaged since."""
+        keys = set(Stored._fields)
+        good = isinstance(data, dict) and data.keys() == keys and data["dtype"] in DTYPES
+        require(good, f"the model's origin must say {', '.join(sorted(keys))} of its checkpoint, got {data!r}.")
+        return Stored(**data)
 
 
 def read(
@@ -58,7 +67,7 @@ def read(
 def write(family: Family, model: Model, stored: Stored) -> dict[str, Tensor]:
     """The tensors under their names in the checkpoint, on the CPU, in its dtype where that loses nothing."""
     weights = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    dtype = getattr(torch, stored.dtype)
+    dtype = DTYPES[stored.dtype]
     if all(_fits(tensor, dtype) for tensor in weights.values()):
         weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
     found: dict[str, Tensor] = {}
@@ -118,6 +127,7 @@ def _fits(tensor: Tensor, dtype: torch.dtype) -> bool:
 def _describe(name: str, tensor: Tensor) -> dict[str, Any]:
     """A constant as JSON: a causal mask by its size, anything small by its bytes."""
     told = {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
+    require(told["dtype"] in DTYPES, f"{name} is {tensor.dtype}, which no constant of this family is.")
     if tensor.dim() == 4 and same_bytes(tensor, _causal(told)):
         return told
     data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
@@ -129,8 +139,8 @@ def _restore(told: dict[str, Any]) -> Tensor:
     if "base64" not in told:
         return _causal(told)
     data = torch.frombuffer(bytearray(base64.b64decode(told["base64"])), dtype=torch.uint8)
-    return data.view(getattr(torch, told["dtype"])).reshape(told["shape"])
+    return data.view(DTYPES[told["dtype"]]).reshape(told["shape"])
 
 
 def _causal(told: dict[str, Any]) -> Tensor:
-    return torch.ones(told["shape"], dtype=torch.uint8).tril().to(getattr(torch, told["dtype"]))
+    return torch.ones(told["shape"], dtype=torch.uint8).tril().to(DTYPES[told["dtype"]])
