@@ -1,5 +1,6 @@
 """The report of several models: its figures, its verdict (a no included), and that nothing is measured twice."""
 
+import dataclasses
 import json
 import math
 
@@ -45,6 +46,13 @@ def make(models, folder=None, **changes):
 def three():
     backbone = attention_model()
     return {"backbone": backbone, "memory": tiny_model(), "window": with_window(backbone, 10)}
+
+
+@pytest.fixture(autouse=True)
+def _no_picture(request, monkeypatch):
+    """Drawing takes most of the time of a small report; one test looks at the picture."""
+    if "picture" not in request.node.name:
+        monkeypatch.setattr("fastweight.report.picture.draw", lambda *_: None)
 
 
 @pytest.fixture(scope="module")
@@ -213,14 +221,10 @@ def test_other_weights_settings_or_texts_are_measured_anew(change, tmp_path):
         for mixer in models["memory"].mixers():
             mixer.learning = False
     elif change == "settings":
-        options["settings"] = ReportSettings(**{**SETTINGS.to_dict(), **as_tuples(SETTINGS), "tail_tokens": 11})
+        options["settings"] = dataclasses.replace(SETTINGS, tail_tokens=11)
     else:
         options["documents"] = documents()[1:]
     assert without_times(make(models, tmp_path, **options)) == without_times(make(models, **options))
-
-
-def as_tuples(settings):
-    return {key: tuple(value) for key, value in settings.to_dict().items() if isinstance(value, list)}
 
 
 def test_a_damaged_part_is_refused_by_name(tmp_path):
@@ -368,3 +372,16 @@ def test_a_block_that_sees_less_than_the_window_keeps_its_own():
     changed = with_window(Model(ModelConfig(vocab_size=9, d_model=8, blocks=blocks)), 20, 3).config.blocks
     assert [(b.mixer.window, b.mixer.num_sinks) for b in changed[:3]] == [(20, 3), (5, 0), (20, 3)]
     assert changed[3] == blocks[3]
+
+
+@pytest.mark.parametrize(("device", "dtype"), [
+    ("cpu", torch.bfloat16),
+    pytest.param("cuda", torch.float32, marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")),
+    pytest.param("cuda", torch.bfloat16, marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")),
+])  # fmt: skip
+def test_a_report_says_where_and_in_what_precision_the_models_ran(device, dtype):
+    models = {name: model.to(dtype) for name, model in three().items()}
+    found = make(models, settings=dataclasses.replace(SETTINGS, device=device))
+    ran = {(f["machine"]["device"].partition(":")[0], f["machine"]["dtype"]) for f in found.models.values()}
+    assert ran == {(device, str(dtype).removeprefix("torch."))}
+    assert {model.device.type for model in models.values()} == {"cpu"}
