@@ -42,6 +42,20 @@ def from_dict(cls: type, data: Any) -> Any:
     return cls(**values)
 
 
+def from_nested(cls: Any, data: Any, owner: str) -> Any:
+    """Build a dataclass whose fields may be dataclasses from the JSON form of `dataclasses.asdict`."""
+    if get_origin(cls) in (types.UnionType, typing.Union):
+        nested = [part for part in get_args(cls) if dataclasses.is_dataclass(part)]
+        return from_nested(nested[0], data, owner) if nested and data is not None else data
+    if not dataclasses.is_dataclass(cls):
+        return tuple(data) if isinstance(data, list) else data
+    require(isinstance(data, dict), f"{owner}: expected an object with keys, got {type(data).__name__}.")
+    hints = get_type_hints(cls)
+    check_keys(owner, data, hints)
+    build: Any = cls
+    return build(**{key: from_nested(hints[key], value, key) for key, value in data.items()})
+
+
 def to_json(data: Any) -> str:
     """The one JSON spelling of a config: sorted keys, so that equal configs have equal text."""
     return json.dumps(data, indent=2, sort_keys=True, allow_nan=False)
