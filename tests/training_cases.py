@@ -9,10 +9,13 @@ from pathlib import Path
 import torch
 
 from fastweight import BlockConfig, FeedForwardConfig, Model, ModelConfig
+from fastweight.convert.mag_schedule import MagSchedule
+from fastweight.convert.titanize import titanize
 from fastweight.data import prepare
+from fastweight.mixers.attention import AttentionConfig
 from fastweight.mixers.delta import DeltaConfig
 from fastweight.optim import OptimizerConfig, ScheduleConfig
-from fastweight.train import DataConfig, LogConfig, TrainConfig
+from fastweight.train import DataConfig, LogConfig, LoraConfig, ObjectiveConfig, TrainConfig
 
 WORDS = [
     "the",
@@ -52,6 +55,19 @@ def tiny_model(dtype: torch.dtype = torch.float32, seed: int = 0) -> Model:
     return Model(ModelConfig(vocab_size=257, d_model=16, blocks=(block, block))).to(dtype)
 
 
+def attention_model(dtype: torch.dtype = torch.float32, seed: int = 0, d_model: int = 16) -> Model:
+    """Two attention layers with grouped heads, 257 bytes."""
+    mixer = AttentionConfig(num_heads=2, num_kv_heads=1)
+    block = BlockConfig(mixer=mixer, feed_forward=FeedForwardConfig(hidden=2 * d_model))
+    torch.manual_seed(seed)
+    return Model(ModelConfig(vocab_size=257, d_model=d_model, blocks=(block, block))).to(dtype)
+
+
+def converted_model(dtype: torch.dtype = torch.float32, **options) -> Model:
+    """`attention_model` with a memory beside each attention; half of the output is the memory's."""
+    return titanize(attention_model(dtype), **({"mag_weight": 0.5} | options))
+
+
 def tiny_config(store: Path | str, **changes) -> TrainConfig:
     """8 steps of 4 × 32 tokens, all logged. A key of a nested config ("lr", "view", ...) is put where it belongs."""
     config = TrainConfig(
@@ -68,6 +84,25 @@ def tiny_config(store: Path | str, **changes) -> TrainConfig:
         config = dataclasses.replace(config, **{part: dataclasses.replace(nested, **mine)})
     return dataclasses.replace(config, **changes)
 
+
+# Every way to train a part of a converted model, as settings for `tiny_config`.
+PARTIAL = {
+    "transfer": {"objective": ObjectiveConfig(kind="transfer", cosine=0.5), "trainable": ("memory",)},
+    "distill": {"objective": ObjectiveConfig(kind="distill", alpha=0.3, temperature=2.0), "trainable": ("memory",)},
+    "distill-lora": {
+        "objective": ObjectiveConfig(kind="distill"),
+        "trainable": ("lora",),
+        "lora": LoraConfig(rank=2, dropout=0.2),
+    },
+    "lora-bins-mag": {
+        "trainable": ("lora",),
+        "lora": LoraConfig(rank=2, dropout=0.1),
+        "mag": MagSchedule(kind="cosine", initial=0.1, final=0.9, steps=6),
+        "view": "bins",
+        "seq_len": 64,
+    },
+    "patterns": {"trainable": ("*.feed_forward.*", "norm.weight"), "micro_batch_size": 2},
+}
 
 PRELUDE = """
 import sys, os, signal, torch

@@ -11,6 +11,7 @@ from fastweight.train.config import (
 )
 from fastweight.train.folders import CheckpointError
 from fastweight.train.loop import DivergedError
+from fastweight.train.lora import merge_and_unload
 from fastweight.train.metrics import read_metrics
 from fastweight.train.run import load_run_config, train
 from fastweight.train.tally import TrainResult
@@ -27,6 +28,7 @@ __all__ = [
     "TrainConfig",
     "TrainResult",
     "load_run_config",
+    "merge_and_unload",
     "read_metrics",
     "train",
 ]

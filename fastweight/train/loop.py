@@ -293,7 +293,9 @@ class Trainer:
             self.tally.after = self._measure("after")
         folder, adapter, lora = self.out / "model", self.out / "adapter", self.config.lora
         if lora.rank:
-            folders.replace_folder(adapter, lambda new: save_adapter(new, self.model, lora, str(folder)))
+            folders.replace_folder(
+                adapter, lambda new: save_adapter(new, self.model, lora, str(self.out / partial.BASE))
+            )
         final = self._merged()
         folders.replace_folder(folder, lambda new: checkpoint.save_model(new, final, self.store.tokenizer))
         return {"model": str(folder), "adapter": str(adapter) if lora.rank else ""}

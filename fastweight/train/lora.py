@@ -25,8 +25,8 @@ def add_adapters(model: Model, config: LoraConfig) -> None:
 
     Raises ValueError for a target that fits no linear layer, and if PEFT is not installed.
     """
+    check_adapters(model, config)
     peft = _import_peft()
-    require(not adapter_layers(model), "lora: the model has adapters already; merge_and_unload(model) first.")
     targets = target_layers(model, config)
     if config.quantize == "nf4":
         quantize_linears(model, targets)
@@ -104,11 +104,7 @@ def quantize_linears(model: Model, names: list[str]) -> None:
 
     The packed weights are stored under the name of bfloat16, as layers take a memory's dtype from their weights.
     """
-    require(model.device.type == "cuda", f'lora: quantize "nf4" needs a GPU, the model is on {model.device}.')
-    try:
-        import bitsandbytes  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise ValueError('lora: quantize "nf4" needs bitsandbytes: pip install bitsandbytes.') from error
+    bitsandbytes = _import_bitsandbytes(model)
     for name in names:
         old = model.get_submodule(name)
         assert isinstance(old, nn.Linear)
@@ -119,6 +115,24 @@ def quantize_linears(model: Model, names: list[str]) -> None:
         new.bias = old.bias
         model.set_submodule(name, new.to(model.device))
     vars(model)["is_loaded_in_4bit"] = True  # where PEFT looks
+
+
+def check_adapters(model: Model, config: LoraConfig) -> None:
+    """Refuse, before anything is changed, what `add_adapters` would refuse."""
+    _import_peft()
+    require(not adapter_layers(model), "lora: the model has adapters already; merge_and_unload(model) first.")
+    if config.quantize == "nf4":
+        _import_bitsandbytes(model)
+    target_layers(model, config)
+
+
+def _import_bitsandbytes(model: Model) -> Any:
+    require(model.device.type == "cuda", f'lora: quantize "nf4" needs a GPU, the model is on {model.device}.')
+    try:
+        import bitsandbytes  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ValueError('lora: quantize "nf4" needs bitsandbytes: pip install bitsandbytes.') from error
+    return bitsandbytes
 
 
 def _settings(config: LoraConfig) -> dict[str, Any]:

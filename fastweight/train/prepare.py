@@ -7,7 +7,7 @@ from fastweight.configs import require
 from fastweight.convert.mag import mag_weights
 from fastweight.model import Model
 from fastweight.train.config import LORA, MEMORY, TrainConfig
-from fastweight.train.lora import add_adapters, remove_adapters, target_layers
+from fastweight.train.lora import add_adapters, check_adapters, remove_adapters
 from fastweight.train.mag import check_mag
 from fastweight.train.objectives import make_objective
 from fastweight.train.trainable import check_backbone_frozen, memory_parameters, set_trainable, trained_names
@@ -16,7 +16,7 @@ from fastweight.train.trainable import check_backbone_frozen, memory_parameters,
 def check_parts(model: Model, config: TrainConfig) -> None:
     """Refuse settings that this model cannot follow, before anything is written or changed."""
     if config.lora.rank:
-        target_layers(model, config.lora)
+        check_adapters(model, config.lora)
     if config.partial:
         names = trained_names(model, config, tuple(word for word in config.trainable if word != LORA))
         if config.objective.kind != "next-token":

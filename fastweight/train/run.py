@@ -14,7 +14,7 @@ from fastweight.devices import pick_device
 from fastweight.model import Model, load
 from fastweight.train import checkpoint, folders, partial
 from fastweight.train.config import TrainConfig
-from fastweight.train.loop import Trainer
+from fastweight.train.loop import RESULT, Trainer
 from fastweight.train.metrics import Metrics
 from fastweight.train.prepare import check_parts, prepared
 from fastweight.train.report import Report, describe_run, describe_trained
@@ -53,7 +53,7 @@ def train(
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), stop_requests() as stop:
         torch.manual_seed(config.seed)
         if resume:
-            record = _read_record(out)
+            record = read_record(out)
             same = record["store"] == _fingerprint(store)
             require(same, f"{store.path} holds other data than the run in {out} was started with. Give its own store.")
             folder = folders.open_checkpoint(out, resume if isinstance(resume, str) else None)
@@ -82,6 +82,7 @@ def train(
                 if resumed is not None:
                     trainer.restore(resumed)
                     report.say(f"resumed after step {tally.step}")
+                (out / RESULT).unlink(missing_ok=True)
                 return trainer.run(stop)
         finally:
             metrics.close()
@@ -89,7 +90,7 @@ def train(
 
 def load_run_config(out: str | Path) -> TrainConfig:
     """The settings of the run in folder `out`."""
-    return TrainConfig.from_dict(_read_record(Path(out))["train"])
+    return TrainConfig.from_dict(read_record(Path(out))["train"])
 
 
 def _new_config(config: TrainConfig | None, out: Path) -> TrainConfig:
@@ -103,9 +104,15 @@ def _new_config(config: TrainConfig | None, out: Path) -> TrainConfig:
 
 def _resumed_config(config: TrainConfig | None, out: Path) -> TrainConfig:
     """The settings to go on with; those that shape the weights must be the run's own."""
-    before = load_run_config(out)
     if config is None:
-        return before
+        return load_run_config(out)
+    check_same_run(config, out)
+    return config
+
+
+def check_same_run(config: TrainConfig, out: Path) -> None:
+    """Raise ValueError naming the settings that shape the weights and differ from those of the run in `out`."""
+    before = load_run_config(out)
     old, new = before.to_dict(), config.to_dict()
     # The store is known by its contents, not by its place.
     old["data"]["store"] = new["data"]["store"]
@@ -115,10 +122,10 @@ def _resumed_config(config: TrainConfig | None, out: Path) -> TrainConfig:
         f"{out} was started with other settings ({'; '.join(changed)}). Resume with the run's own, or start a new run "
         "from its weights (model.folder) in another folder.",
     )
-    return config
 
 
-def _read_record(out: Path) -> dict[str, Any]:
+def read_record(out: Path) -> dict[str, Any]:
+    """What config.json of the run in `out` says."""
     path = out / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: {out} holds no run to resume. Start one without resume.")

@@ -1,12 +1,13 @@
 """A run that was stopped, killed or could not save goes on exactly, or says what to do."""
 
 import json
+import os
 import signal
 
 import pytest
-from training_cases import run_elsewhere, tiny_config, tiny_model
+from training_cases import PARTIAL, call_at_forward, converted_model, run_elsewhere, tiny_config, tiny_model
 
-from fastweight.train import CheckpointError, load_run_config, read_metrics, train
+from fastweight.train import CheckpointError, LoraConfig, load_run_config, read_metrics, train
 
 RUNS = {
     "adamw": {},
@@ -45,6 +46,39 @@ def test_losses_after_a_restart_in_another_process_are_bit_equal(store, tmp_path
     assert len(trajectory(tmp_path / "cut")) == 4
     resumed = run_elsewhere(RESUME, tmp_path / "cut", store)
     assert resumed.stdout == "8\n", resumed.stderr
+    assert trajectory(tmp_path / "cut") == trajectory(tmp_path / "whole")
+
+
+START_PARTIAL = """
+model = call_at_forward(converted_model(), {number}, lambda: os.kill(os.getpid(), signal.{signal_name}))
+train(tiny_config(store, checkpoint_every=3, **PARTIAL[{name!r}]), out, model=model, quiet=True)
+"""
+
+
+def untimed(out):
+    return [record | {"seconds": 0, "tokens_per_second": 0} for record in read_metrics(out)]
+
+
+@pytest.mark.parametrize("name", PARTIAL)
+def test_p11_a_partly_trained_run_that_was_stopped_goes_on_bit_by_bit(store, tmp_path, name):
+    config = tiny_config(store, **PARTIAL[name])
+    train(config, tmp_path / "whole", model=converted_model(), quiet=True)
+    passes = config.data.batch_size // config.data.rows * (2 if config.objective.kind == "distill" else 1)
+    model = call_at_forward(converted_model(), 4 * passes, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert train(config, tmp_path / "cut", model=model, quiet=True).stopped == "SIGTERM"
+    assert len(trajectory(tmp_path / "cut")) < 8
+    assert train(None, tmp_path / "cut", resume=True, quiet=True).step == 8
+    assert untimed(tmp_path / "cut") == untimed(tmp_path / "whole")
+    whole, cut = (tmp_path / run / "model" / "model.safetensors" for run in ("whole", "cut"))
+    assert cut.read_bytes() == whole.read_bytes()
+
+
+def test_p11_a_partly_trained_run_goes_on_in_another_process_after_sigkill(store, tmp_path):
+    train(tiny_config(store, **PARTIAL["lora-bins-mag"]), tmp_path / "whole", model=converted_model(), quiet=True)
+    code = START_PARTIAL.format(name="lora-bins-mag", number=7, signal_name="SIGKILL")
+    assert run_elsewhere(code, tmp_path / "cut", store).returncode == -signal.SIGKILL
+    assert (tmp_path / "cut" / "latest").read_text() == "step-000006\n"
+    train(None, tmp_path / "cut", resume=True, quiet=True)
     assert trajectory(tmp_path / "cut") == trajectory(tmp_path / "whole")
 
 
@@ -180,6 +214,40 @@ def test_a_pointer_to_nowhere_names_what_is_there(finished):
     (finished / "latest").write_text("step-000777\n")
     with pytest.raises(CheckpointError, match="the folder does not exist. Resume from another one: step-000004"):
         train(None, finished, resume=True, quiet=True)
+
+
+PARTLY = {"checkpoint_every": 4, **PARTIAL["lora-bins-mag"]}
+
+
+@pytest.fixture
+def partly_finished(store, tmp_path):
+    train(tiny_config(store, **PARTLY), tmp_path, model=converted_model(), quiet=True)
+    return tmp_path
+
+
+def test_a_changed_base_is_found(partly_finished):
+    converted_model(seed=3).save(partly_finished / "base")
+    with pytest.raises(CheckpointError, match="base is not the model that this run was started with. Restore"):
+        train(None, partly_finished, resume=True, quiet=True)
+
+
+def test_a_missing_base_is_named(partly_finished):
+    (partly_finished / "base" / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"base cannot be read: .*model.safetensors is missing.*Restore the"):
+        train(None, partly_finished, resume=True, quiet=True)
+
+
+def test_a_truncated_file_of_trained_weights_is_named(partly_finished):
+    path = partly_finished / "checkpoints" / "step-000008" / "trained.safetensors"
+    path.write_bytes(path.read_bytes()[:-7])
+    with pytest.raises(CheckpointError, match=r"trained.safetensors is .*truncated.*from another one: step-000004"):
+        train(None, partly_finished, resume=True, quiet=True)
+
+
+def test_resuming_with_other_adapters_or_another_schedule_names_them(partly_finished, store):
+    changes = PARTLY | {"lora": LoraConfig(rank=3), "mag": None}
+    with pytest.raises(ValueError, match=r"lora: .*'rank': 2.* → .*'rank': 3.*mag: .*cosine.* → None"):
+        train(tiny_config(store, **changes), partly_finished, resume=True, quiet=True)
 
 
 def test_resuming_with_other_settings_names_them(finished):
