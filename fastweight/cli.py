@@ -12,10 +12,13 @@ from fastweight.configs import near_names
 # Each command is a file in fastweight/commands with `main(arguments)`; nothing heavy is imported before it is chosen.
 COMMANDS = {
     "demo": ("demo", "train a small model here and see its memory work (minutes, CPU is enough)"),
+    "convert-demo": ("convert_demo", "give SmolLM2-135M a memory here (a quarter of an hour, CPU is enough)"),
     "data": ("data", "prepare, verify and describe token stores"),
     "train": ("train", "train a model by a recipe, or continue a run"),
     "eval": ("evaluate", "bits per byte and loss by position, with memory on, frozen and as sliding windows"),
     "generate": ("generate", "continue a text; keep what was read in a file and go on later"),
+    "convert": ("conversion", "give a pretrained Llama, Qwen, Gemma … a memory, train it, compare it honestly"),
+    "report": ("conversion", "print the report of a conversion"),
     "import": ("convert", "published checkpoint → model folder"),
     "export": ("convert", "model folder → published checkpoint"),
     "presets": ("presets", "named model sizes with their parameter counts"),

@@ -22,7 +22,8 @@ LAYERS = [
     {"train"},
     {"recipes", "hf", "doctor"},
     {"demo", "report"},
-    {"commands", "cli", "__main__"},
+    {"conversion", "convert_demo"},
+    {"tptt", "commands", "cli", "__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 MODULES = sorted(PACKAGE.rglob("*.py"))

@@ -1,0 +1,158 @@
+"""From a pretrained folder to a converted model with its report, stopped and continued, by Python and by command."""
+
+import dataclasses
+import json
+import os
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fastweight import cli
+from fastweight.conversion import ConversionConfig, InPlaceRecipe, MagConfig, convert, load_conversion, request_bytes
+from fastweight.model import load
+from fastweight.report import ReportSettings
+from fastweight.train.stages import StageConfig, StagesConfig
+
+pytest.importorskip("peft")
+pytest.importorskip("transformers")
+from tptt.backbones import folder_with_tokenizer  # needs transformers
+
+STAGES = StagesConfig(
+    store="", seq_len=32, batch_size=2, heldout_tokens=64, checkpoint_every=2, device="cpu",
+    transfer=StageConfig(steps=3, lr=3e-3), tune=StageConfig(steps=4, lr=1e-3, trainable=("lora",)),
+)  # fmt: skip
+REPORT = ReportSettings(
+    lengths=(16, 48), tail_tokens=16, documents=3, divergence_tokens=32, passkey_lengths=(), pairs=(), pair_trials=2,
+    speed_lengths=(40,), prefill_tokens=8, decode_tokens=2, repeats=1, read_tokens=64, batch_size=2, piece_tokens=32,
+    device="cpu",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a pretrained llama and a text of 60 documents."""
+    folder = tmp_path_factory.mktemp("conversion")
+    folder_with_tokenizer(folder / "llama")
+    rng = random.Random(0)
+    words = ["a", "small", "model", "reads", "and", "keeps", "on", "learning", "three", "tips"]
+    lines = [json.dumps({"text": " ".join(rng.choices(words, k=60))}) for _ in range(60)]
+    (folder / "text.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def settings(place, **changes):
+    chosen = {"source": str(place / "llama"), "data": str(place / "text.jsonl"), "heldout_fraction": 0.2}
+    chosen |= {"mag": MagConfig(window=8, num_sinks=2, mag_weight=0.2), "stages": STAGES, "report": REPORT}
+    return ConversionConfig(**(chosen | changes))
+
+
+@pytest.fixture(scope="module")
+def converted(place):
+    torch.set_num_threads(1)
+    return convert(settings(place), place / "out", quiet=True, say=lambda line: None)
+
+
+def test_a_conversion_ends_with_a_model_for_both_worlds_and_a_report(place, converted):
+    out = place / "out"
+    assert set(converted["stages"]) == {"a-transfer", "c-lora", "control"}
+    model = load(out / "model")
+    assert {block.mixer.kind for block in model.config.blocks} == {"liza"}
+    from transformers import AutoModelForCausalLM
+
+    face = AutoModelForCausalLM.from_pretrained(out / "hf", trust_remote_code=True).eval()
+    ids = torch.tensor([[2, 7, 30, 5, 9, 11, 2, 7, 30, 5, 9]])
+    with torch.no_grad():
+        assert torch.equal(face(ids).logits, model.eval()(ids)[0])
+    assert set(converted["report"]["models"]) == {"backbone", "converted", "LoRA only", "window + sinks"}
+    assert all((out / "report" / name).is_file() for name in ("report.json", "report.md", "report.png"))
+    assert json.loads((out / "result.json").read_text())["report"] == converted["report"]
+
+
+def test_the_window_of_the_control_takes_no_more_memory_than_the_converted_model(place, converted):
+    sizes = {name: found["speed"][0]["state_bytes"] for name, found in converted["report"]["models"].items()}
+    assert sizes["window + sinks"] <= sizes["converted"]
+    assert request_bytes(load(place / "out" / "model"), 40) == sizes["converted"]
+
+
+def test_converting_again_repeats_nothing_and_changes_nothing(place, converted):
+    before = {p: p.stat().st_mtime_ns for p in (place / "out" / "stages").rglob("*.safetensors")}
+    again = convert(settings(place), place / "out", quiet=True, say=lambda line: None)
+    assert again["report"] == converted["report"]
+    assert {p: p.stat().st_mtime_ns for p in (place / "out" / "stages").rglob("*.safetensors")} == before
+
+
+def test_other_settings_are_refused_and_the_folder_stays(place, converted):
+    record = (place / "out" / "conversion.json").read_text()
+    with pytest.raises(ValueError, match=r"begun with other settings \(seed: 0 → 1\)"):
+        convert(settings(place, seed=1), place / "out", quiet=True, say=lambda line: None)
+    assert (place / "out" / "conversion.json").read_text() == record
+
+
+def test_the_settings_come_back_from_their_file(place, converted):
+    assert load_conversion(place / "out") == settings(place)
+
+
+def test_an_interrupted_conversion_ends_as_an_uninterrupted_one(place, converted, tmp_path):
+    code = f"""
+import os, signal, torch
+torch.set_num_threads(1)
+from fastweight import conversion
+from fastweight.train import loop
+step = loop.Trainer.step
+def dies(self, batches):
+    step(self, batches)
+    if self.tally.step == 3 and "c-lora" in str(self.out):
+        os.kill(os.getpid(), signal.SIGKILL)
+loop.Trainer.step = dies
+conversion.convert(conversion.load_conversion({str(place / "out")!r}), {str(tmp_path / "out")!r}, quiet=True)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == -9, done.stderr
+    torch.set_num_threads(1)
+    convert(settings(place), tmp_path / "out", quiet=True, say=lambda line: None)
+    want, got = (load(folder / "model").state_dict() for folder in (place / "out", tmp_path / "out"))
+    assert all(torch.equal(want[name], got[name]) for name in want)
+
+
+def test_in_place_memory_is_converted_without_stage_a(place, tmp_path):
+    stages = dataclasses.replace(STAGES, transfer=StageConfig())
+    chosen = settings(
+        place, recipe="in-place", in_place=InPlaceRecipe(layers="0,2", chunk_size=8), stages=stages, control=False,
+        report=None,
+    )  # fmt: skip
+    result = convert(chosen, tmp_path / "out", quiet=True, say=lambda line: None)
+    memories = [b.feed_forward.memory for b in load(tmp_path / "out" / "model").config.blocks]
+    assert [m is not None for m in memories] == [True, False, True]
+    assert set(result["stages"]) == {"c-lora"}
+    with pytest.raises(ValueError, match="Leave stages.transfer"):
+        settings(place, recipe="in-place")
+
+
+def test_data_of_another_tokenizer_is_refused_before_anything_is_trained(place, tmp_path):
+    from fastweight.data import prepare
+
+    prepare(str(place / "text.jsonl"), "bytes", tmp_path / "store")
+    with pytest.raises(ValueError, match="was made with tokenizer 'bytes'"):
+        convert(settings(place, data=str(tmp_path / "store")), tmp_path / "out", say=lambda line: None)
+    assert not (tmp_path / "out" / "stages").exists()
+
+
+def test_the_report_command_prints_the_saved_report(place, converted, capsys):
+    cli.run(["report", str(place / "out")])
+    printed = capsys.readouterr().out
+    assert json.loads(printed.splitlines()[-1])["report"]["verdict"] == converted["report"]["verdict"]
+    assert "window + sinks" in printed
+
+
+def test_a_folder_without_a_conversion_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no conversion"):
+        load_conversion(tmp_path)
