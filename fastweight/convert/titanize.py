@@ -105,8 +105,10 @@ def _rebuild(model: Model, config: ModelConfig, seed: int) -> Model:
     foreign = [name for name in shared if name not in wanted and not _is_memory(model, name)]
     require(
         not foreign and not list(model.buffers()),
-        f"titanize: this model holds tensors that are not its own: {', '.join(foreign[:4])}. Merge adapters first.",
+        f"this model holds tensors that are not its own: {', '.join(foreign[:4])}. Merge adapters first.",
     )
+    packed = [f"{name} ({p.dtype})" for name, p in shared.items() if not p.is_floating_point()]
+    require(not packed, f"this model is quantised: {', '.join(packed[:4])}. Load it in a floating-point dtype first.")
     for name in wanted:
         if name in shared:
             old = shared[name]

@@ -157,6 +157,34 @@ def test_p8_bytes_are_what_the_page_says():
     assert model.init_state(1).num_bytes == 2 * (4 * (memory + conv + tail) + 8 * 3) + 8
 
 
+def recall_task(batch: int, generator: torch.Generator, pairs: int = 6, keys: int = 16) -> Tensor:
+    """Different keys with a value each, then the same pairs in another order, whose values are known by then."""
+    key = torch.rand(batch, keys, generator=generator).argsort(1)[:, :pairs]
+    value = torch.randint(keys, 2 * keys, (batch, pairs), generator=generator)
+    again = torch.rand(batch, pairs, generator=generator).argsort(1)
+    halves = [torch.stack([key, value], 2), torch.stack([key.gather(1, again), value.gather(1, again)], 2)]
+    return torch.cat(halves, 1).flatten(1)
+
+
+def test_p8_after_a_short_training_the_memory_alone_recalls_far_above_chance():
+    two_heads = AttentionConfig(num_heads=2)
+    plain = backbone(two_heads, two_heads, vocab_size=32, d_model=32, init_std=0.1)
+    model = titanize(plain, mag_weight=1.0, conv_width=3, output_norm="rms")
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    generator, asked = torch.Generator().manual_seed(1), slice(12, -1, 2)
+    for _ in range(120):
+        text = recall_task(32, generator)
+        logits, _ = model(text)
+        loss = torch.nn.functional.cross_entropy(logits[:, asked].flatten(0, 1), text[:, 13::2].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    text = recall_task(256, generator)
+    with torch.no_grad():
+        right = (model(text)[0][:, asked].argmax(-1) == text[:, 13::2]).float().mean()
+    assert right > 0.5  # a value that was seen at all: 1/6; any value: 1/16
+
+
 # P12: generation
 
 
@@ -337,6 +365,13 @@ def test_a_model_with_adapters_in_it_is_refused():
     plain = backbone()
     plain.blocks[0].mixer.extra = torch.nn.Linear(2, 2)
     with pytest.raises(ValueError, match=r"not its own: blocks.0.mixer.extra.weight.*Merge adapters first"):
+        titanize(plain)
+
+
+def test_a_quantised_model_is_refused():
+    plain = backbone()
+    plain.blocks[0].mixer.qkv.weight = torch.nn.Parameter(torch.zeros(4, 4, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(ValueError, match=r"quantised: blocks.0.mixer.qkv.weight \(torch.uint8\)"):
         titanize(plain)
 
 

@@ -26,6 +26,14 @@ class LizaState(NamedTuple):
     memory: LizaMemoryState | None
 
 
+class _Projected(NamedTuple):
+    """(q, k) without and with positions, and v."""
+
+    plain: tuple[Tensor, Tensor]
+    turned: tuple[Tensor, Tensor]
+    v: Tensor
+
+
 class Branches(NamedTuple):
     """Which of the two branches run."""
 
@@ -82,8 +90,8 @@ class Liza(AttentionLayer):
     def mag_values(self) -> list[float]:
         """μ of each head as it acts, in [0, 1].
 
-        On a GPU the numbers are fetched once and kept until the parameter is written in place or replaced; a write
-        through `.data` is not noticed there.
+        On a GPU the numbers are fetched once and kept until the parameter is written in place or replaced, or the
+        layer changes between training and evaluation; a write through `.data` alone is not noticed there.
         """
         mag = self.mag.detach()
         if mag.is_meta:
@@ -97,6 +105,10 @@ class Liza(AttentionLayer):
         ):
             self._known = known = (mag, mag._version, mag.clamp(0, 1).tolist())
         return known[2]
+
+    def train(self, mode: bool = True) -> "Liza":
+        self._known = None
+        return super().train(mode)
 
     def branches(self) -> Branches:
         """Which branches the present μ needs."""
@@ -122,12 +134,12 @@ class Liza(AttentionLayer):
             seen, cache = self._attend(q, k, v, cache, cu_seqlens, linear)
             return self.merge(seen, x), LizaState(cache, None)
         assert memory is not None
-        plain, turned, v = self._project_both(x, memory.matrix.position, cu_seqlens)
-        heads, memory = self._remember(x, plain, turned, v, memory, cu_seqlens)
+        projected = self._project_both(x, memory.matrix.position, cu_seqlens, softmax)
+        heads, memory = self._remember(x, projected, memory, cu_seqlens)
         if cache is not None:
-            seen, cache = self._attend(*turned, v, cache, cu_seqlens, linear)
+            seen, cache = self._attend(*projected.turned, projected.v, cache, cu_seqlens, linear)
             heads = self._mix(seen, heads)
-        return self.merge(heads.to(v.dtype), x), LizaState(cache, memory)
+        return self.merge(heads.to(projected.v.dtype), x), LizaState(cache, memory)
 
     def transfer_outputs(self, x: Tensor, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Both branches' heads [B, T, num_heads, head_dim] over x [B, T, D], each from an empty state, before mixing.
@@ -136,11 +148,11 @@ class Liza(AttentionLayer):
         """
         count = x.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
         memory = self.memory.init_state(count)
-        plain, turned, v = self._project_both(x, memory.matrix.position, cu_seqlens)
+        projected = self._project_both(x, memory.matrix.position, cu_seqlens, softmax=True)
         with torch.no_grad():
             cache = self.init_cache(count, self.config.num_sinks)
-            seen, _ = self._attend(*turned, v, cache, cu_seqlens, linear=False)
-        return seen, self._remember(x, plain, turned, v, memory, cu_seqlens)[0]
+            seen, _ = self._attend(*projected.turned, projected.v, cache, cu_seqlens, linear=False)
+        return seen, self._remember(x, projected, memory, cu_seqlens)[0]
 
     @torch.no_grad()
     def inner_losses(self, x: Tensor, state: LizaState) -> dict[str, Tensor] | None:
@@ -148,10 +160,9 @@ class Liza(AttentionLayer):
         memory = self._fit(state, self.branches())[1]
         if memory is None:
             return None
-        plain, turned, v = self._project_both(x, memory.matrix.position, None)
+        projected = self._project_both(x, memory.matrix.position, None, softmax=False)
         with torch.autocast(x.device.type, enabled=False):
-            q, k = turned if self.config.positions == "rope" else plain
-            writes, _, _ = self.memory.project(x, q, k, v, memory, None)
+            writes, _, _ = self.memory.project(x, *self._shared(projected), memory, None)
         return recall_losses(memory.matrix.memory, writes)
 
     def _window(self, linear: bool) -> tuple[int | None, int]:
@@ -166,19 +177,22 @@ class Liza(AttentionLayer):
         window, sinks = self._window(linear)
         return self.attend(q, k, v, cache, cu_seqlens, window=window, num_sinks=sinks)
 
-    def _project_both(
-        self, x: Tensor, position: Tensor, cu_seqlens: Tensor | None
-    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], Tensor]:
-        """(q, k) without and with positions, and v."""
+    def _project_both(self, x: Tensor, position: Tensor, cu_seqlens: Tensor | None, softmax: bool) -> "_Projected":
         q, k, v = self.project_unrotated(x)
-        return (q, k), self.rotate(q, k, token_positions(position, x.shape[1], cu_seqlens)), v
+        # A memory without positions reads on beyond the last position that a rotation is made for.
+        rotates = softmax or self.config.positions == "rope"
+        turned = self.rotate(q, k, token_positions(position, x.shape[1], cu_seqlens)) if rotates else (q, k)
+        return _Projected((q, k), turned, v)
+
+    def _shared(self, projected: "_Projected") -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v as the memory sees them."""
+        return (*(projected.turned if self.config.positions == "rope" else projected.plain), projected.v)
 
     def _remember(
-        self, x: Tensor, plain: tuple[Tensor, Tensor], turned: tuple[Tensor, Tensor], v: Tensor,
-        memory: LizaMemoryState, cu_seqlens: Tensor | None,
-    ) -> tuple[Tensor, LizaMemoryState]:  # fmt: skip
-        q, k = turned if self.config.positions == "rope" else plain
-        return self.memory(x, q, k, v, memory, cu_seqlens, backend=self.backend, learning=self.learning)
+        self, x: Tensor, projected: "_Projected", memory: LizaMemoryState, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, LizaMemoryState]:
+        shared = self._shared(projected)
+        return self.memory(x, *shared, memory, cu_seqlens, backend=self.backend, learning=self.learning)
 
     def _mix(self, seen: Tensor, read: Tensor) -> Tensor:
         mag = self.mag.to(read.dtype)
