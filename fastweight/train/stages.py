@@ -31,6 +31,7 @@ from fastweight.train.config import (
 from fastweight.train.loop import RESULT
 from fastweight.train.partial import weights_checksum
 from fastweight.train.run import check_same_run, read_record, train
+from fastweight.train.trainable import memory_parameters
 
 TRANSFER, DISTILL, TUNE, CONTROL = "a-transfer", "b-distill", "c-lora", "control"
 # A stage that ends by the clock has room for so many steps; its schedules follow the clock.
@@ -99,6 +100,10 @@ class StagesConfig:
     """B: part of the cross-entropy of the text."""
     lora: LoraConfig = field(default_factory=lambda: LoraConfig(rank=16, alpha=32.0))
     """The adapters of the stages that train them."""
+    memory_rate: float = 4.0
+    """Rate of the memory's parameters as a multiple of a stage's lr, where adapters learn at that."""
+    mag_rate: float = 20.0
+    """Rate of learned weights of linear branches (μ) as a multiple of a stage's lr."""
     seed: int = 0
     precision: Precision = "float32"
     activation_checkpointing: bool = False
@@ -171,7 +176,7 @@ def convert_stages(model: Any, out: str | Path, config: StagesConfig, *, quiet: 
         if not stage.wanted:
             continue
         folder = Path(out) / name
-        results[name] = _run(folder, stage_config(config, name), current, quiet)
+        results[name] = _run(folder, _with_rates(stage_config(config, name), config, current), current, quiet)
         if results[name]["stopped"] not in ("", "time"):
             return StagesResult(model=None, stopped=results[name]["stopped"], stages=results)
         current = load(folder / "model")
@@ -240,6 +245,18 @@ def stage_config(config: StagesConfig, name: str) -> TrainConfig:
         activation_checkpointing=config.activation_checkpointing,
         device=config.device,
     )  # fmt: skip
+
+
+def _with_rates(run: TrainConfig, config: StagesConfig, model: Model) -> TrainConfig:
+    """`run` with the rates of what a conversion added to `model`, as far as it is trained."""
+    if run.objective.kind == "transfer" or (LORA in run.trainable and not run.lora.train_memory):
+        return run
+    factors: dict[str, float] = {}
+    if any(mixer.config.mag == "learned" for mixer in liza_layers(model).values()):
+        factors["*.mag"] = config.mag_rate
+    if LORA in run.trainable and any(".memory." in name for name in memory_parameters(model)):
+        factors["*.memory.*"] = config.memory_rate
+    return dataclasses.replace(run, optimizer=dataclasses.replace(run.optimizer, lr_factors=factors))
 
 
 def _run(folder: Path, config: TrainConfig, model: Model, quiet: bool) -> dict[str, Any]:

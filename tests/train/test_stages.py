@@ -99,7 +99,9 @@ def test_p16_distillation_lowers_the_divergence_from_the_backbone(converted):
 def test_p16_the_control_learns_the_same_text_in_the_same_order_without_a_memory(converted, config):
     out, stages, plain = converted
     tuned, other = (load_run_config(out / name) for name in (TUNE, CONTROL))
-    for name in ("data", "optimizer", "schedule", "steps", "seed", "objective"):
+    # The memory has a rate of its own; the adapters' is the same.
+    assert replace(tuned.optimizer, lr_factors={}) == other.optimizer
+    for name in ("data", "schedule", "steps", "seed", "objective"):
         assert getattr(tuned, name) == getattr(other, name), name
     assert plain.stages[CONTROL]["tokens"] == stages.stages[TUNE]["tokens"]
     assert {mixer.kind for mixer in plain.model.mixers()} == {"attention"}
@@ -230,3 +232,14 @@ BAD = {
 def test_bad_settings_are_refused_in_words(message, changes):
     with pytest.raises(ValueError, match=message):
         StagesConfig(store="there", **changes)
+
+
+def test_memories_and_their_weights_learn_at_their_own_rates():
+    from fastweight.train.stages import _with_rates
+
+    config = StagesConfig(store="", tune=StageConfig(steps=4, trainable=("lora",)), memory_rate=3.0, mag_rate=7.0)
+    model = titanize(attention_model(d_model=32), mag="learned", mag_weight=0.1)
+    run = _with_rates(stage_config(config, TUNE), config, model)
+    assert run.optimizer.lr_factors == {"*.mag": 7.0, "*.memory.*": 3.0}
+    scheduled = titanize(attention_model(d_model=32), mag_weight=0.1)
+    assert _with_rates(stage_config(config, TUNE), config, scheduled).optimizer.lr_factors == {"*.memory.*": 3.0}
