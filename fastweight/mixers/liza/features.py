@@ -17,7 +17,7 @@ def features(kind: str, z: Tensor, weight: Tensor | None) -> Tensor:
     """Unit-norm features [B, T, H, F] of z [B, T, H, D].
 
     "silu": SiLU(z), "identity": z, "softmax": softmax(z), each over the channels of a head, F = D. "hedgehog":
-    softmax([W z, −W z]) with W = weight [H, F / 2, D] (Zhang et al. 2024, arXiv:2402.04347, eq. 3 and section 4.1;
+    softmax([W z, −W z]) with W = weight [H, F / 2, D] (Hedgehog, Zhang et al. 2024, arXiv:2402.04347;
     the L2 norm takes out the softmax's own sum, so this is the form with exponentials, without their overflow).
     """
     if kind == "silu":
