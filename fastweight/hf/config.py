@@ -9,19 +9,14 @@ from fastweight import files
 from fastweight.configs import require
 from fastweight.layers import FeedForwardConfig
 from fastweight.mixers.delta import DeltaConfig
-from fastweight.model import BlockConfig, ModelConfig
+from fastweight.model import BlockConfig, Model, ModelConfig
 
-CODE_FILE = "modeling_fastweight.py"
 CODE = '''"""Leads `trust_remote_code=True` to the installed library (pip install "fastweight[hf]")."""
 
-from fastweight.hf import FastweightConfig, FastweightForCausalLM
+from {module} import {config}, {model}
 
-__all__ = ["FastweightConfig", "FastweightForCausalLM"]
+__all__ = ["{config}", "{model}"]
 '''
-AUTO_MAP = {
-    "AutoConfig": "modeling_fastweight.FastweightConfig",
-    "AutoModelForCausalLM": "modeling_fastweight.FastweightForCausalLM",
-}
 
 
 class FastweightConfig(PreTrainedConfig):
@@ -36,6 +31,7 @@ class FastweightConfig(PreTrainedConfig):
     """
 
     model_type: ClassVar[str] = "fastweight"
+    code: ClassVar[tuple[str, str]] = ("fastweight.hf", "FastweightForCausalLM")  # module and class of the model
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
 
     def __init__(
@@ -59,10 +55,14 @@ class FastweightConfig(PreTrainedConfig):
                 f"FastweightConfig: {name} is {given!r}, but `model` says {size!r}. Change `model`, not {name}.",
             )
         kwargs.pop("auto_map", None)
-        options: dict[str, Any] = {"architectures": ["FastweightForCausalLM"]} | _token_ids(origin) | kwargs
+        options: dict[str, Any] = {"architectures": [self.code[1]]} | _token_ids(origin) | kwargs
         super().__init__(**options)
         self.use_cache, self.origin = use_cache, origin
-        self.auto_map = dict(AUTO_MAP)
+        own, (_, model_class) = f"modeling_{self.model_type}", self.code
+        self.auto_map = {
+            "AutoConfig": f"{own}.{type(self).__name__}",
+            "AutoModelForCausalLM": f"{own}.{model_class}",
+        }
         self.set_model(config)
 
     def set_model(self, config: ModelConfig) -> None:
@@ -70,6 +70,14 @@ class FastweightConfig(PreTrainedConfig):
         self.model = config.to_dict()
         for name, size in _sizes(config).items():
             setattr(self, name, size)
+
+    def describe(self, model: Model) -> None:
+        """Describe `model`: its config, its origin, and its origin's special tokens where this config has none."""
+        self.set_model(model.config)
+        self.origin = model.origin
+        for name, number in _token_ids(model.origin).items():
+            if getattr(self, name, None) is None:
+                setattr(self, name, number)
 
     def to_model_config(self) -> ModelConfig:
         """The library's own config."""
@@ -79,7 +87,9 @@ class FastweightConfig(PreTrainedConfig):
         """Write config.json and the file that `auto_map` names."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        files.write_text(folder / CODE_FILE, CODE)
+        module, model_class = self.code
+        code = CODE.format(module=module, config=type(self).__name__, model=model_class)
+        files.write_text(folder / f"modeling_{self.model_type}.py", code)
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     @classmethod

@@ -29,6 +29,7 @@ class FastweightForCausalLM(PreTrainedModel, GenerationMixin):
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = True
+    _supports_sdpa = True  # "eager" or "sdpa": either way the library's own attention, which honours every mask
 
     def __init__(self, config: FastweightConfig):
         super().__init__(config)
