@@ -104,9 +104,11 @@ def tiny(case, attention="eager"):
     config = getattr(transformers, name)(**(SHARED if name == "GPT2Config" else SIZES) | settings)
     config._attn_implementation = attention
     torch.manual_seed(len(case))
+    if attention == "sdpa" and getattr(config, "attn_logit_softcapping", None):
+        return None  # it has no cap; some versions leave the cap out, others refuse
     try:
         model = transformers.AutoModelForCausalLM.from_config(config)
-    except ValueError:  # sdpa has no soft cap
+    except ValueError:
         return None
     with torch.no_grad():
         for parameter in model.parameters():

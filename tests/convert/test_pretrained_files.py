@@ -243,12 +243,10 @@ def test_a_file_is_not_a_folder(tmp_path):
         load_pretrained(tmp_path / "weights.bin")
 
 
-@pytest.fixture(scope="module")
-def gguf_file(tmp_path_factory):
+def write_gguf(path, change=lambda writer: None):
     """A tiny Llama as GGUF, in float32. Its rows of q and k are in the order that GGUF wants (pairs together)."""
     import gguf
 
-    path, model = tmp_path_factory.mktemp("gguf") / "tiny.gguf", tiny(TIED.replace("-biases-tied", ""))
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(64)
     writer.add_embedding_length(32)
@@ -260,7 +258,8 @@ def gguf_file(tmp_path_factory):
     writer.add_rope_freq_base(10000.0)
     writer.add_rope_dimension_count(8)
     writer.add_vocab_size(97)
-    for name, tensor in model.state_dict().items():
+    change(writer)
+    for name, tensor in tiny("llama").state_dict().items():
         data = tensor
         if "q_proj" in name or "k_proj" in name:
             data = tensor.unflatten(0, (4 if "q_proj" in name else 2, 2, -1)).transpose(1, 2).flatten(0, 2)
@@ -270,6 +269,11 @@ def gguf_file(tmp_path_factory):
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+@pytest.fixture(scope="module")
+def gguf_file(tmp_path_factory):
+    return write_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf")
 
 
 def _gguf_name(name):
@@ -299,6 +303,19 @@ def test_a_model_from_gguf_can_be_written_for_transformers(gguf_file, tmp_path):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     with torch.no_grad():
         assert torch.allclose(theirs(TOKENS).logits, tiny("llama")(TOKENS).logits, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda writer: writer.add_tensor("rope_freqs.weight", np.ones(4, np.float32)), "rope_freqs.weight"),
+        (lambda writer: writer.add_string("llama.rope.scaling.type", "yarn"), "rope.scaling.type 'yarn'"),
+        (lambda writer: writer.add_sliding_window(16), "llama.attention.sliding_window 16"),
+    ],
+)
+def test_what_transformers_passes_over_in_a_gguf_file_is_refused(tmp_path, change, message):
+    with pytest.raises(ValueError, match=f"says {message}, which transformers does not read from GGUF"):
+        load_pretrained(write_gguf(tmp_path / "more.gguf", change))
 
 
 def test_a_gguf_file_that_is_not_there_is_named(tmp_path):

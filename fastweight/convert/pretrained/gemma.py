@@ -45,7 +45,7 @@ def _gemma3_rotation(c: Settings, kind: str, head_dim: int) -> dict[str, Any]:
     """Sliding layers have a base of their own; older files' rope_scaling is for the others alone."""
     nested = c.data.get("rope_parameters")
     require(
-        nested is None or (isinstance(nested, dict) and set(nested) <= set(LAYER_TYPES)),
+        nested is None or (isinstance(nested, dict) and any(kind in nested for kind in LAYER_TYPES)),
         f"{c.family}: rope_parameters must hold one object for each of {', '.join(LAYER_TYPES)}, got {nested!r}.",
     )
     scaling = c.data.get("rope_scaling") if kind == "full_attention" else None

@@ -75,6 +75,13 @@ def _fetch(name: str, patterns: list[str]) -> Path:
 
 def _read_gguf(path: Path) -> Checkpoint:
     """A GGUF file, dequantised to float32 and given the names of its family by transformers."""
+    with gguf_support(path):
+        lost = _lost_by_transformers(path)
+    require(
+        not lost,
+        f"{path} says {', '.join(lost)}, which transformers does not read from GGUF: the model would compute something "
+        "else. Load the same model from safetensors.",
+    )
     with gguf_support(path) as transformers:
         import torch
 
@@ -90,6 +97,23 @@ def _read_gguf(path: Path) -> Checkpoint:
             tensors[name] = tensor.detach()
         seen.add(tensor.data_ptr())
     return Checkpoint(str(path), config, tensors)
+
+
+def _lost_by_transformers(path: Path) -> list[str]:
+    """What of a GGUF file changes the function, but is passed over when transformers makes a model of it."""
+    import gguf  # pyright: ignore[reportMissingImports]
+
+    reader = gguf.GGUFReader(path)
+    fields = {name.split(".", 1)[-1]: field.contents() for name, field in reader.fields.items() if "rope" in name}
+    windows = {n: f.contents() for n, f in reader.fields.items() if n.endswith("attention.sliding_window")}
+    lost = [tensor.name for tensor in reader.tensors if tensor.name.startswith(("rope_freqs", "rope_factors"))]
+    lost += [f"rope.scaling.type {fields['rope.scaling.type']!r}"] if _on(fields.get("rope.scaling.type")) else []
+    lost += [f"rope.scale_linear {fields['rope.scale_linear']}"] if fields.get("rope.scale_linear", 1) != 1 else []
+    return lost + [f"{n} {value}" for n, value in windows.items() if value and not n.startswith("gemma")]
+
+
+def _on(scaling: Any) -> bool:
+    return scaling not in (None, "", "none")
 
 
 @contextlib.contextmanager
