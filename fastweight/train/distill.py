@@ -69,7 +69,7 @@ class Distill:
         config, device = self.config, student.device
         with autocast(device, self.precision):
             logits = self.model.logits(student)
-            with torch.no_grad(), without_adapters(self.model):
+            with torch.no_grad(), without_adapters(self.model.head):
                 wanted = self.model.logits(teacher)
         logits, wanted = (z.to(torch.promote_types(z.dtype, torch.float32)) for z in (logits, wanted))
         nats = F.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORED)

@@ -51,9 +51,9 @@ def adapter_layers(model: nn.Module) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def without_adapters(model: nn.Module) -> Iterator[None]:
-    """Inside, the adapters add nothing."""
-    layers = list(adapter_layers(model).values())
+def without_adapters(model: nn.Module | None) -> Iterator[None]:
+    """Inside, the adapters in `model` (nothing if None) add nothing."""
+    layers = [] if model is None else list(adapter_layers(model).values())
     trained = [p for layer in layers for p in layer.parameters() if p.requires_grad]
     for layer in layers:
         layer.enable_adapters(False)
