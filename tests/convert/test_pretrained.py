@@ -1,11 +1,13 @@
 """Every family of pretrained decoders against transformers: the same logits, the same text, the same bytes back."""
 
+import copy
 import json
 
 import pytest
 import torch
 from convert.pretrained_cases import CASES, greedy, save, tiny
 from safetensors.torch import load_file
+from tolerances import relative_error
 
 from fastweight.convert.pretrained import load_pretrained, restore, save_pretrained_format
 from fastweight.generate import generate
@@ -48,6 +50,16 @@ def test_logits_are_those_of_transformers_with_every_attention_it_has(case, fold
         if theirs is not None:
             with torch.no_grad():
                 assert_same_logits(model(x)[0], theirs(x).logits)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_in_half_precision_it_is_as_near_to_the_truth_as_transformers_is(case, folders):
+    x, theirs = tokens(), copy.deepcopy(tiny(case)).bfloat16()
+    with torch.no_grad():
+        truth, want = tiny(case)(x).logits, theirs(x).logits
+        got, _ = load_pretrained(folders(case), dtype=torch.bfloat16)(x)
+    assert got.dtype == torch.bfloat16
+    assert relative_error(got, truth) < 1.3 * relative_error(want, truth)  # both are roundings of one function
 
 
 @pytest.mark.parametrize("case", CASES)
