@@ -4,43 +4,16 @@ import contextlib
 
 import pytest
 import torch
+from convert.liza_cases import ATTENTION, T, backbone, face, ids, with_settings, with_weights
 from tolerances import assert_close
 from torch import Tensor
 
-from fastweight import BlockConfig, FeedForwardConfig, Model, ModelConfig, load
-from fastweight.convert.layer_choice import choose_layers
-from fastweight.convert.mag import backbone_view, find_model, liza_layers, mag_weights, set_mag_weight
+from fastweight import Model, load
+from fastweight.convert.mag import liza_layers, mag_weights, set_mag_weight
 from fastweight.convert.titanize import restore_backbone, titanize
-from fastweight.hf import FastweightForCausalLM
 from fastweight.mixers.attention import AttentionConfig
 from fastweight.mixers.delta import DeltaConfig
 from fastweight.mixers.liza import LizaConfig
-
-VOCAB, T = 37, 23
-ATTENTION = AttentionConfig(num_heads=4, num_kv_heads=2, qk_norm="head", qkv_bias=True)
-SETTINGS = {
-    "plain": {},
-    "windowed": {"window": 5, "num_sinks": 2, "positions": "rope"},
-    "rich": {"order": 2, "conv_width": 3, "feature_map": "hedgehog", "output_norm": "rms"},
-}
-with_settings = pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-with_weights = pytest.mark.parametrize("mag", [0.3, 1.0])
-
-
-def backbone(*mixers, dtype=torch.float32, **changes) -> Model:
-    torch.manual_seed(0)
-    mixers = mixers or (ATTENTION, ATTENTION)
-    blocks = tuple(BlockConfig(mixer=mixer, feed_forward=FeedForwardConfig(hidden=24)) for mixer in mixers)
-    config = ModelConfig(**{"vocab_size": VOCAB, "d_model": 16, "blocks": blocks, "init_std": 0.3} | changes)
-    return Model(config).to(dtype).eval()
-
-
-def ids(*shape, seed=1) -> Tensor:
-    return torch.randint(0, VOCAB, shape, generator=torch.Generator().manual_seed(seed))
-
-
-def face(model: Model) -> FastweightForCausalLM:
-    return FastweightForCausalLM.from_model(model).eval()
 
 
 def greedy(model: Model, prompt: Tensor, count: int = 12, **options) -> list:
@@ -207,47 +180,6 @@ def test_p12_beam_search_with_a_cache_equals_beam_search_without(mag):
 # P13: which layers, and back
 
 
-@pytest.mark.parametrize(
-    ("spec", "want"),
-    [
-        ("all", range(12)),
-        ([3, 1, 3], [1, 3]),
-        ("0-5,9", [0, 1, 2, 3, 4, 5, 9]),
-        ("7", [7]),
-        ("every 3", [0, 3, 6, 9]),
-        ("last 4", [8, 9, 10, 11]),
-        (4, [1, 4, 7, 10]),
-        (1, [6]),
-        (12, range(12)),
-        (0, []),
-        ([], []),
-    ],
-)
-def test_p13_layers_are_named_by_numbers_ranges_patterns_or_a_budget(spec, want):
-    assert choose_layers(spec, 12) == tuple(want)
-
-
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        ([0, 12], "there is no layer 12; this model has 0 to 11"),
-        ([-1], "there is no layer -1"),
-        ("10-14", "there is no layer 12, 13, 14"),
-        ("5-2", "runs backwards"),
-        ("most", "cannot read 'most'"),
-        ("1,,2", "cannot read '1,,2'"),
-        ("every 0", "needs a positive number"),
-        ("last 13", "more than the 12 layers"),
-        (13, "a budget of 13 does not fit"),
-        ([1.5], "are not whole numbers"),
-        (None, "cannot read None"),
-    ],
-)
-def test_a_choice_of_layers_that_does_not_exist_is_refused(spec, message):
-    with pytest.raises(ValueError, match=message):
-        choose_layers(spec, 12)
-
-
 def test_p13_only_the_listed_layers_have_a_memory():
     model = titanize(backbone(*[ATTENTION] * 4), layers=[1, 3])
     assert [block.mixer.kind for block in model.config.blocks] == ["attention", "liza", "attention", "liza"]
@@ -373,78 +305,3 @@ def test_a_quantised_model_is_refused():
     plain.blocks[0].mixer.qkv.weight = torch.nn.Parameter(torch.zeros(4, 4, dtype=torch.uint8), requires_grad=False)
     with pytest.raises(ValueError, match=r"quantised: blocks.0.mixer.qkv.weight \(torch.uint8\)"):
         titanize(plain)
-
-
-# Weights of the memory
-
-
-class Wrapper(torch.nn.Module):
-    def __init__(self, inner):
-        super().__init__()
-        self.inner = inner
-
-
-def test_weights_are_set_for_a_model_a_face_and_whatever_wraps_them():
-    model = titanize(backbone())
-    for value, thing in ((0.25, model), (0.5, face(model)), (0.75, Wrapper(Wrapper(face(model))))):
-        set_mag_weight(thing, value)
-        assert mag_weights(thing) == {0: [value] * 4, 1: [value] * 4}
-
-
-def test_weights_are_set_by_layer_and_by_head():
-    model = titanize(backbone())
-    set_mag_weight(model, (0.5,), layers=[1])
-    assert mag_weights(model) == {0: [0.0] * 4, 1: [0.5] * 4}
-    set_mag_weight(model, {0: [0.0, 0.25, 0.5, 1.0]})
-    assert mag_weights(model)[0] == [0.0, 0.25, 0.5, 1.0]
-
-
-@pytest.mark.parametrize(
-    ("value", "layers", "message"),
-    [
-        (1.5, None, r"needs a number in \[0, 1\], or 4 of them \(one per head\), got 1.5"),
-        (float("nan"), None, "got nan"),
-        ([0.1, 0.2], None, "got \\[0.1, 0.2\\]"),
-        ("0.5", None, "got '0.5'"),
-        (0.5, [0], r"layer\(s\) \[0\] have no memory; those that do are \[1\]"),
-        ({1: 0.5, 7: 0.5}, None, r"layer\(s\) \[7\] have no memory"),
-        ({1: 0.5}, [1], "leave layers out"),
-    ],
-)
-def test_a_weight_that_cannot_be_set_is_refused_and_nothing_changes(value, layers, message):
-    model = titanize(backbone(), layers=[1])
-    with pytest.raises(ValueError, match=message):
-        set_mag_weight(model, value, layers)
-    assert mag_weights(model) == {1: [0.0] * 4}
-
-
-def test_a_model_without_memories_has_no_weights_to_set():
-    with pytest.raises(ValueError, match="no liza layer"):
-        set_mag_weight(backbone(), 0.5)
-    with pytest.raises(ValueError, match="needs a Model or something around one, got Linear"):
-        find_model(torch.nn.Linear(2, 2))
-
-
-# The teacher's view
-
-
-@with_settings
-def test_the_view_reads_as_the_backbone_and_leaves_everything_as_it_was(settings):
-    plain = backbone()
-    model = titanize(plain, mag_weight=0.6, **settings)
-    want, _ = model(ids(2, T))
-    with backbone_view(model) as teacher:
-        assert torch.equal(teacher(ids(2, T))[0], plain(ids(2, T))[0])
-    assert torch.equal(model(ids(2, T))[0], want)
-    assert mag_weights(model)[0] == [pytest.approx(0.6)] * 4
-
-
-def test_states_of_the_view_and_of_the_model_do_not_mix():
-    model = titanize(backbone(), mag_weight=0.6)
-    _, own = model(ids(2, T))
-    with backbone_view(model):
-        with pytest.raises(ValueError, match="belongs to another model"):
-            model(ids(2, T), own)
-        _, foreign = model(ids(2, T))
-    with pytest.raises(ValueError, match="belongs to another model"):
-        model(ids(2, T), foreign)
