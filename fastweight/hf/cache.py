@@ -158,10 +158,11 @@ class FastweightCache(Cache):
 
 
 def can_crop(config: ModelConfig) -> bool:
-    """Every token is kept apart in the state: full attention everywhere, no convolution."""
+    """Every token is kept apart in the state: full attention everywhere, no convolution, no other memory."""
     mixers = [block.mixer for block in config.blocks]
     full = all(type(mixer) is AttentionConfig and mixer.window is None and not mixer.num_sinks for mixer in mixers)
-    return full and not any(block.pre_conv for block in config.blocks)
+    more = [block.pre_conv or (block.feed_forward and block.feed_forward.memory) for block in config.blocks]
+    return full and not any(more)
 
 
 def _cut(state: AttentionState, count: int) -> AttentionState:

@@ -223,6 +223,11 @@ class FastweightForCausalLM(PreTrainedModel, GenerationMixin):
             "model.to_model().blocks.",
         )
         require(
+            self.model.head is not None or not hasattr(self.model.embedding, "lora_embedding_A"),
+            "an adapter on the embedding would not reach the head, which shares its weights, and could not be merged. "
+            'Leave "embedding" out of target_modules, or train it whole: modules_to_save=["embedding"].',
+        )
+        require(
             labels is None or labels.shape == ids.shape,
             f"forward: labels must have the shape of input_ids {list(ids.shape)}, got "
             f"{list(labels.shape) if labels is not None else None}.",

@@ -4,7 +4,7 @@ import torch
 from laws.cases import CASES
 
 from fastweight.hf import FastweightForCausalLM
-from fastweight.layers import FeedForwardConfig
+from fastweight.layers import FeedForwardConfig, InPlaceConfig
 from fastweight.mixers import MixerConfig
 from fastweight.mixers.attention import AttentionConfig
 from fastweight.mixers.delta import DeltaConfig
@@ -14,6 +14,8 @@ from fastweight.mixers.ttt import TTTLinearConfig, TTTMLPConfig
 from fastweight.model import BlockConfig, Model, ModelConfig
 
 VOCAB = 37
+FEED_FORWARD = FeedForwardConfig(hidden=16)
+IN_PLACE = FeedForwardConfig(hidden=16, memory=InPlaceConfig(chunk_size=4, inner_lr=0.1))
 FULL = AttentionConfig(num_heads=2)
 WINDOW = AttentionConfig(num_heads=2, window=5, num_sinks=1)
 DELTA = DeltaConfig(num_heads=2, head_dim=4, gated=True)
@@ -26,9 +28,9 @@ LACT = LactConfig(num_heads=4, num_fast_heads=2, chunk_size=5, window=6, base_lr
 def model_of(*mixers: MixerConfig, dtype: torch.dtype = torch.float32, seed: int = 0, **changes) -> Model:
     """A model of these mixers, in eval mode, with large weights so that outputs differ."""
     torch.manual_seed(seed)
-    keys = ("residual", "pre_conv")
-    block = {key: changes.pop(key) for key in keys if key in changes}
-    blocks = tuple(BlockConfig(mixer=mixer, feed_forward=FeedForwardConfig(hidden=16), **block) for mixer in mixers)
+    keys = ("residual", "pre_conv", "feed_forward")
+    block = {"feed_forward": FEED_FORWARD} | {key: changes.pop(key) for key in keys if key in changes}
+    blocks = tuple(BlockConfig(mixer=mixer, **block) for mixer in mixers)
     config = ModelConfig(**{"vocab_size": VOCAB, "d_model": 16, "blocks": blocks, "init_std": 0.3} | changes)
     return Model(config).to(dtype).eval()
 
@@ -43,6 +45,7 @@ def models(dtype: torch.dtype = torch.float32) -> dict[str, Model]:
         "ttt_mlp": model_of(MLP, dtype=dtype),
         "lact": model_of(LACT, dtype=dtype, tie_embeddings=True),
         "liza": model_of(LIZA, FULL, dtype=dtype),
+        "in_place": model_of(FULL, FULL, dtype=dtype, feed_forward=IN_PLACE),
         "hybrid": model_of(DELTA, FULL, TTT, dtype=dtype, residual="parallel", logit_softcap=5.0),
         "recurrent": model_of(DELTA, LACT, dtype=dtype, order=(0, 1, 0, 1)),
     }

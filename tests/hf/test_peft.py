@@ -49,6 +49,24 @@ def test_p14_a_merged_model_computes_what_the_unmerged_computes(kind):
     assert_close(merged(ids).logits, want, OUTPUT[torch.float32])
 
 
+def test_p14_an_embedding_that_is_the_head_too_is_trained_whole_and_merges():
+    config = peft.LoraConfig(target_modules=TARGETS, modules_to_save=["embedding"], task_type="CAUSAL_LM")
+    model, ids = peft.get_peft_model(face_of("lact"), config).eval(), ids_of(2, 9)
+    torch.manual_seed(2)
+    for name, parameter in model.named_parameters():
+        if "modules_to_save" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    want = model(ids).logits.detach()
+    assert_close(model.merge_and_unload()(ids).logits, want, OUTPUT[torch.float32])
+
+
+def test_an_adapter_on_an_embedding_that_is_the_head_too_is_refused():
+    config = peft.LoraConfig(target_modules=["embedding"], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(face_of("lact"), config)
+    with pytest.raises(ValueError, match="would not reach the head"):
+        model(ids_of(2, 9))
+
+
 READER = """
 import importlib.util, sys
 find_spec = importlib.util.find_spec
