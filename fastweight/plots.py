@@ -8,7 +8,7 @@ from fastweight.evaluate import Scored
 from fastweight.files import write_atomically
 
 # Okabe and Ito's palette, which the common kinds of colour blindness keep apart; dashes and markers do so in grey.
-_STYLES = [
+STYLES = [
     ("#0072B2", "-", "o"),
     ("#D55E00", "--", "s"),
     ("#009E73", "-.", "^"),
@@ -34,7 +34,7 @@ def plot_loss_by_position(curves: Mapping[str, Scored], path: str | Path, *, tit
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for i, (name, scored) in enumerate(curves.items()):
-        color, line, marker = _STYLES[i % len(_STYLES)]
+        color, line, marker = STYLES[i % len(STYLES)]
         x, y = _points(scored)
         label = f"{name}: {scored.bits_per_byte:.3f} bits per byte overall"
         # Where curves coincide, the later ones show as a rim around the earlier ones.

@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastweight.files import write_atomically
-from fastweight.plots import _STYLES as STYLES
-from fastweight.plots import MIN_TOKENS
+from fastweight.plots import MIN_TOKENS, STYLES
 from fastweight.report.verdict import state_sizes
 
 if TYPE_CHECKING:
