@@ -16,7 +16,7 @@ from fastweight.convert.folders import read_weights
 CONFIG = "config.json"
 PATTERNS = ["config.json", "model*.safetensors", "model.safetensors.index.json"]
 TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
-INSTALL = 'Install it with: pip install "fastweight[hf]" gguf'
+INSTALL = 'Install it with: pip install "fastweight[convert]"'
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
