@@ -156,3 +156,23 @@ def test_the_report_command_prints_the_saved_report(place, converted, capsys):
 def test_a_folder_without_a_conversion_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no conversion"):
         load_conversion(tmp_path)
+
+
+def test_a_converted_model_goes_back_to_its_family_as_a_plain_checkpoint(place, converted, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    from fastweight.convert import drop_memory
+
+    cli.run(["export", str(place / "out"), str(tmp_path / "plain"), "--to", "hf", "--without-memory"])
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain").eval()
+    assert plain.config.model_type == "llama"
+    ids = torch.tensor([[2, 7, 30, 5, 9]])
+    with torch.no_grad():
+        want = drop_memory(load(place / "out" / "model")).eval()(ids)[0]
+        torch.testing.assert_close(plain(ids).logits, want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_memory_that_a_format_cannot_hold_is_not_lost_silently(place, converted, tmp_path):
+    with pytest.raises(ValueError, match="a llama checkpoint cannot hold this model"):
+        cli.run(["export", str(place / "out"), str(tmp_path / "plain"), "--to", "hf"])
+    assert not (tmp_path / "plain").exists()

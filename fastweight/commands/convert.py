@@ -13,7 +13,10 @@ IMPORT_EXAMPLES = [
     "fastweight import lact-760m-hf/ models/lact-760m --format lact",
     "fastweight import streaming_train_state models/ttt --format ttt-lm-jax --config jax_config.json",
 ]
-EXPORT_EXAMPLES = ["fastweight export models/ttt exported/ttt --to ttt-lm"]
+EXPORT_EXAMPLES = [
+    "fastweight export models/ttt exported/ttt --to ttt-lm",
+    "fastweight export converted llama-again --to hf --without-memory",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +45,8 @@ class Export:
     """The new checkpoint folder."""
     to: str
     """Format to write; the formats are listed below the examples."""
+    without_memory: bool = False
+    """Leave out what `fastweight convert` has added: a plain pretrained model again, with its adapters merged."""
 
 
 def main(name: str, arguments: list[str]) -> None:
@@ -88,7 +93,7 @@ def export(name: str, arguments: list[str]) -> None:
     args = parse(Export, name, [*EXPORT_EXAMPLES, *_formats()], arguments)
     folder = find_model(args.source)
     say(f"reading   {folder}", f"writing   {args.destination} ({args.to})")
-    export_checkpoint(folder, args.destination, args.to)
+    export_checkpoint(folder, args.destination, args.to, without_memory=args.without_memory)
     emit({"model": str(folder), "checkpoint": str(args.destination), "format": args.to})
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from fastweight import files
 from fastweight.configs import near_names, require, to_json
+from fastweight.convert.backbone import drop_memory
 from fastweight.convert.base import Format, keep_source, new_folder, read_json, source_of
 from fastweight.model import Model, load
 
@@ -39,13 +40,14 @@ def import_checkpoint(src: str | Path, dst: str | Path, format: str, config: str
     return model
 
 
-def export_checkpoint(src: str | Path, dst: str | Path, to: str) -> None:
+def export_checkpoint(src: str | Path, dst: str | Path, to: str, *, without_memory: bool = False) -> None:
     """Write the model folder `src` as a published checkpoint of format `to` into `dst`, which must be new or empty.
 
+    without_memory: leave out the memories that a conversion has added, which formats of pretrained models cannot hold.
     Raises ValueError if the format cannot hold this model.
     """
     writer = _format_named(to).write
-    model = load(src)
+    model = drop_memory(load(src)) if without_memory else load(src)
     remembered = Path(src) / SOURCE_FILE
     if remembered.is_file():
         source = read_json(remembered, "the format and record of an imported checkpoint")
@@ -63,6 +65,7 @@ def _format_named(name: str) -> Format:
 __all__ = [
     "FORMATS",
     "Format",
+    "drop_memory",
     "export_checkpoint",
     "import_checkpoint",
     "keep_source",
