@@ -48,7 +48,7 @@ class MagConfig:
     """First tokens that stay visible behind the window."""
     positions: Literal["none", "rope"] = "none"
     """Whether the memory sees rotated queries and keys."""
-    feature_map: Literal["silu", "identity", "softmax", "hedgehog"] = "silu"
+    feature_map: Literal["silu", "identity", "softmax", "hedgehog"] = "hedgehog"
     """What the memory's queries and keys go through before their length is made 1."""
     feature_dim: int = 0
     """Features per head of hedgehog; 0: twice the head's channels."""

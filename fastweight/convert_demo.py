@@ -44,7 +44,7 @@ def demo_config(source: Path, transfer_steps: int, tune_steps: int) -> Conversio
     """Stages A and C of 512-token texts with a window of 128: minutes on two cores."""
     stages = StagesConfig(
         store="", view="windows", seq_len=512, batch_size=1, heldout_tokens=2048, checkpoint_every=20, cosine=0.1,
-        transfer=StageConfig(steps=transfer_steps, lr=3e-3), lora=LoraConfig(rank=8, alpha=16.0),
+        transfer=StageConfig(steps=transfer_steps, lr=1e-2), lora=LoraConfig(rank=8, alpha=16.0),
         tune=StageConfig(steps=tune_steps, lr=5e-4, trainable=("lora",)),
     )  # fmt: skip
     return ConversionConfig(
