@@ -114,6 +114,11 @@ class FastweightForCausalLM(PreTrainedModel, GenerationMixin):
         self.config.set_model(config)
         return embedding
 
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether blocks are checkpointed. PEFT asks by this name, of which newer transformers warn."""
+        return self.gradient_checkpointing
+
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, every_n_layers: int = 1
     ) -> None:

@@ -1,5 +1,9 @@
 """Tiny models of every kind behind the Hugging Face face."""
 
+import os
+import socket
+import time
+
 import torch
 from laws.cases import CASES
 
@@ -65,3 +69,16 @@ def law_models() -> dict[str, Model]:
 
 def ids_of(*shape: int, seed: int = 1) -> torch.Tensor:
     return torch.randint(0, VOCAB, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def elsewhere(tmp_path, monkeypatch) -> None:
+    """Another day, folder, processor count and host, without a network."""
+
+    def refuse(*args):
+        raise OSError("no network here")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(time, "time", lambda: 86400.0)
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    monkeypatch.setattr(socket, "gethostname", lambda: "another")
+    monkeypatch.setattr(socket.socket, "connect", refuse)

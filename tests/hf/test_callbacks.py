@@ -111,7 +111,6 @@ def test_accumulated_batches_count_as_one_step(tmp_path):
 
 @pytest.mark.parametrize("restore", [False, True])
 @pytest.mark.parametrize("wrapped", [False, True], ids=["face", "peft"])
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_p10_a_resumed_run_continues_the_schedule_and_equals_the_whole(tmp_path, restore, wrapped):
     def build():
         face = converted()

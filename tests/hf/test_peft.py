@@ -12,9 +12,6 @@ from tolerances import OUTPUT, assert_close
 from fastweight.hf import FastweightForCausalLM
 
 peft = pytest.importorskip("peft")
-# peft asks transformers by a name that the newest transformers calls deprecated.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
 KINDS = ["attention", "delta", "lact", "hybrid"]
 every_kind = pytest.mark.parametrize("kind", KINDS)
 TARGETS = ["qkv", "out"]

@@ -1,11 +1,10 @@
 """TpttConfig: no network, JSON, legal and illegal options."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
+from hf.faces import elsewhere
 from transformers import AutoConfig
 
 from fastweight.tptt import TpttConfig
@@ -14,12 +13,12 @@ peft = pytest.importorskip("peft")
 LORA = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "o_proj"], task_type="CAUSAL_LM", bias="none")
 
 
-def test_p17_a_config_needs_no_argument_and_no_network():
-    code = (
-        "import socket; socket.socket.connect = None; from fastweight.tptt import TpttConfig; print(TpttConfig().model)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
-    assert done.stdout.strip() == "None"
+def test_p17_a_config_needs_no_argument_no_network_and_no_particular_machine(tmp_path, monkeypatch):
+    want = TpttConfig().to_json_string(use_diff=False)
+    elsewhere(tmp_path, monkeypatch)
+    config = TpttConfig()
+    assert config.model is None
+    assert config.to_json_string(use_diff=False) == want
 
 
 @pytest.mark.parametrize(
@@ -33,15 +32,6 @@ def test_p17_a_config_survives_its_json(tmp_path, settings):
     assert type(read) is TpttConfig
     assert read.to_dict() | {"_name_or_path": ""} == config.to_dict()
     assert TpttConfig.from_dict(json.loads(config.to_json_string(use_diff=False))).to_dict() == config.to_dict()
-
-
-def test_p17_the_default_config_is_the_same_text_in_another_process_and_place(tmp_path, monkeypatch):
-    monkeypatch.setenv("TZ", "Asia/Tokyo")
-    code = "from fastweight.tptt import TpttConfig; print(TpttConfig().to_json_string(use_diff=False))"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True
-    )
-    assert done.stdout.strip() == TpttConfig().to_json_string(use_diff=False).strip()
 
 
 def test_the_adapter_settings_become_plain_values_without_a_version():

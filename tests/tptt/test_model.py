@@ -25,7 +25,6 @@ from fastweight.tptt import (
 )
 
 peft = pytest.importorskip("peft")
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
 
