@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterator
 
 from fastweight.configs import require
-from fastweight.convert.mag import mag_weights
+from fastweight.convert.mag import liza_layers, mag_weights
 from fastweight.model import Model
 from fastweight.train.config import LORA, MEMORY, TrainConfig
 from fastweight.train.lora import add_adapters, check_adapters, remove_adapters
@@ -28,11 +28,11 @@ def check_parts(model: Model, config: TrainConfig) -> None:
 
 def _check_memory_is_read(model: Model, config: TrainConfig) -> None:
     """Refuse to train memories that no output depends on."""
-    weights = mag_weights(model)
-    read = config.mag is not None or config.objective.kind == "transfer" or config.trainable != (MEMORY,)
+    moves = config.mag is not None or any(mixer.config.mag == "learned" for mixer in liza_layers(model).values())
+    read = moves or config.objective.kind == "transfer" or config.trainable != (MEMORY,)
     others = [name for name in memory_parameters(model) if ".mixer." not in name]
     require(
-        read or bool(others) or any(value > 0 for heads in weights.values() for value in heads),
+        read or bool(others) or any(value > 0 for heads in mag_weights(model).values() for value in heads),
         "train: only the memory learns, but its mag weight is 0 in all layers, so that it is never read. "
         "Raise it (set_mag_weight), or give a mag schedule.",
     )

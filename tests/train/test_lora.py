@@ -12,8 +12,11 @@ from training_cases import attention_model, converted_model, tiny_config
 
 import fastweight
 from fastweight.convert.mag import set_mag_weight
+from fastweight.data import Store
 from fastweight.train import LoraConfig, merge_and_unload, train
+from fastweight.train.heldout import heldout_losses
 from fastweight.train.lora import adapter_layers, add_adapters, remove_adapters, target_layers, without_adapters
+from fastweight.train.objectives import NextToken
 
 TOKENS = torch.arange(2 * 37).reshape(2, 37) % 257
 LORA = {"trainable": ("lora",), "lora": LoraConfig(rank=3, alpha=6.0)}
@@ -128,9 +131,12 @@ def test_checkpoints_of_adapters_are_small(store, tmp_path):
 
 def test_dropout_acts_in_training_alone(store, tmp_path):
     changes = {"trainable": ("lora",), "lora": LoraConfig(rank=3, dropout=0.5), "before_after": True}
-    config = tiny_config(store, lr=1e-30, heldout_tokens=128, **changes)
+    config = tiny_config(store, lr=1e-1, heldout_tokens=128, **changes)
     result = train(config, tmp_path, model=attention_model(), quiet=True)
-    assert result.before == result.after
+    merged, split = fastweight.load(result.model), Store.open(store).split("heldout")
+    want = heldout_losses(merged, NextToken(merged, "float32"), split, config)
+    assert result.after["loss_nats"] == pytest.approx(want["loss_nats"], rel=1e-6)
+    assert result.after["loss_nats"] < result.before["loss_nats"] - 0.01, "nothing was learned, so nothing was tested"
 
 
 def test_a_second_set_of_adapters_is_refused():

@@ -64,6 +64,7 @@ def backbone_inputs(model, batch):
 class TestTransfer:
     def test_the_error_is_that_of_both_branches_on_the_backbones_own_hidden_states(self, store):
         model, (batch,) = converted_model(F64, mag_weight=1.0), batches_of(store)
+        batch.targets[:, 3::5] = -100
         objective = make_objective(model, tiny_config(store, **TRANSFER))
         _, loss, *errors = objective.score(batch)
         asked = batch.targets != -100
@@ -75,6 +76,7 @@ class TestTransfer:
 
     def test_the_cosine_is_a_mean_over_heads(self, store):
         model, (batch,) = converted_model(F64), batches_of(store)
+        batch.targets[:, 3::5] = -100
         both = ObjectiveConfig(kind="transfer", mse=0.0, cosine=2.0)
         _, loss, *_ = make_objective(model, tiny_config(store, objective=both, trainable=("memory",))).score(batch)
         want = []
@@ -139,6 +141,7 @@ class TestDistillation:
     @pytest.mark.parametrize("pieces", [1, 5])
     def test_loss_and_gradient_are_those_of_whole_logits(self, store, monkeypatch, view, pieces):
         (batch,) = batches_of(store, view=view, seq_len=64)
+        batch.targets[:, 3::5] = -100
         monkeypatch.setattr(loss_module, "MAX_LOGITS", 4 * 257 * (batch.tokens.numel() // pieces))
         model, plain = converted_model(F64, mag_weight=0.7), converted_model(F64, mag_weight=0.7)
         sums, got = learn(store, model, [batch], **self.CONFIG)

@@ -73,6 +73,13 @@ def test_the_weights_of_branches_are_trained_only_where_they_are_learned(store, 
         assert any(name.endswith(".mag") for name in names) == (kind == "learned")
 
 
+def test_a_learned_weight_leaves_zero(store, tmp_path):
+    config = tiny_config(store, objective=ObjectiveConfig(kind="distill", alpha=1.0), trainable=("memory",))
+    model = converted_model(mag="learned", mag_weight=0.0)
+    train(config, tmp_path, model=model, quiet=True)
+    assert all(value != 0 for heads in (mixer.mag.tolist() for mixer in model.mixers()) for value in heads)
+
+
 def test_lora_can_leave_the_memory_alone(store):
     config = tiny_config(store, trainable=("lora",), lora=LoraConfig(rank=2, train_memory=False))
     with prepared(converted_model(), config) as names:
