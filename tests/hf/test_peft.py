@@ -57,6 +57,21 @@ def test_p14_an_embedding_that_is_the_head_too_is_trained_whole_and_merges():
     assert_close(model.merge_and_unload()(ids).logits, want, OUTPUT[torch.float32])
 
 
+def test_p14_memories_trained_beside_an_adapter_are_saved_read_and_merged(tmp_path):
+    config = peft.LoraConfig(target_modules=["qkv"], modules_to_save=["memory"], task_type="CAUSAL_LM")
+    model, ids = peft.get_peft_model(face_of("liza"), config), ids_of(2, 9)
+    torch.manual_seed(2)
+    for name, parameter in model.named_parameters():
+        if "modules_to_save" in name:
+            assert parameter.requires_grad
+            torch.nn.init.normal_(parameter)
+    want = model.eval()(ids).logits.detach()
+    assert not torch.allclose(want, face_of("liza")(ids).logits, atol=1e-2)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(peft.PeftModel.from_pretrained(face_of("liza"), tmp_path).eval()(ids).logits, want)
+    assert_close(model.merge_and_unload()(ids).logits, want, OUTPUT[torch.float32])
+
+
 def test_an_adapter_on_an_embedding_that_is_the_head_too_is_refused():
     config = peft.LoraConfig(target_modules=["embedding"], task_type="CAUSAL_LM")
     model = peft.get_peft_model(face_of("lact"), config)
