@@ -36,7 +36,7 @@ class InPlaceFeedForward(FeedForward):
     a state it is the plain feed-forward.
     """
 
-    op = "in_place"
+    ops = ("in_place",)
     has_memory = True
     learns = True
 

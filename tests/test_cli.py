@@ -417,7 +417,7 @@ def test_doctor_knows_every_op(fastweight):
 def test_doctor_and_the_header_say_why_the_fastest_backend_does_not_run(monkeypatch):
     import torch
 
-    from fastweight.commands.models import explain_choice
+    from fastweight.backends import explain_choice
     from fastweight.doctor import backends_on
     from fastweight.ops import dispatch
 

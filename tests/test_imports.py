@@ -17,7 +17,7 @@ LAYERS = [
     {"ops", "data", "optim", "layers"},
     {"mixers", "in_place"},
     {"model", "model_config", "presets"},
-    {"learn", "artifact", "convert", "generate"},
+    {"learn", "artifact", "convert", "generate", "backends"},
     {"evaluate", "plots"},
     {"train"},
     {"recipes", "hf", "doctor"},

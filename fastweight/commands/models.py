@@ -1,16 +1,13 @@
 """Finding a model and its tokenizer, and saying what will run."""
 
-from collections import Counter
 from pathlib import Path
 
-import torch
-
+from fastweight.backends import describe_backends, describe_layers
 from fastweight.configs import require
 from fastweight.data.tokenizers import Tokenizer, load_tokenizer
 from fastweight.devices import pick_device
 from fastweight.generate import WEIGHTS_FILE
-from fastweight.model import Model, ModelConfig, load
-from fastweight.ops import dispatch
+from fastweight.model import Model, load
 
 TOKENIZER_FOLDER = "tokenizer"
 
@@ -37,9 +34,7 @@ def find_model(path: str | Path) -> Path:
 def open_model(folder: Path, device: str, backend: str) -> Model:
     """Load a model folder onto `device` ("auto": a GPU if there is one) with one backend for all its ops."""
     model = load(folder, pick_device(device)).set_backend(backend)
-    sample = _sample(model)
-    for op in _ops(model):
-        dispatch.choose(op, backend, sample)
+    describe_backends(model)  # a backend that cannot run is refused now
     return model.eval()
 
 
@@ -72,37 +67,3 @@ def describe_model(folder: Path, model: Model) -> list[str]:
         f"model     {folder} · {model.num_parameters:,} parameters · {layers} · {dtype} on {model.device}",
         *(f"backend   {op}: {reason}" for op, reason in describe_backends(model).items()),
     ]
-
-
-def describe_layers(config: ModelConfig) -> str:
-    """ "12 × delta, 12 × attention (window 2,048)": the mixers in the order of their first visit."""
-    windows = [getattr(block.mixer, "window", None) for block in config.blocks]
-    names = [
-        block.mixer.kind + (f" (window {window:,})" if window else "")
-        for block, window in zip(config.blocks, windows, strict=True)
-    ]
-    return ", ".join(f"{count} × {name}" for name, count in Counter(names[i] for i in config.visits).items())
-
-
-def describe_backends(model: Model) -> dict[str, str]:
-    """For each op of the model, the backend that will run and why no faster one does."""
-    sample, backend = _sample(model), model.mixers()[0].backend
-    return {op: explain_choice(op, sample, backend) for op in _ops(model)}
-
-
-def explain_choice(op: str, sample: torch.Tensor, backend: str = "auto") -> str:
-    """ "chunked (triton needs CUDA tensors, got cpu)": the backend that runs, and what the ones before it say."""
-    chosen = dispatch.choose(op, backend, sample)
-    if backend != "auto":
-        return f"{chosen} (asked for)"
-    refused = [f"{name} {reason}" for name, reason in dispatch.explain(op, sample) if reason is not None]
-    return chosen + (f" ({'; '.join(refused)})" if refused else "")
-
-
-def _ops(model: Model) -> list[str]:
-    return sorted({mixer.op for mixer in model.mixers() if mixer.op is not None})
-
-
-def _sample(model: Model) -> torch.Tensor:
-    """What the ops will see, as far as the choice of a backend goes: [B, T, H, D]."""
-    return torch.zeros(1, 2, 1, 64, dtype=model.embedding.weight.dtype, device=model.device)

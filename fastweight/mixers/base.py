@@ -45,6 +45,11 @@ class Mixer(nn.Module):
         self.backend = "auto"
         self.learning = True
 
+    @property
+    def ops(self) -> tuple[str, ...]:
+        """The names of all ops behind the layer; one that has several says so here."""
+        return () if self.op is None else (self.op,)
+
     def init_state(self, num_sequences: int) -> Any:
         """The state of `num_sequences` sequences before their first token; differentiable where it is learned."""
         raise TypeError(f"{type(self).__name__} must define init_state(num_sequences)")

@@ -8,9 +8,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
+from fastweight.backends import describe_backends, describe_layers
 from fastweight.data import Store
 from fastweight.model import Model
-from fastweight.ops import dispatch
 from fastweight.train.config import TrainConfig
 
 SECONDS_BETWEEN_LINES = 10
@@ -65,18 +65,17 @@ class Report:
 def describe_run(config: TrainConfig, model: Model, store: Store, device: torch.device) -> list[str]:
     """Lines that say what runs: model, data, optimiser, and the backend of each op with the reason."""
     data, train = config.data, store.split("train")
-    kinds = [block.mixer.kind for block in model.config.blocks]
-    layers = ", ".join(f"{kinds.count(kind)} × {kind}" for kind in dict.fromkeys(kinds))
     where = config.model.preset or config.model.folder or "given in Python"
     tokens = data.batch_size * data.seq_len
     budget = f", at most {config.max_seconds:g} s" if config.max_seconds else ""
     lines = [
-        f"model: {where}, {model.num_parameters:,} parameters, blocks: {layers}, on {device} ({config.precision})",
+        f"model: {where}, {model.num_parameters:,} parameters, blocks: {describe_layers(model.config)}, on {device} "
+        f"({config.precision})",
         f"data: {data.store}, {train.num_tokens:,} training tokens, tokenizer {store.tokenizer.name}, view {data.view}",
         f"run: {config.steps:,} steps of {data.batch_size} × {data.seq_len} = {tokens:,} tokens, "
         f"{config.optimizer.name}, {config.schedule.kind}{budget}",
     ]
-    return lines + [f"op {op}: {text}" for op, text in backends(model).items()]
+    return lines + [f"op {op}: {text}" for op, text in describe_backends(model).items()]
 
 
 def describe_trained(config: TrainConfig, model: Model, names: list[str]) -> str:
@@ -84,19 +83,6 @@ def describe_trained(config: TrainConfig, model: Model, names: list[str]) -> str
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     count, all_of_them = sum(sizes[name] for name in names), sum(sizes.values())
     return f"trains: {', '.join(config.trainable)}: {count:,} of {all_of_them:,} parameters; {config.objective.kind}"
-
-
-def backends(model: Model) -> dict[str, str]:
-    """For each op of the model: the backend that runs and why no faster one does."""
-    found = {}
-    for mixer in model.mixers():
-        if mixer.op is None or mixer.op in found:
-            continue
-        example = next(mixer.parameters()).detach()
-        chosen = dispatch.choose(mixer.op, mixer.backend, example)
-        refused = [f"{name} {reason}" for name, reason in dispatch.explain(mixer.op, example) if reason]
-        found[mixer.op] = chosen + (f" ({'; '.join(refused)})" if refused else "")
-    return found
 
 
 def warn_of_faults(report: Report, sentences: list[str]) -> None:

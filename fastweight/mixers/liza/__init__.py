@@ -71,6 +71,10 @@ class Liza(AttentionLayer):
         )
 
     @property
+    def ops(self) -> tuple[str, ...]:
+        return ("attention", "delta_rule")
+
+    @property
     def has_memory(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]  # it depends on μ
         return self.branches().linear or self.config.window is None or self.config.num_sinks > 0
 
