@@ -49,8 +49,6 @@ class StageConfig:
     """Training time."""
     lr: float = 1e-3
     """Peak learning rate; it falls along a cosine to a tenth."""
-    lr_factors: dict[str, float] = field(default_factory=dict)
-    """Factors on it by patterns of parameter names, e.g. {"*.memory.*": 3.0}."""
     trainable: tuple[str, ...] = (MEMORY,)
     """As in TrainConfig."""
     mag_start: float | None = None
@@ -188,18 +186,16 @@ def convert_stages(model: Any, out: str | Path, config: StagesConfig, *, quiet: 
 def control(model: Any, out: str | Path, config: StagesConfig, *, quiet: bool = False) -> StagesResult:
     """Stage C on the backbone alone, in out/control: no memory, the same adapters, data, order, seed, rate and steps.
 
-    Where stage C in `out` has ended, by its steps or by the clock, the control makes as many steps as it did. It leaves
-    out lr_factors: the memory that they are for is not there.
+    Where stage C in `out` has ended, by its steps or by the clock, the control makes as many steps as it did.
     """
     tuned = stage_config(config, TUNE)
     done = Path(out) / TUNE / RESULT
     steps = json.loads(done.read_text())["step"] if done.is_file() else 0
     if steps:
         warmup = dataclasses.replace(tuned.schedule, warmup_steps=min(tuned.schedule.warmup_steps, steps))
-        tuned = dataclasses.replace(tuned, steps=steps, max_seconds=0.0, schedule=warmup, mag=None)
+        tuned = dataclasses.replace(tuned, steps=steps, max_seconds=0.0, schedule=warmup)
     adapters = dataclasses.replace(tuned.lora, train_memory=False)
-    optimizer = dataclasses.replace(tuned.optimizer, lr_factors={})
-    tuned = dataclasses.replace(tuned, mag=None, trainable=(LORA,), lora=adapters, optimizer=optimizer)
+    tuned = dataclasses.replace(tuned, mag=None, trainable=(LORA,), lora=adapters)
     folder = Path(out) / CONTROL
     result = _run(folder, tuned, plain_backbone(model), quiet)
     finished = result["stopped"] in ("", "time")
@@ -232,7 +228,7 @@ def stage_config(config: StagesConfig, name: str) -> TrainConfig:
             store=config.store, view=config.view, seq_len=config.seq_len, batch_size=config.batch_size,
             micro_batch_size=config.micro_batch_size,
         ),
-        optimizer=OptimizerConfig(lr=stage.lr, lr_factors=stage.lr_factors, weight_decay=0.0),
+        optimizer=OptimizerConfig(lr=stage.lr, weight_decay=0.0),
         schedule=ScheduleConfig(kind="cosine", warmup_steps=min(WARMUP_STEPS, steps // 10)),
         objective=objective,
         trainable=stage.trainable,

@@ -52,7 +52,7 @@ def config(store):
     return StagesConfig(
         store=str(store), view="windows", seq_len=64, batch_size=8, mag_weight=1.0, device="cpu",
         transfer=StageConfig(steps=60, lr=2e-2), distill=StageConfig(steps=40, lr=1e-2),
-        tune=StageConfig(steps=20, lr=5e-3, trainable=("lora",), lr_factors={"*.memory.*": 2.0}),
+        tune=StageConfig(steps=20, lr=5e-3, trainable=("lora",)),
         lora=LoraConfig(rank=4), heldout_tokens=2048,
     )  # fmt: skip
 
