@@ -24,6 +24,11 @@ def find_model(path: str | Path) -> Path:
     for folder in candidates:
         if (folder / WEIGHTS_FILE).is_file():
             return folder
+    require(
+        not (path / "base").is_dir(),
+        f"{path} is an unfinished run that trains a part of a model; its checkpoints hold that part alone. Finish it: "
+        f"fastweight train --resume {path} (or run `fastweight convert` again, if that began it).",
+    )
     holds = ", ".join(sorted(p.name for p in path.iterdir())[:5]) if path.is_dir() else "is a file"
     raise ValueError(
         f"{path} is no model folder: it needs config.json and {WEIGHTS_FILE} (found: {holds or 'nothing'}). "
