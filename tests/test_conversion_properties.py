@@ -7,13 +7,15 @@ from mixers.liza_cases import build, tokens
 from mixers.test_liza_operator import OPERATORS, by_loop
 from tolerances import assert_close, assert_trees_close
 
-from fastweight import InPlaceConfig
+from fastweight import InPlaceConfig, load
 from fastweight.convert.in_place import add_in_place_memory, remove_in_place_memory
 from fastweight.convert.mag import liza_layers, mag_weights, set_mag_weight
 from fastweight.convert.titanize import restore_backbone, titanize
 from fastweight.hf import FastweightForCausalLM
 from fastweight.mixers.liza import LizaConfig
 from fastweight.ops.delta.chunked import BLOCK
+from fastweight.train import LoraConfig
+from fastweight.train.lora import add_adapters, merge_and_unload
 
 LONG = 2 * BLOCK + 3  # the memory's blocks end within the text
 MASKS = {
@@ -218,3 +220,24 @@ def test_a_compiled_block_computes_the_same_and_follows_a_changed_weight(setting
             set_mag_weight(model, mag)
             plain = titanize(backbone(ATTENTION), mag_weight=mag, **settings)
             assert_close(model(ids(2, T))[0], plain(ids(2, T))[0], 1e-6)
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_states_of_different_weights_cannot_be_joined(swapped):
+    model, states = titanize(backbone()), []
+    for mag in (0.0, 0.4):
+        set_mag_weight(model, mag)
+        states.append(model(ids(2, 5))[1])
+    first, second = reversed(states) if swapped else states
+    with pytest.raises(ValueError, match="do not hold the same parts"):
+        first.where(torch.tensor([True, False]), second)
+
+
+def test_a_model_with_adapters_is_not_saved_as_a_folder_that_nothing_reads(tmp_path):
+    model = titanize(backbone(), mag_weight=0.4)
+    add_adapters(model, LoraConfig(rank=2))
+    with pytest.raises(ValueError, match=r"not its own: .*lora_A.*Merge adapters before saving"):
+        model.save(tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+    merge_and_unload(model).save(tmp_path / "m")
+    assert torch.equal(load(tmp_path / "m")(ids(2, T))[0], model(ids(2, T))[0])
