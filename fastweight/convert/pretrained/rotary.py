@@ -25,7 +25,7 @@ def rotation(
     rotary_dim = int(head_dim * partial)
     require(
         0 < rotary_dim <= head_dim,
-        f"{c.family}: partial_rotary_factor {partial} turns {rotary_dim} of {head_dim} channels; needs some or all of them.",
+        f"{c.family}: partial_rotary_factor {partial} turns {rotary_dim} of {head_dim} channels; needs some of them.",
     )
     scaling = _scaling(c, given, nested=layer_type is not None)
     return {"rope_base": base, "rotary_dim": 0 if rotary_dim == head_dim else rotary_dim, "rope_scaling": scaling}
