@@ -139,10 +139,9 @@ class Store:
         dtypes = manifest["dtypes"]
         self._splits, self._originals = {}, {}
         for name, record in manifest["splits"].items():
-            shards = [Shard(path / name, shard, dtypes) for shard in record["shards"]]
+            shards = [Shard(path / name, shard, _parts(dtypes, record)) for shard in record["shards"]]
             self._splits[name] = Split(name, shards, record["num_bytes"], tokenizer)
-            if "original_bytes" in dtypes:
-                total = record["num_original_bytes"]
+            if (total := record.get("num_original_bytes")) is not None:
                 self._originals[name] = Split(name, shards, total, tokenizer, original=True)
 
     @classmethod
@@ -187,7 +186,7 @@ class Store:
         problems = []
         for name, record in self.manifest["splits"].items():
             for shard in record["shards"]:
-                for part in (p for p, dtype in self.manifest["dtypes"].items() if dtype is not None):
+                for part in (p for p, dtype in _parts(self.manifest["dtypes"], record).items() if dtype is not None):
                     if progress is not None:
                         progress(f"{name}/{shard[part]['file']}")
                     problems += _compare(self.path / name / shard[part]["file"], shard[part])
@@ -196,6 +195,11 @@ class Store:
                 problems += _check_byte_total(self._originals[name], record["num_original_bytes"])
         if problems:
             raise StoreError("\n".join([f"{self.path}: {len(problems)} problem(s):", *problems]))
+
+
+def _parts(dtypes: dict[str, str | None], record: dict[str, Any]) -> dict[str, str | None]:
+    """The parts of one split: original byte counts may be known for one and not for the other."""
+    return {part: dtype for part, dtype in dtypes.items() if part != "original_bytes" or "num_original_bytes" in record}
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

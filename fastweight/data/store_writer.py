@@ -7,7 +7,7 @@ does not count: on resume it is cut off and written again. Checksums are taken f
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -48,7 +48,7 @@ class StoreWriter:
 
     path: the store's folder. shard_tokens: a shard is closed by the document that brings it to this many tokens, so
     documents never cross shards. record: what `commit` returned before the interruption, None for a new store.
-    original_bytes: keep the bytes of the original texts; None: if the tokenizer normalises.
+    original_bytes: splits that keep the bytes of the original texts; None: all if the tokenizer normalises, else none.
     """
 
     def __init__(
@@ -58,17 +58,19 @@ class StoreWriter:
         *,
         shard_tokens: int = 1 << 27,
         record: dict[str, Any] | None = None,
-        original_bytes: bool | None = None,
+        original_bytes: Collection[str] | None = None,
     ) -> None:
         if shard_tokens < 1:
             raise ValueError(f"StoreWriter: shard_tokens must be at least 1, got {shard_tokens}.")
         self.path, self.tokenizer = Path(path), tokenizer
-        keeps = normalises(tokenizer) if original_bytes is None else original_bytes
-        self.dtypes = storage_dtypes(tokenizer, original_bytes=keeps)
+        usual = SPLITS if normalises(tokenizer) else ()
+        self._keeping = frozenset(usual if original_bytes is None else original_bytes)
+        self.dtypes = storage_dtypes(tokenizer, original_bytes=bool(self._keeping))
         self._splits: dict[str, _SplitWriter] = {}
         for name in SPLITS:
             before = record[name] if record else None
-            self._splits[name] = _SplitWriter(self.path / name, self.dtypes, shard_tokens, before)
+            kept = {p: d for p, d in self.dtypes.items() if p != "original_bytes" or name in self._keeping}
+            self._splits[name] = _SplitWriter(self.path / name, kept, shard_tokens, before)
         if record is None:
             tokenizer.save(self.path / TOKENIZER_FOLDER)
         try:
@@ -90,8 +92,8 @@ class StoreWriter:
                 "The tokenizer reports a vocab_size that is too small."
             )
         _check_counts(len(ids), num_bytes, self.tokenizer.max_token_bytes)
-        if (original_bytes is not None) != ("original_bytes" in self.dtypes):
-            raise ValueError("StoreWriter: original byte counts go to a store that keeps them, and are needed there.")
+        if (original_bytes is not None) != (split in self._keeping):
+            raise ValueError("StoreWriter: original byte counts go to a split that keeps them, and are needed there.")
         if original_bytes is not None:
             _check_counts(len(ids), original_bytes, 0xFFFF)
         self._splits[split].add(self.tokenizer.bos_id, ids, num_bytes, original_bytes)

@@ -7,7 +7,7 @@ text, the counts sum to len(text.encode()). (For a tokenizer that says it `norma
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -76,20 +76,20 @@ def normalises(tokenizer: Tokenizer) -> bool:
     return isinstance(tokenizer, NormalisingTokenizer) and tokenizer.normalises
 
 
-def decoded_bytes(tokenizer: Tokenizer, ids: np.ndarray) -> np.ndarray:
-    """Return int64 [T], the bytes that each token of one document adds to its text, from the ids alone.
+def byte_counter(tokenizer: Tokenizer) -> Callable[[np.ndarray], np.ndarray]:
+    """Return a function from the ids of one document [T] to the bytes that each adds to its text, int64 [T].
 
-    Raises ValueError if an id lies outside the vocabulary or the tokens have no bytes of their own.
+    Raises ValueError if the tokens have no bytes of their own; the function does for ids outside the vocabulary.
     """
     if isinstance(tokenizer, NormalisingTokenizer):
-        return tokenizer.decoded_bytes(ids)
+        return tokenizer.decoded_bytes
     if (table := tokenizer.token_bytes) is None:
         raise ValueError(
             f"tokenizer {tokenizer.name}: its tokens are not byte strings, so their bytes cannot be counted without "
             "the text. Use a SentencePiece model, a byte-level tokenizer, or prepare from the text."
         )
-    ids = check_ids(ids, tokenizer.vocab_size, tokenizer.name)
-    return np.array([len(table[i]) for i in ids.tolist()], dtype=np.int64)
+    lengths = np.array([len(piece) for piece in table], dtype=np.int64)
+    return lambda ids: lengths[check_ids(ids, tokenizer.vocab_size, tokenizer.name)]
 
 
 @dataclasses.dataclass(frozen=True, init=False)
