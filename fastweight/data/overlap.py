@@ -83,6 +83,8 @@ def overlap(
                 progress(passes * read.num_documents + i, (passes + 1) * read.num_documents)
         counts[:, first : first + len(part.sizes)] = part.counts()
         passes += 1
+        if progress is not None:
+            progress(passes * read.num_documents, passes * read.num_documents)
     return _summary(scored, block_bytes, passes, counts, num_worst)
 
 

@@ -62,6 +62,7 @@ def import_shards(
         if (out / MANIFEST).is_file():
             manifest = read_manifest(out)
             refuse_changes(out, manifest["options"], options)
+            _check_expected(folder, manifest["splits"]["heldout"]["num_documents"], expect_heldout_documents)
             return manifest
         _check(folder, sets, tokenizer, expect_heldout_documents)
         sweep(out)
@@ -85,12 +86,16 @@ def _check(folder: Path, sets: dict[str, ShardSet], tokenizer: Tokenizer, expect
         for path, counted in zip(shards.bytes, shards.tokens):
             _check_byte_file(path, counted, tokenizer.bos_id)
     require(bool(sum(documents.values())), f"{folder}: the shards hold no token. Copy them again.")
-    require(
-        expected in (None, documents["heldout"]),
-        f"{folder}: the val shards hold {documents['heldout']} documents, {expected} were expected. Are all here?",
-    )
+    _check_expected(folder, documents["heldout"], expected)
     if (folder / SHARDS_RECORD).is_file():
         _check_record(folder, sets, tokenizer)
+
+
+def _check_expected(folder: Path, found: int, expected: int | None) -> None:
+    require(
+        expected in (None, found),
+        f"{folder}: the val shards hold {found} documents, {expected} were expected. Are all here?",
+    )
 
 
 def _check_start(path: Path, first: int, tokenizer: Tokenizer) -> None:
