@@ -71,6 +71,15 @@ def test_golf_p12_singular_values_of_the_orthogonal_update_lie_within_the_stated
 
 
 @pytest.mark.parametrize("coefficients", BOUNDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_matrix_of_rank_one_does_not_run_away(coefficients, dtype):
+    """Its one singular value is its Frobenius norm: the end of the interval, where rounding leads outside."""
+    low, high = BOUNDS[coefficients]
+    x = torch.ones(1, 30, 50, dtype=dtype)
+    assert low - 0.02 <= orthogonalise(x, coefficients)[0].double().norm() <= high + 0.02
+
+
+@pytest.mark.parametrize("coefficients", BOUNDS)
 def test_golf_p12_bfloat16_keeps_the_singular_values_within_two_hundredths_of_the_bounds(coefficients):
     low, high = BOUNDS[coefficients]
     update = orthogonalise(well_conditioned(48, 64).bfloat16(), coefficients)[0]

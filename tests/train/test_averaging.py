@@ -9,7 +9,7 @@ from tolerances import OUTPUT, assert_close
 from training_cases import PARTIAL, call_at_forward, converted_model, tiny_config, tiny_model
 
 import fastweight
-from fastweight.optim import AveragingConfig
+from fastweight.optim import AveragingConfig, Optimizer
 from fastweight.train import CheckpointError, read_metrics, train
 from fastweight.train.trainable import is_adapter
 
@@ -79,6 +79,16 @@ def test_only_trained_weights_are_averaged_and_adapters_are_merged_into_both(sto
     assert not any(is_adapter(name) for name in final)
     assert {"blocks.0.mixer.qkv.weight", "blocks.1.mixer.out.weight"} <= differs
     assert all(torch.equal(base[name], final[name]) for name in base if "feed_forward" in name or "norm" in name)
+
+
+def test_each_step_sets_the_weight_decay_and_the_step_of_the_momentum(store, tmp_path, monkeypatch):
+    factors, steps = [], []
+    monkeypatch.setattr(Optimizer, "set_decay_factor", lambda self, factor: factors.append(factor))
+    monkeypatch.setattr(Optimizer, "set_step", lambda self, step: steps.append(step))
+    settings = {"weight_decay_final_ratio": 0.5, "weight_decay_fraction": 0.5}
+    train(tiny_config(store, **settings), tmp_path, model=tiny_model(), quiet=True)
+    assert steps == list(range(8))
+    assert factors == pytest.approx([1, 1, 1, 1, 1, 0.875, 0.75, 0.625])
 
 
 def test_a_run_without_averaging_writes_nothing_of_it(store, tmp_path):
