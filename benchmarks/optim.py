@@ -63,7 +63,7 @@ class Options:
     seeds: int = 3
     device: str = "cpu"
     threads: int = 1
-    seconds: float = 5.0
+    rounds: int = 5
     json: Path | None = None
 
 
@@ -79,11 +79,16 @@ def decoder_matrices(options: Options) -> list[torch.nn.Parameter]:
 
 
 def time_steps(options: Options) -> list[dict[str, Any]]:
-    results = []
-    for name, make in STEPPERS.items():
-        optimizer = make(decoder_matrices(options))
-        results.append({"optimizer": name, **measure(optimizer.step, options.device, seconds=options.seconds)})
-    return results
+    """Milliseconds of a step, in rounds through all optimisers, so that a busy machine slows all alike."""
+    optimizers = {name: make(decoder_matrices(options)) for name, make in STEPPERS.items()}
+    times: dict[str, list[float]] = {name: [] for name in optimizers}
+    for _ in range(options.rounds):
+        for name, optimizer in optimizers.items():
+            times[name].append(measure(optimizer.step, options.device, seconds=0.0, at_least=3)["median_ms"])
+    return [
+        {"optimizer": name, "median_ms": statistics.median(t), "low_ms": min(t), "high_ms": max(t)}
+        for name, t in times.items()
+    ]
 
 
 def run_config(options: Options, store: Path, seed: int, variant: dict[str, Any]) -> TrainConfig:
@@ -140,7 +145,7 @@ def main(options: Options) -> None:
         [step["optimizer"], f"{step['median_ms']:.1f}", f"{step['low_ms']:.1f}–{step['high_ms']:.1f}"] for step in steps
     ]
     title = f"One step of {5 * options.layers} matrices, {options.layers} layers of width {options.width}, {where}"
-    print_table(title, ["optimizer", "median ms", "quartiles"], rows)
+    print_table(title, ["optimizer", "median ms", "lowest–highest"], rows)
     record: dict[str, Any] = {"machine": where, "layers": options.layers, "width": options.width, "step_times": steps}
     if options.steps:
         raw, averaged = train_variants(options)
