@@ -9,6 +9,7 @@ import pytest
 from tiny_models import tiny_model
 
 from fastweight import cli
+from fastweight.commands.models import find_model
 from fastweight.data import ByteTokenizer
 
 RUN = ("--data.seq-len", "16", "--data.batch-size", "2", "--schedule.warmup-steps", "0", "--log.heldout-every", "0")
@@ -124,3 +125,10 @@ def test_a_full_disk_ends_with_code_2_and_the_last_good_state_stays(folder, caps
         cli.main(arguments(*GENERATE, "--max-tokens", "1", "--state-out", "state"))
     assert "What was there before is untouched" in capsys.readouterr().err
     assert Path("state").read_bytes() == before
+
+
+def test_an_unfinished_run_of_a_part_of_a_model_is_no_model_folder(tmp_path):
+    for folder in ("base", "checkpoints"):
+        (tmp_path / folder).mkdir()
+    with pytest.raises(ValueError, match="unfinished run that trains a part of a model"):
+        find_model(tmp_path)

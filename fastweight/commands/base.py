@@ -27,7 +27,7 @@ def parse(cls: type[T], prog: str, examples: list[str], arguments: list[str], **
     A wrong option ends the program with code 2 and names near ones.
     """
     description = "\n".join([inspect.cleandoc(cls.__doc__ or ""), "", "examples:", *(f"  {line}" for line in examples)])
-    flags = (tyro.conf.FlagCreatePairsOff,)
+    flags = (tyro.conf.FlagCreatePairsOff, tyro.conf.AvoidSubcommands)
     return tyro.cli(cls, prog=f"fastweight {prog}", description=description, args=arguments, config=flags, **options)
 
 
