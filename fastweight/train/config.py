@@ -281,7 +281,8 @@ class TrainConfig:
         )
 
     def _check_averaging(self) -> None:
-        last = schedule_factor(self.schedule, self.steps - 1, self.steps, self.optimizer.lr, 1.0)
+        fraction = 1.0 if self.max_seconds else None
+        last = schedule_factor(self.schedule, self.steps - 1, self.steps, self.optimizer.lr, fraction)
         averaging = self.averaging
         require(
             averaging.kind != "swa" or last < averaging.start_factor,

@@ -105,7 +105,7 @@ def test_a_large_share_of_the_initial_weights_is_said(store, tmp_path, capsys):
 
 
 def test_snapshots_that_would_never_be_taken_are_refused(store):
-    with pytest.raises(ValueError, match=r'"swa" starts when the rate is below 0.05 of its peak, but it ends at 0.1'):
+    with pytest.raises(ValueError, match=r'"swa" starts when the rate is below 0.05 of its peak, but it ends at 0.25'):
         tiny_config(store, averaging=AveragingConfig(kind="swa", start_factor=0.05))
 
 
