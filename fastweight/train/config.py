@@ -7,7 +7,7 @@ from typing import Any, Literal, get_type_hints
 
 from fastweight.configs import check_keys, check_types, require
 from fastweight.convert.mag_schedule import MagSchedule
-from fastweight.optim import OptimizerConfig, ScheduleConfig
+from fastweight.optim import AveragingConfig, OptimizerConfig, ScheduleConfig, schedule_factor
 
 Scalar = int | float | bool | str
 ViewName = Literal["windows", "bins", "streams"]
@@ -191,6 +191,7 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    averaging: AveragingConfig = field(default_factory=AveragingConfig)
     inner_rate: InnerRateWarmup = field(default_factory=InnerRateWarmup)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     trainable: tuple[str, ...] = (ALL,)
@@ -245,11 +246,13 @@ class TrainConfig:
         )
         self._check_objective()
         self._check_trainable()
-        beyond = self.schedule.warmup_steps + self.schedule.decay_steps
+        self._check_averaging()
+        decay_steps = self.schedule.decay_steps or round(self.schedule.decay_fraction * self.steps)
+        beyond = self.schedule.warmup_steps + decay_steps
         require(
             bool(self.max_seconds) or beyond <= self.steps,
             f"train: warm-up and decay take {beyond} steps, the run has {self.steps}. "
-            "Lower schedule.warmup_steps and schedule.decay_steps.",
+            "Lower schedule.warmup_steps and schedule.decay_steps (or decay_fraction).",
         )
 
     @property
@@ -275,6 +278,16 @@ class TrainConfig:
         require(
             kind != "transfer" or not self.compile,
             'train: compile and objective "transfer" cannot go together: layers are trained one by one.',
+        )
+
+    def _check_averaging(self) -> None:
+        fraction = 1.0 if self.max_seconds else None
+        last = schedule_factor(self.schedule, self.steps - 1, self.steps, self.optimizer.lr, fraction)
+        averaging = self.averaging
+        require(
+            averaging.kind != "swa" or last < averaging.start_factor,
+            f'averaging: "swa" starts when the rate is below {averaging.start_factor:g} of its peak, but it ends at '
+            f"{last:g}. Raise averaging.start_factor, or lower schedule.final_ratio.",
         )
 
     def _check_trainable(self) -> None:

@@ -78,12 +78,13 @@ def describe_run(config: TrainConfig, model: Model, store: Store, device: torch.
     where = config.model.preset or config.model.folder or "given in Python"
     tokens = data.batch_size * data.seq_len
     budget = f", at most {config.max_seconds:g} s" if config.max_seconds else ""
+    averaging = "" if config.averaging.kind == "none" else f", ends with averaged weights ({config.averaging.kind})"
     lines = [
         f"model: {where}, {model.num_parameters:,} parameters, blocks: {describe_layers(model.config)}, on {device} "
         f"({config.precision})",
         f"data: {data.store}, {train.num_tokens:,} training tokens, tokenizer {store.tokenizer.name}, view {data.view}",
         f"run: {config.steps:,} steps of {data.batch_size} × {data.seq_len} = {tokens:,} tokens, "
-        f"{config.optimizer.name}, {config.schedule.kind}{budget}",
+        f"{config.optimizer.name}, {config.schedule.kind}{budget}{averaging}",
     ]
     return lines + [f"op {op}: {text}" for op, text in describe_backends(model).items()]
 
