@@ -8,6 +8,7 @@ from typing import Any, Literal, get_type_hints
 from fastweight.configs import check_keys, check_types, require
 from fastweight.convert.mag_schedule import MagSchedule
 from fastweight.optim import AveragingConfig, OptimizerConfig, ScheduleConfig, schedule_factor
+from fastweight.train.loops import LoopConfig
 
 Scalar = int | float | bool | str
 ViewName = Literal["windows", "bins", "streams"]
@@ -193,6 +194,7 @@ class TrainConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     averaging: AveragingConfig = field(default_factory=AveragingConfig)
     inner_rate: InnerRateWarmup = field(default_factory=InnerRateWarmup)
+    loops: LoopConfig = field(default_factory=LoopConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     trainable: tuple[str, ...] = (ALL,)
     """Which parameters learn: all; memory (what a conversion has added); lora (adapters, and the memory if
@@ -244,6 +246,11 @@ class TrainConfig:
             not (self.compile and self.inner_rate.steps),
             "train: compile and inner_rate.steps cannot go together: the rate would be compiled anew every step.",
         )
+        require(
+            not (self.carry_state and self.loops.moves),
+            "train: carry_state needs the same loops in every step (a state belongs to its order). Set "
+            "loops.sample_min and loops.on_at to 0.",
+        )
         self._check_objective()
         self._check_trainable()
         self._check_averaging()
@@ -278,6 +285,11 @@ class TrainConfig:
         require(
             kind != "transfer" or not self.compile,
             'train: compile and objective "transfer" cannot go together: layers are trained one by one.',
+        )
+        require(
+            kind != "transfer" or not self.loops.moves,
+            'train: objective "transfer" reports an error per visit, so loops must stay the same. Set '
+            "loops.sample_min and loops.on_at to 0.",
         )
 
     def _check_averaging(self) -> None:

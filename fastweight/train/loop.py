@@ -20,6 +20,7 @@ from fastweight.train.averaging import RAW, describe_average, make_average, put_
 from fastweight.train.config import TrainConfig
 from fastweight.train.heldout import heldout_losses
 from fastweight.train.inner import inner_statistics
+from fastweight.train.loops import LoopFollower
 from fastweight.train.lora import add_adapters, merge_and_unload, save_adapter
 from fastweight.train.loss import Counts, count
 from fastweight.train.mag import MagFollower
@@ -54,6 +55,7 @@ class Trainer:
         self.trained = [name for name, p in model.named_parameters() if p.requires_grad]
         self.average = make_average(model, config)
         self.mag = MagFollower(model, config.mag)
+        self.loops = LoopFollower(model, config.loops, config.seed)
         self.carried: list[ModelState] | None = None
         self.saved_step = -1
         self._started = time.monotonic() - tally.seconds
@@ -83,6 +85,7 @@ class Trainer:
         finally:
             self.report.stop()
             self._set_inner_rate(1.0)
+            self.loops.settle(1.0)
         if self.saved_step != tally.step:
             self.save()
         return self._finish("" if ended == "steps" else ended)
@@ -159,6 +162,7 @@ class Trainer:
         counts = count(batches)
         self._warm_inner_rate()
         self.mag.set(self._mag_step())
+        self.loops.set(tally.step, self._fraction())
         factor = schedule_factor(
             config.schedule,
             tally.step,
@@ -260,7 +264,7 @@ class Trainer:
         names = ("loss_nats", "bits_per_byte", "grad_norm", "tokens", "bad_steps", "fault_reports", "seconds")
         values = {name: getattr(tally, name) for name in names} | {"lr": rate}
         values["tokens_per_second"] = tokens / max(1e-9, seconds)
-        values |= (self.objective.describe(means) if means else {}) | self.mag.describe()
+        values |= (self.objective.describe(means) if means else {}) | self.mag.describe() | self.loops.describe()
         self.metrics.write("train", tally.step, values)
         self.report.advance(tally.step, self._fraction(), summary(values))
 
@@ -276,6 +280,7 @@ class Trainer:
     def _measure(self, kind: str) -> dict[str, Any]:
         """Write and say the held-out losses as they are now; NaN is None, which JSON and so the checkpoint can hold."""
         self._set_inner_rate(1.0)
+        self.loops.settle(self._fraction())
         values = heldout_losses(self.model, self.objective, self.store.split("heldout"), self.config)
         self.metrics.write(kind, self.tally.step, values)
         when = f"step {self.tally.step}" if kind == "heldout" else kind

@@ -10,6 +10,7 @@ from rich.table import Column
 
 from fastweight.backends import describe_backends, describe_layers
 from fastweight.data import Store
+from fastweight.effort import TRAINING, effective_parameters, forward_flops
 from fastweight.model import Model
 from fastweight.train.config import TrainConfig
 
@@ -82,6 +83,8 @@ def describe_run(config: TrainConfig, model: Model, store: Store, device: torch.
     lines = [
         f"model: {where}, {model.num_parameters:,} parameters, blocks: {describe_layers(model.config)}, on {device} "
         f"({config.precision})",
+        f"per token: {effective_parameters(model):,} parameters used, "
+        f"{TRAINING * forward_flops(model):,} floating-point operations in matrices to learn it",
         f"data: {data.store}, {train.num_tokens:,} training tokens, tokenizer {store.tokenizer.name}, view {data.view}",
         f"run: {config.steps:,} steps of {data.batch_size} × {data.seq_len} = {tokens:,} tokens, "
         f"{config.optimizer.name}, {config.schedule.kind}{budget}{averaging}",
