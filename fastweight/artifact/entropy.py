@@ -46,19 +46,22 @@ def encode(parts: Sequence[Part], coders: Sequence[str] = ("rans", *CODERS)) -> 
     """
     chosen = [choose(part, coders) for part in parts]
     shared = [(part, coded) for part, coded in zip(parts, chosen, strict=True) if coded.coder == "rans"]
-    header = zlib.compress(b"".join(tables.to_bytes(t) for _, coded in shared for t in coded.tables), 9)
-    bases = np.cumsum([0] + [coded.num_classes for _, coded in shared])
-    contexts = [_contexts(part, coded.num_classes) + base for (part, coded), base in zip(shared, bases)]
-    stream = b""
-    if shared:
-        symbols = np.concatenate([part.symbols.reshape(-1) for part, _ in shared])
-        stream = rans.encode(symbols, np.concatenate(contexts), np.concatenate([c.tables for _, c in shared]))
+    header, stream = _encode_shared(shared) if shared else (b"", b"")
     record = {
         "tables": len(header),
         "stream": len(stream),
         "parts": [[c.coder, c.num_classes if c.data is None else len(c.data)] for c in chosen],
     }
     return record, b"".join([header, stream, *(c.data for c in chosen if c.data is not None)])
+
+
+def _encode_shared(shared: Sequence[tuple[Part, Coded]]) -> tuple[bytes, bytes]:
+    """The tables and the one stream of all parts that rANS codes."""
+    header = zlib.compress(b"".join(tables.to_bytes(t) for _, coded in shared for t in coded.tables), 9)
+    bases = np.cumsum([0] + [coded.num_classes for _, coded in shared])
+    contexts = [_contexts(part, coded.num_classes) + base for (part, coded), base in zip(shared, bases)]
+    symbols = np.concatenate([part.symbols.reshape(-1) for part, _ in shared])
+    return header, rans.encode(symbols, np.concatenate(contexts), np.concatenate([c.tables for _, c in shared]))
 
 
 def choose(part: Part, coders: Sequence[str] = ("rans", *CODERS)) -> Coded:
@@ -124,18 +127,13 @@ def decode(
     kinds = check_record(record, len(shapes), len(data))
     header, stream, rest = np.split(np.frombuffer(data, np.uint8), np.cumsum([record["tables"], record["stream"]]))
     shared = [i for i, (coder, _) in enumerate(kinds) if coder == "rans"]
-    numbers = [kinds[i][1] for i in shared]
-    made = tables.from_bytes(
-        inflate(header.tobytes(), 4 * ALPHABET * sum(numbers), "the tables of frequencies"), sum(numbers)
-    )
     found: dict[int, np.ndarray] = {}
-    empty = [Part(np.broadcast_to(np.uint8(0), shapes[i]), classes[i]) for i in shared]
-    bases = np.cumsum([0, *numbers])
-    contexts = [_contexts(part, n) + base for part, n, base in zip(empty, numbers, bases)]
     if shared:
-        symbols = rans.decode(stream.tobytes(), np.concatenate(contexts), made)
-        for i, values in zip(shared, np.split(symbols, np.cumsum([len(c) for c in contexts])[:-1])):
-            found[i] = values.reshape(shapes[i])
+        empty = [Part(np.broadcast_to(np.uint8(0), shapes[i]), classes[i]) for i in shared]
+        decoded = _decode_shared(header.tobytes(), stream.tobytes(), empty, [kinds[i][1] for i in shared])
+        found.update(zip(shared, decoded, strict=True))
+    else:
+        require(not len(header) and not len(stream), "a section has a stream that no part uses")
     position = 0
     for i, (coder, size) in enumerate(kinds):
         if coder != "rans":
@@ -143,6 +141,15 @@ def decode(
             found[i] = np.frombuffer(plain, np.uint8).reshape(shapes[i])
             position += size
     return [found[i] for i in range(len(shapes))]
+
+
+def _decode_shared(header: bytes, stream: bytes, parts: Sequence[Part], numbers: list[int]) -> list[np.ndarray]:
+    """Undo `_encode_shared`; `parts` have the shapes and classes, `numbers` say how many tables each has."""
+    made = tables.from_bytes(inflate(header, 4 * ALPHABET * sum(numbers), "the tables of frequencies"), sum(numbers))
+    contexts = [_contexts(part, number) + base for part, number, base in zip(parts, numbers, np.cumsum([0, *numbers]))]
+    symbols = rans.decode(stream, np.concatenate(contexts), made)
+    split = np.split(symbols, np.cumsum([len(c) for c in contexts])[:-1])
+    return [values.reshape(part.symbols.shape) for values, part in zip(split, parts, strict=True)]
 
 
 def check_record(record: Any, num_parts: int, num_bytes: int) -> list[tuple[str, int]]:

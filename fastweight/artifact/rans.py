@@ -12,7 +12,7 @@ from fastweight.configs import require
 
 SYMBOLS_PER_LANE = 1 << 14  # a lane costs about 2 bytes beyond its symbols' entropy
 MOST_LANES = 2048
-STEPS = 256  # steps whose table rows are looked up at once; a matter of speed only
+STEPS = 32  # looked up at once; a matter of speed only
 LOWEST = 1 << 16  # of a state
 _SHIFT, _SIXTEEN, _PRECISION = np.uint32(32 - PRECISION), np.uint32(16), np.uint32(PRECISION)
 
@@ -84,13 +84,15 @@ def _decode_lanes(
     sizes, starts = (t.reshape(-1).astype(np.uint32) for t in (tables, np.cumsum(tables, axis=1) - tables))
     found = np.empty(len(contexts), np.uint8)
     mask, lowest = np.uint32(TOTAL - 1), np.uint32(LOWEST)
+    block = lanes * STEPS
     for begin in range(0, len(contexts), lanes):
-        context = contexts[begin : begin + lanes].astype(np.int64)
-        x = state[: len(context)]
+        if begin % block == 0:
+            bases = contexts[begin : begin + block].astype(np.int64) * TOTAL
+        base = bases[begin % block : begin % block + lanes]
+        x = state[: len(base)]
         slot = x & mask
-        symbol = lookup[context * TOTAL + slot]
-        found[begin : begin + lanes] = symbol
-        index = context * ALPHABET + symbol
+        index = lookup[base + slot]
+        found[begin : begin + lanes] = index  # the low byte is the symbol
         x >>= _PRECISION
         x *= sizes[index]
         x += slot
@@ -103,7 +105,8 @@ def _decode_lanes(
 
 
 def _lookup(tables: np.ndarray) -> np.ndarray:
-    """The symbol of each of the 2^14 slots of each context, uint8 [contexts · 2^14]."""
-    symbols = np.arange(ALPHABET, dtype=np.uint8)
-    rows = [np.repeat(symbols, table) if table.any() else np.zeros(TOTAL, np.uint8) for table in tables]
-    return np.concatenate(rows) if rows else np.zeros(0, np.uint8)
+    """context · 256 + symbol for each of the 2^14 slots of each context, int32 [contexts · 2^14]."""
+    symbols = np.arange(ALPHABET, dtype=np.int32)
+    empty = np.zeros(TOTAL, np.int32)
+    rows = [np.repeat(symbols + i * ALPHABET, t) if t.any() else empty for i, t in enumerate(tables)]
+    return np.concatenate(rows) if rows else empty
