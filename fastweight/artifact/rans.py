@@ -84,7 +84,7 @@ def _decode_lanes(
     sizes, starts = (t.reshape(-1).astype(np.uint32) for t in (tables, np.cumsum(tables, axis=1) - tables))
     found = np.empty(len(contexts), np.uint8)
     mask, lowest = np.uint32(TOTAL - 1), np.uint32(LOWEST)
-    block = lanes * STEPS
+    block, bases = lanes * STEPS, np.zeros(0, np.int64)
     for begin in range(0, len(contexts), lanes):
         if begin % block == 0:
             bases = contexts[begin : begin + block].astype(np.int64) * TOTAL
