@@ -11,7 +11,7 @@ from torch import Tensor
 from fastweight.configs import require
 from fastweight.evaluate.long_texts import LongTexts, batches, piece_bounds, target_nats
 from fastweight.evaluate.positions import PositionBucket, PositionSums
-from fastweight.evaluate.scoring import Progress
+from fastweight.evaluate.evaluation import Progress
 from fastweight.model import Model
 
 
