@@ -25,6 +25,7 @@ from tolerances import OUTPUT
 
 from fastweight.evaluate import Scored, score, score_and_learn
 from fastweight.learn import DocumentLora, GlobalSgd, InPlaceSgd, score_pieces
+from fastweight.learn import scored as scored_module
 from fastweight.learn.lora import linear_layers
 from fastweight.learn.pieces import Text
 from fastweight.mixers.delta import DeltaConfig
@@ -54,7 +55,7 @@ def static(learner):
 
 
 @pytest.mark.parametrize("scorer", SCORERS)
-@pytest.mark.parametrize("length", [1, 6, 7, 8, 11, 12, 13, 14, 15, 16, 17, 24, 29])
+@pytest.mark.parametrize("length", [1, 6, 7, 8, 11, 12, 13, 15, 17, 22])
 def test_p3_every_target_is_scored_exactly_once_whatever_the_length(scorer, length):
     found = run(scorer, varied_model(), documents([length, 2]))
     assert Counter({p: len(nats) for p, nats in found.nats.items()}) == Counter(
@@ -66,7 +67,7 @@ def test_p3_every_target_is_scored_exactly_once_whatever_the_length(scorer, leng
 def test_p3_the_sum_does_not_depend_on_how_many_are_read_side_by_side(scorer):
     model, texts = varied_model(torch.float64), documents()
     sums = []
-    for batch_size in (1, 3, 8):
+    for batch_size in (1, 2, 8):
         found = run(scorer, model, texts, batch_size=batch_size)
         assert sorted(found.nats) == ALL
         sums.append(found.evaluation.nats)
@@ -102,14 +103,16 @@ def test_p4_a_chunk_that_never_ends_is_plain_scoring_bit_for_bit(scorer):
     endless = dataclasses.replace(LEARNERS[kind], chunk_size=10**9)
     plain = "windows" if scorer == "sgd exact" else "document"
     settings = {"seq_len": 64} if kind in PER_DOCUMENT else {}
-    assert (values(run(scorer, model, texts, endless, **settings)) == values(run(plain, model, texts, **settings))).all()
+    assert (
+        values(run(scorer, model, texts, endless, **settings)) == values(run(plain, model, texts, **settings))
+    ).all()
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", PER_DOCUMENT)
 def test_p4_documents_are_forgotten_so_that_their_order_does_not_matter(kind, mode):
     model, texts = varied_model(torch.float64), documents()
-    order = [4, 6, 0, 3, 1, 5, 2]
+    order = [4, 0, 3, 1, 5, 2]
     want = run(f"{kind} {mode}", model, texts).nats
     found = run(f"{kind} {mode}", model, [texts[i] for i in order]).nats
     for (i, position), nats in found.items():
@@ -180,7 +183,9 @@ def test_p6_the_score_is_the_entry_of_the_target():
 
 def test_in_place_learning_is_descent_on_the_down_projections():
     model, (tokens, num_bytes) = varied_model(torch.float64), documents([3 * CHUNK])[0]
-    found = values(run("in-place exact", model, [(tokens, num_bytes)], InPlaceSgd(chunk_size=CHUNK, lr=0.2), seq_len=64))
+    found = values(
+        run("in-place exact", model, [(tokens, num_bytes)], InPlaceSgd(chunk_size=CHUNK, lr=0.2), seq_len=64)
+    )
     copied, want = copy.deepcopy(model), []
     downs = [block.feed_forward.down.weight for block in copied.blocks]
     for start in range(0, 3 * CHUNK, CHUNK):
@@ -248,12 +253,15 @@ def test_in_place_steps_beyond_the_norm_guard_are_scaled_back():
         assert math.isclose(delta[0].norm().item(), limit.item(), rel_tol=1e-5)
 
 
-def test_the_gradient_of_a_score_is_that_of_the_whole_passage():
+@pytest.mark.parametrize("logits", [1 << 24, 3 * 61])  # all at a time, or three targets
+def test_the_gradient_of_a_score_is_that_of_the_whole_passage(logits, monkeypatch):
+    monkeypatch.setattr(scored_module, "LOGITS_PER_CHUNK", logits)
     model, (tokens, num_bytes) = varied_model(torch.float64), documents([20])[0]
     weights = GlobalSgd().start(model, 1)
     piece = Text(0, torch.from_numpy(tokens), num_bytes).whole()
     scored, _ = score_pieces(model, weights, [piece], gradient=True)
     want = torch.autograd.grad(losses(model, tokens).sum(), list(model.parameters()))
+    np.testing.assert_allclose(scored.nats, losses(model, tokens).tolist(), rtol=OUTPUT[torch.float64])
     for (name, _), gradient in zip(model.named_parameters(), want, strict=True):
         torch.testing.assert_close(scored.gradient[name], gradient, rtol=1e-9, atol=1e-11)
 
@@ -280,7 +288,7 @@ def test_sums_by_the_length_of_the_document_add_up():
     found = run("lora cached", varied_model(), documents(), bucket_width=1)
     evaluation = found.evaluation
     assert sum(bucket.tokens for bucket in evaluation.lengths) == evaluation.tokens
-    (bucket,) = [b for b in evaluation.lengths if b.start <= 30 < b.stop]
+    (bucket,) = [b for b in evaluation.lengths if b.start <= 24 < b.stop]
     # The only document of 24 to 31 targets is number 4.
     assert math.isclose(bucket.nats, sum(n[0] for (i, _), n in found.nats.items() if i == 4), rel_tol=1e-12)
 

@@ -7,14 +7,20 @@ from learning_cases import CHUNK, LEARNERS, LEARNING, SCORERS, documents, leaks,
 from fastweight.evaluate.scoring import Pass
 from fastweight.learn import score_pieces
 
-# Document 4 has 30 targets: its first, around the edges of chunks (7), strides and windows (12, 17), its last.
-PLACES = [(4, 1), (4, 7), (4, 8), (4, 12), (4, 13), (4, 18), (4, 30), (1, 15), (6, 23)]
+# Document 4 has 24 targets: its first, around the edges of chunks (7) and windows (12, 17), its last.
+PLACES = [(4, 1), (4, 7), (4, 8), (4, 13), (4, 17), (4, 24), (1, 15)]
+
+
+@pytest.fixture(scope="module", params=SCORERS)
+def honest(request):
+    """(scorer, what it does with the texts as they are)."""
+    return request.param, run(request.param, varied_model(), documents())
 
 
 @pytest.mark.parametrize("place", PLACES, ids=str)
-@pytest.mark.parametrize("scorer", SCORERS)
-def test_p1_tokens_from_a_place_on_change_no_earlier_score_and_not_the_distribution_there(scorer, place):
-    assert leaks(scorer, varied_model(), documents(), *place) == []
+def test_p1_tokens_from_a_place_on_change_no_earlier_score_and_not_the_distribution_there(honest, place):
+    scorer, first = honest
+    assert leaks(scorer, varied_model(), documents(), *place, first) == []
 
 
 @pytest.mark.parametrize("scorer", ["sgd exact", "sgd cached", "lora exact", "lora cached"])

@@ -6,7 +6,7 @@ Kind = Literal["sgd", "lora", "in-place"]
 LearnMode = Literal["cached", "exact"]
 
 
-def make_learners(args: Any) -> dict[str, tuple[Any, str]]:
+def make_learners(args: Any) -> dict[str, tuple[Any, LearnMode]]:
     """By the name of its row: a learner, and the mode it runs in; every kind at every rate in every mode."""
     found = {}
     for kind in dict.fromkeys(args.learn):
@@ -18,7 +18,7 @@ def make_learners(args: Any) -> dict[str, tuple[Any, str]]:
     return found
 
 
-def mode_differences(learners: dict[str, tuple[Any, str]], found: dict[str, Any]) -> dict[str, float]:
+def mode_differences(learners: dict[str, tuple[Any, LearnMode]], found: dict[str, Any]) -> dict[str, float]:
     """Bits per byte of exact minus cached, of every learner that ran in both modes."""
     runs = {(learner, mode): found[name].bits_per_byte for name, (learner, mode) in learners.items()}
     names = {learner: name.rpartition(" ")[0] for name, (learner, _) in learners.items()}
@@ -29,7 +29,7 @@ def mode_differences(learners: dict[str, tuple[Any, str]], found: dict[str, Any]
 def _make(kind: Kind, rate: float | None, args: Any) -> Any:
     from fastweight.learn import DocumentLora, GlobalSgd, InPlaceSgd
 
-    settings = {} if rate is None else {"lr": rate}
+    settings: dict[str, Any] = {} if rate is None else {"lr": rate}
     settings |= {"chunk_size": args.learn_chunk} if args.learn_chunk else {}
     if kind == "lora":
         return DocumentLora(**settings, **({"rank": args.learn_rank} if args.learn_rank else {}))

@@ -48,7 +48,7 @@ def score(
     max_tokens, max_documents: stop after so many targets (inside a document, if need be) or documents.
     bucket_width: tokens per bucket of positions; None spaces the buckets by powers of √2.
     progress: called with (targets scored, targets in all).
-    watch: called with (None, Scored) for all that is scored; with keep_log_probs each has its distributions [targets, V].
+    watch: called with (None, Scored) for all that is scored. keep_log_probs: each with its distributions [targets, V].
     Losses are float32 from the logits, sums float64. Raises ValueError for settings that make no sense, data without a
     single target, and a loss that is not finite.
     """

@@ -27,7 +27,7 @@ class DocumentLora:
 
     kind: ClassVar[str] = "lora"
     chunk_size: int = 64
-    lr: float = 1e-2
+    lr: float = 3e-3
     rank: int = 8
     alpha: float = 16.0
     betas: tuple[float, float] = (0.9, 0.95)

@@ -1,8 +1,8 @@
 """What is read at once: documents and pieces of documents."""
 
 from collections.abc import Iterable, Iterator
-from itertools import islice
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 from torch import Tensor

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -90,8 +91,9 @@ def score_pieces(
     """Read pieces side by side and score their targets.
 
     weights: what the model is run with, None for its own. state: what the first pieces go on from, in their order;
-    the others start from nothing. gradient: also differentiate the scores by the weights; `state` is a constant. Only scored positions go through the vocabulary. Losses are float32 (or the model's
-    dtype, if wider), sums float64. Returns what was scored, and the state after the pieces, detached.
+    the others start from nothing. gradient: also differentiate the scores by the weights; `state` is a constant.
+    Only scored positions go through the vocabulary. Losses are float32 (or the model's dtype, if wider), sums float64.
+    Returns what was scored, and the state after the pieces, detached.
     """
     lengths = [piece.num_inputs for piece in pieces]
     used = weights.traced() if weights is not None and gradient else weights
@@ -158,7 +160,7 @@ def _losses(model: Model, features: Tensor, targets: Tensor, keep: bool) -> tupl
     size = max(1, LOGITS_PER_CHUNK // model.config.vocab_size)
     parts = list(zip(features.split(size), targets.split(size), strict=True))
     again = len(parts) > 1 and torch.is_grad_enabled()
-    found = [checkpoint(lose, *part, use_reentrant=False) if again else lose(*part) for part in parts]
+    found: list[Any] = [checkpoint(lose, *part, use_reentrant=False) if again else lose(*part) for part in parts]
     losses = torch.cat([losses for losses, _ in found])
     return losses, torch.cat([log_probs for _, log_probs in found]) if keep else None
 

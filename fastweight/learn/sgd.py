@@ -68,9 +68,7 @@ class GlobalSgd:
     def check_single_epoch(self) -> None:
         """Refuse epochs that a chunk with its gradient, read once, cannot give."""
         needs = "Use one epoch, or mode exact, which reads it again."
-        require(
-            self.epochs == 1, f"sgd: a chunk that is read once gives one step, got {self.epochs} epochs. {needs}"
-        )
+        require(self.epochs == 1, f"sgd: a chunk that is read once gives one step, got {self.epochs} epochs. {needs}")
 
     def learning_tokens(self, scored: Scored) -> int:
         return 0 if scored.gradient is not None else self.epochs * scored.num_targets
