@@ -1,19 +1,23 @@
 """A feed-forward whose down-projection learns while it reads: In-Place memory (arXiv:2604.06169)."""
 
+from collections.abc import Callable
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from fastweight.configs import require
-from fastweight.layers import FeedForward, FeedForwardConfig, InPlaceConfig, init_linears
+from fastweight.layers import FeedForward, FeedForwardConfig, InPlaceConfig, init_linears, keep_wide
 from fastweight.ops.in_place import WIDTH, InPlaceState, in_place, init_in_place
 
 PROJECTION_STD = 0.02  # of the diagonal, as published
 
 
 class InPlaceWeights(nn.Module):
-    """What the memory adds to a feed-forward: taps [D, 5] of the target's convolution, projection [D, D] or None."""
+    """What the memory adds to a feed-forward: taps [D, 5] of the target's convolution, projection [D, D] or None.
+
+    They are float32 or wider whatever the backbone's dtype: a conversion to a narrower one leaves them as they are.
+    """
 
     def __init__(self, d_model: int, config: InPlaceConfig):
         super().__init__()
@@ -27,6 +31,9 @@ class InPlaceWeights(nn.Module):
         if self.projection is not None:
             diagonal = PROJECTION_STD * torch.randn(self.projection.shape[0], device=self.projection.device)
             self.projection.copy_(diagonal.diag())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "InPlaceWeights":
+        return super()._apply(lambda t: keep_wide(t, fn), recurse)
 
 
 class InPlaceFeedForward(FeedForward):

@@ -1,6 +1,7 @@
 """Stateless layers shared by mixers and blocks: normalisation, feed-forward, weight initialisation."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -190,3 +191,10 @@ def init_linears(module: nn.Module, std: float) -> None:
 def state_dtype(weight: Tensor) -> torch.dtype:
     """Dtype of a memory beside parameters like `weight`: float32, or wider if the parameters are."""
     return torch.promote_types(weight.dtype, torch.float32)
+
+
+def keep_wide(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
+    """fn(tensor), the move or conversion of a module's tensor, but never to fewer digits than float32 has."""
+    moved = fn(tensor)
+    narrower = moved.is_floating_point() and moved.element_size() < min(tensor.element_size(), 4)
+    return tensor.to(moved.device) if narrower else moved

@@ -270,12 +270,24 @@ class Model(nn.Module):
                 ]
         return found
 
+    def _check_own_tensors(self) -> None:
+        with torch.device("meta"):
+            own = Model(self.config).state_dict().keys()
+        foreign = [name for name in self.state_dict() if name not in own]
+        require(
+            not foreign,
+            f"this model holds tensors that are not its own: {', '.join(foreign[:4])}. Merge adapters before saving it "
+            "(fastweight.train.lora.merge_and_unload), or save it through PEFT.",
+        )
+
     def save(self, path: str | Path) -> None:
         """Write config.json, model.safetensors and, if there is one, origin.json into the folder `path`.
 
-        Each file is replaced atomically.
+        Each file is replaced atomically. Raises ValueError for a model with tensors that its config does not describe,
+        such as adapters: the folder could not be read again.
         """
         path = Path(path)
+        self._check_own_tensors()
         header = {"format": FORMAT, "signature": self.signature}
         write_tensors(path / "model.safetensors", self.state_dict(), header)
         text = to_json({"format": FORMAT, "version": VERSION, "config": self.config.to_dict()})

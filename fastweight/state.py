@@ -59,7 +59,12 @@ def map_tensors(fn: Callable[[Tensor], Tensor], tree: Any) -> Any:
 def zip_tensors(fn: Callable[..., Tensor], *trees: Any) -> Any:
     """Apply `fn` to the tensors that stand at the same place of several state trees."""
     first = trees[0]
-    if first is None:
+    if any(tree is None for tree in trees):
+        if any(tree is not None for tree in trees):
+            raise ValueError(
+                "these states do not hold the same parts: one lacks a cache or a memory that another has, as when the "
+                "weight of a memory was 0 or 1 for one of them alone. Make both under the same settings."
+            )
         return None
     if isinstance(first, Tensor):
         return fn(*trees)

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import random
 import subprocess
 import sys
 
@@ -11,42 +10,19 @@ import pytest
 import torch
 
 from fastweight import cli
-from fastweight.conversion import ConversionConfig, InPlaceRecipe, MagConfig, convert, load_conversion, request_bytes
+from fastweight.conversion import InPlaceRecipe, convert, load_conversion, request_bytes
 from fastweight.model import load
-from fastweight.report import ReportSettings
-from fastweight.train.stages import StageConfig, StagesConfig
+from fastweight.train.stages import StageConfig
 
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
-from tptt.backbones import folder_with_tokenizer  # needs transformers
-
-STAGES = StagesConfig(
-    store="", seq_len=32, batch_size=2, heldout_tokens=64, checkpoint_every=2, device="cpu",
-    transfer=StageConfig(steps=3, lr=3e-3), tune=StageConfig(steps=4, lr=1e-3, trainable=("lora",)),
-)  # fmt: skip
-REPORT = ReportSettings(
-    lengths=(16, 48), tail_tokens=16, documents=3, divergence_tokens=32, passkey_lengths=(), pairs=(), pair_trials=2,
-    speed_lengths=(40,), prefill_tokens=8, decode_tokens=2, repeats=1, read_tokens=64, batch_size=2, piece_tokens=32,
-    device="cpu",
-)  # fmt: skip
+from tptt.conversions import STAGES, make_place, settings  # needs transformers
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder with a pretrained llama and a text of 60 documents."""
-    folder = tmp_path_factory.mktemp("conversion")
-    folder_with_tokenizer(folder / "llama")
-    rng = random.Random(0)
-    words = ["a", "small", "model", "reads", "and", "keeps", "on", "learning", "three", "tips"]
-    lines = [json.dumps({"text": " ".join(rng.choices(words, k=60))}) for _ in range(60)]
-    (folder / "text.jsonl").write_text("\n".join(lines) + "\n")
-    return folder
-
-
-def settings(place, **changes):
-    chosen = {"source": str(place / "llama"), "data": str(place / "text.jsonl"), "heldout_fraction": 0.2}
-    chosen |= {"mag": MagConfig(window=8, num_sinks=2, mag_weight=0.2), "stages": STAGES, "report": REPORT}
-    return ConversionConfig(**(chosen | changes))
+    return make_place(tmp_path_factory.mktemp("conversion"))
 
 
 @pytest.fixture(scope="module")
@@ -176,3 +152,23 @@ def test_a_memory_that_a_format_cannot_hold_is_not_lost_silently(place, converte
     with pytest.raises(ValueError, match="a llama checkpoint cannot hold this model"):
         cli.run(["export", str(place / "out"), str(tmp_path / "plain"), "--to", "hf"])
     assert not (tmp_path / "plain").exists()
+
+
+def test_the_tokenizer_of_the_result_is_the_one_of_the_source(place, converted, tmp_path):
+    from transformers import AutoTokenizer
+
+    import fastweight.hf  # noqa: F401  # registers the face, so that nothing is asked
+
+    cli.run(["export", str(place / "out"), str(tmp_path / "plain"), "--to", "hf", "--without-memory"])
+    want = AutoTokenizer.from_pretrained(place / "llama")
+    for folder in (place / "out" / "hf", tmp_path / "plain"):
+        got = AutoTokenizer.from_pretrained(folder)
+        assert (got.bos_token, got.eos_token) == (want.bos_token, want.eos_token) == ("<|begin|>", "<|end|>")
+        assert got("three tips, <|end|>")["input_ids"] == want("three tips, <|end|>")["input_ids"]
+
+
+def test_a_folder_for_transformers_is_no_model_folder_and_says_which_is(place, converted):
+    with pytest.raises(ValueError, match=r"of a conversion DIR: DIR itself"):
+        cli.run(["generate", str(place / "out" / "hf"), "--prompt", "a"])
+    with pytest.raises(ValueError, match=r"fastweight import .* --format hf"):
+        cli.run(["generate", str(place / "llama"), "--prompt", "a"])

@@ -1,6 +1,8 @@
 """fastweight convert, fastweight report"""
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,15 +10,18 @@ from typing import Annotated, Any
 import tyro
 
 from fastweight.commands.base import emit, parse, say
+from fastweight.configs import require
 from fastweight.conversion import ConversionConfig, InPlaceRecipe, MagConfig, Recipe
 from fastweight.report import Report, ReportSettings
-from fastweight.train.stages import StagesConfig, cpu_stages, gpu_stages
+from fastweight.report.result import FILE as REPORT_FILE
+from fastweight.train.stages import StageConfig, StagesConfig, cpu_stages, gpu_stages
 
 CONVERT_EXAMPLES = [
     "fastweight convert HuggingFaceTB/SmolLM2-135M --data python-stdlib --out converted",
     "fastweight convert models/llama-3.2-1b --data data/books --out converted --mag.window 2048 --mag.layers 'every 2'",
-    "fastweight convert SmolLM2.gguf --data my-texts/ --out converted --stages.tune.steps 200",
-    "fastweight convert Qwen/Qwen3-0.6B --recipe in-place --stages.transfer.max-seconds 0 --data books/ --out new",
+    "fastweight convert SmolLM2.gguf --data my-texts/ --out out --stages.tune.steps 200 --stages.tune.max-seconds 0",
+    "fastweight convert Qwen/Qwen3-0.6B --recipe in-place --data books/ --out new",
+    "fastweight convert gpt2 --data notes.jsonl --out out --report.lengths 256 1024 --no-control",
 ]
 REPORT_EXAMPLES = ["fastweight report converted", "fastweight report converted --again --json report.json"]
 
@@ -33,8 +38,10 @@ class Convert:
 
     A (--stages.transfer): each linear branch learns its own softmax branch. B (--stages.distill): the model learns the
     logits of its backbone. C (--stages.tune): low-rank adapters and the memory learn the text. A stage runs if it has
-    steps or max-seconds; the defaults are for this machine, minutes on a CPU, twenty minutes on a GPU. The control is
-    stage C on the backbone without a memory. Run again with the same settings, it goes on where it was stopped.
+    steps or max-seconds, and ends with whichever comes first: for so many steps, however long they take, set
+    max-seconds to 0. The defaults are for this machine: five minutes of training on a CPU, twenty on a GPU, and the
+    control's beside them. The control is stage C on the backbone without a memory. Run again with the same settings, it
+    goes on where it was stopped; until a stage has saved something, settings may change.
     """
 
     source: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="SOURCE")]]
@@ -53,10 +60,10 @@ class Convert:
     in_place: InPlaceRecipe = field(default_factory=InPlaceRecipe)
     stages: StagesConfig = field(default_factory=_stages)
     control: bool = True
-    """Train the control without a memory, too."""
+    """Train the control without a memory, too; --no-control does not."""
     report: ReportSettings = field(default_factory=ReportSettings)
     compare: bool = True
-    """End with the report."""
+    """End with the report; with --no-compare, `fastweight report DIR --again` makes it later."""
     seed: int = 0
     """Of the memory's first weights."""
 
@@ -68,7 +75,8 @@ class ReportCommand:
     folder: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="DIR")]]
     """The conversion's folder."""
     again: bool = False
-    """Measure what is missing or was measured for other weights or settings; without it the saved report is printed."""
+    """Make the report, or what of it is missing or was measured for other weights or settings; without it the saved one
+    is printed."""
     json: Path | None = None
     """Also write the whole report to this file."""
 
@@ -83,11 +91,32 @@ def convert(name: str, arguments: list[str]) -> int:
     args = parse(Convert, name, CONVERT_EXAMPLES, arguments)
     from fastweight.conversion import convert
 
+    require(not args.stages.store, "convert: --stages.store is set by the command. Give the store, or text, as --data.")
     shared = {f.name: getattr(args, f.name) for f in dataclasses.fields(ConversionConfig) if f.name != "report"}
+    shared["stages"] = _fitting_stages(args)
     config = ConversionConfig(**shared, report=args.report if args.compare else None)
-    result = convert(config, args.out, say=say)
+    with resumable():
+        result = convert(config, args.out, say=say)
     finish(result, args.out)
     return exit_code(result)
+
+
+def _fitting_stages(args: Convert) -> StagesConfig:
+    """The stages, without the default stage A where the recipe has no linear branches that it could teach."""
+    if args.recipe == "mag" or args.stages.transfer != _stages().transfer:
+        return args.stages
+    say("stage A   left out: it teaches linear branches, recipe in-place has none")
+    return dataclasses.replace(args.stages, transfer=StageConfig())
+
+
+@contextmanager
+def resumable() -> Iterator[None]:
+    """Say of an interruption between the stages what it means; within one, the stage saves and returns."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        say("interrupted; the same command goes on")
+        raise
 
 
 def finish(result: dict[str, Any], folder: Path) -> None:
@@ -107,11 +136,28 @@ def exit_code(result: dict[str, Any]) -> int:
 def report(name: str, arguments: list[str]) -> None:
     """Run `fastweight report`."""
     args = parse(ReportCommand, name, REPORT_EXAMPLES, arguments)
-    from fastweight.conversion import make_report
-
-    found = make_report(args.folder) if args.again else Report.load(args.folder / "report")
+    found = _made(args.folder) if args.again else _saved(args.folder)
     _show(found, args.folder)
     emit({"conversion": str(args.folder)} | _short(found.to_dict()), args.json, found.to_dict())
+
+
+def _made(folder: Path) -> Report:
+    from fastweight.conversion import make_report
+
+    with resumable():
+        return make_report(folder, say=say)
+
+
+def _saved(folder: Path) -> Report:
+    from fastweight.conversion import load_conversion
+
+    if not (folder / "report" / REPORT_FILE).is_file():
+        load_conversion(folder)  # a folder that is no conversion is named as such
+        raise FileNotFoundError(
+            f"{folder} has no report yet. `fastweight report {folder} --again` makes it once the conversion is "
+            "finished; an unfinished one goes on with its `fastweight convert`."
+        )
+    return Report.load(folder / "report")
 
 
 def _show(found: Report, folder: Path) -> None:

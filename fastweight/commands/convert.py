@@ -58,6 +58,7 @@ def import_(name: str, arguments: list[str]) -> None:
     """Run `fastweight import`."""
     from fastweight.commands.models import TOKENIZER_FOLDER
     from fastweight.convert import import_checkpoint
+    from fastweight.convert.pretrained.tokenizer import copy_for_transformers
 
     args = parse(Import, name, [*IMPORT_EXAMPLES, *_formats()], arguments)
     say(f"reading   {args.source} ({args.format})", f"writing   {args.destination}")
@@ -72,8 +73,13 @@ def import_(name: str, arguments: list[str]) -> None:
             f"{args.destination} is imported, but tokenizer {tokenizer.name} has {need} ids, more than its {have}.",
         )
         tokenizer.save(args.destination / TOKENIZER_FOLDER)
+        copy_for_transformers(_tokenizer_source(args), args.destination / TOKENIZER_FOLDER)
         say(f"tokenizer {tokenizer.name}, kept in {args.destination / TOKENIZER_FOLDER}")
     emit({"model": str(args.destination), "format": args.format, "parameters": model.num_parameters})
+
+
+def _tokenizer_source(args: Import) -> Path:
+    return args.source if args.tokenizer is None else Path(args.tokenizer)
 
 
 def _tokenizer(args: Import) -> Any:
@@ -87,13 +93,17 @@ def _tokenizer(args: Import) -> Any:
 
 def export(name: str, arguments: list[str]) -> None:
     """Run `fastweight export`."""
-    from fastweight.commands.models import find_model
+    from fastweight.commands.models import TOKENIZER_FOLDER, find_model
     from fastweight.convert import export_checkpoint
+    from fastweight.convert.pretrained.tokenizer import put_for_transformers
 
     args = parse(Export, name, [*EXPORT_EXAMPLES, *_formats()], arguments)
     folder = find_model(args.source)
     say(f"reading   {folder}", f"writing   {args.destination} ({args.to})")
     export_checkpoint(folder, args.destination, args.to, without_memory=args.without_memory)
+    if args.to == "hf" and (folder / TOKENIZER_FOLDER / "tokenizer.json").is_file():
+        put_for_transformers(folder / TOKENIZER_FOLDER, args.destination)
+        say("tokenizer beside the weights, as transformers reads it")
     emit({"model": str(folder), "checkpoint": str(args.destination), "format": args.to})
 
 

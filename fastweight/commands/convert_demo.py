@@ -28,10 +28,11 @@ class ConvertDemo:
 def main(name: str, arguments: list[str]) -> int:
     """Run `fastweight convert-demo`."""
     args = parse(ConvertDemo, name, EXAMPLES, arguments)
-    from fastweight.commands.conversion import exit_code, finish
+    from fastweight.commands.conversion import exit_code, finish, resumable
     from fastweight.convert_demo import run
 
-    result = run(args.out, transfer_steps=args.transfer_steps, tune_steps=args.tune_steps, say=say)
+    with resumable():
+        result = run(args.out, transfer_steps=args.transfer_steps, tune_steps=args.tune_steps, say=say)
     if "reloaded" in result:
         say("", result["reloaded"]["prompt"] + "----- continued by the reloaded model:", result["reloaded"]["text"], "")
     finish(result, args.out)

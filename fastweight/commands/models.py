@@ -1,5 +1,6 @@
 """Finding a model and its tokenizer, and saying what will run."""
 
+import json
 from pathlib import Path
 
 from fastweight.backends import describe_backends, describe_layers
@@ -23,6 +24,7 @@ def find_model(path: str | Path) -> Path:
         candidates.append(path / "checkpoints" / Path(pointer.read_text().strip()).name)
     for folder in candidates:
         if (folder / WEIGHTS_FILE).is_file():
+            _refuse_foreign(folder)
             return folder
     require(
         not (path / "base").is_dir(),
@@ -33,6 +35,22 @@ def find_model(path: str | Path) -> Path:
     raise ValueError(
         f"{path} is no model folder: it needs config.json and {WEIGHTS_FILE} (found: {holds or 'nothing'}). "
         "Train one with `fastweight train`, or bring one with `fastweight import`."
+    )
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """Say what to do with a checkpoint in the form of transformers."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return  # said when it is loaded
+    family = config.get("model_type") if isinstance(config, dict) and "format" not in config else None
+    own = "Give the model folder that it was saved from (of a conversion DIR: DIR itself)."
+    other = f"Bring it here first: `fastweight import {folder} MODEL --format hf`."
+    require(
+        family is None,
+        f"{folder} is a checkpoint of transformers (model_type {family!r}), not a model folder. "
+        f"{own if family == 'fastweight' else other}",
     )
 
 

@@ -1,5 +1,6 @@
 """What readers and writers of checkpoint folders share: strict safetensors, checked settings, empty models."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from fastweight.convert.base import read_json
 from fastweight.model import Model, ModelConfig
 from fastweight.tensor_files import read_tensors
 
+LARGEST_FLOAT = sys.float_info.max
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -48,10 +50,12 @@ def same_bytes(a: Tensor, b: Tensor) -> bool:
 
 
 def check_number(what: str, wanted: type, value: Any) -> Any:
-    """`value` as an int, float or bool; anything else, like text or a fraction for an int, is refused."""
+    """`value` as an int, finite float or bool; anything else, like text or a fraction for an int, is refused."""
     right = isinstance(value, wanted) or (wanted is float and isinstance(value, int))
     right = right and isinstance(value, bool) == (wanted is bool)
     require(right, f"{what} must be {wanted.__name__}, got {type(value).__name__} {value!r}.")
+    # JSON has no largest number, and Python's reader takes NaN and Infinity.
+    require(wanted is not float or abs(value) <= LARGEST_FLOAT, f"{what} must be finite, got {value!r}.")
     return wanted(value)
 
 

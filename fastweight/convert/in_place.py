@@ -1,6 +1,5 @@
 """In-Place memory added to a trained model and taken away again: the model's own tensors stay as they are."""
 
-import copy
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -11,6 +10,7 @@ from torch import nn
 from fastweight.configs import require
 from fastweight.convert.folders import skeleton
 from fastweight.convert.layer_choice import Layers, choose_layers
+from fastweight.convert.standing import stand_as
 from fastweight.convert.titanize import read_model
 from fastweight.in_place import InPlaceWeights
 from fastweight.layers import InPlaceConfig, state_dtype
@@ -103,7 +103,4 @@ def _rebuilt(model: Model, config: ModelConfig, added: dict[str, nn.Parameter]) 
     new.load_state_dict(shared | added, assign=True)
     for name, parameter in shared.items():
         new.get_parameter(name).requires_grad_(parameter.requires_grad)
-    for mixer, before in zip(new.mixers(), model.mixers(), strict=True):
-        mixer.backend, mixer.learning = before.backend, before.learning
-    new.origin, new.checkpointing = copy.deepcopy(model.origin), model.checkpointing
-    return new.train(model.training)
+    return stand_as(new, model)

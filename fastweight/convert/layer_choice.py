@@ -22,7 +22,7 @@ def choose_layers(spec: Layers, num_blocks: int, candidates: Sequence[int] | Non
         raise ValueError(f"layers: cannot read {spec!r}. {FORMS}")
     if isinstance(spec, int):
         return _spread(spec, known)
-    numbers = _from_text(spec, known) if isinstance(spec, str) else _whole_numbers(spec)
+    numbers = _from_text(spec, known, num_blocks) if isinstance(spec, str) else _whole_numbers(spec)
     missing = sorted({n for n in numbers if not 0 <= n < num_blocks})
     require(not missing, f"layers: there is no layer {_listed(missing)}; this model has 0 to {num_blocks - 1}.")
     return tuple(sorted(set(numbers)))
@@ -34,7 +34,7 @@ def _whole_numbers(spec: Sequence[int]) -> list[int]:
     return list(spec)
 
 
-def _from_text(text: str, known: Sequence[int]) -> list[int]:
+def _from_text(text: str, known: Sequence[int], num_blocks: int) -> list[int]:
     words = text.strip().lower()
     if words == "all":
         return list(known)
@@ -53,7 +53,8 @@ def _from_text(text: str, known: Sequence[int]) -> list[int]:
             raise ValueError(f"layers: cannot read {text!r}. {FORMS}")
         first, last = int(ends[1]), int(ends[2] or ends[1])
         require(first <= last, f"layers: the range {part.strip()!r} runs backwards.")
-        numbers += range(first, last + 1)
+        # Enough to name some that do not exist, but no list of a billion numbers.
+        numbers += range(first, min(last, first + num_blocks + 8) + 1)
     return numbers
 
 

@@ -69,6 +69,12 @@ class MagSchedule:
             return 0
         return self.steps + abs(self.stagger) * (num_layers - 1)
 
+    def levels(self) -> set[float]:
+        """The values that the schedule stands at or moves between."""
+        if self.kind == "cyclic":
+            return set(self.values)
+        return {self.final} if self.kind == "constant" else {self.initial, self.final}
+
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""
         return asdict(self) | {"values": list(self.values)}

@@ -1,7 +1,5 @@
 """Attention layers of a model become LiZA layers, and plain attention again."""
 
-import copy
-import json
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -10,8 +8,10 @@ import torch
 from torch import nn
 
 from fastweight.configs import require
+from fastweight.convert.base import read_json
 from fastweight.convert.layer_choice import Layers, choose_layers
 from fastweight.convert.mag import find_model, liza_layers
+from fastweight.convert.standing import stand_as
 from fastweight.layers import state_dtype
 from fastweight.mixers.attention import AttentionConfig
 from fastweight.mixers.liza import LizaConfig
@@ -67,7 +67,7 @@ def read_model(source: Any) -> Model:
     if not isinstance(source, (str, Path)):
         return find_model(source)
     config = Path(source) / "config.json"
-    if config.is_file() and json.loads(config.read_text()).get("format") == MODEL_FORMAT:
+    if config.is_file() and read_json(config, "the settings of a model").get("format") == MODEL_FORMAT:
         return load(source)
     from fastweight.convert.pretrained import load_pretrained
 
@@ -113,10 +113,7 @@ def _rebuild(model: Model, config: ModelConfig, seed: int) -> Model:
         if name in shared:
             old = shared[name]
             _put(new, name, nn.Parameter(old.detach(), requires_grad=old.requires_grad))
-    for mixer, before in zip(new.mixers(), model.mixers(), strict=True):
-        mixer.backend, mixer.learning = before.backend, before.learning
-    new.origin, new.checkpointing = copy.deepcopy(model.origin), model.checkpointing
-    return new.train(model.training)
+    return stand_as(new, model)
 
 
 def _draw_memories(new: Model, model: Model, seed: int) -> None:

@@ -13,9 +13,9 @@ from fastweight.configs import near_names, require
 from fastweight.data.tokenizers import Tokenizer
 from fastweight.devices import pick_device
 from fastweight.evaluate import Document, DocumentSet
-from fastweight.evaluate.long_texts import long_texts
+from fastweight.evaluate.long_texts import LongTexts, long_texts
 from fastweight.model import Model
-from fastweight.report.measure import Measurer, make_material
+from fastweight.report.measure import Material, Measurer, make_material
 from fastweight.report.parts import Parts
 from fastweight.report.progress import progress_bar
 from fastweight.report.result import Report
@@ -51,13 +51,7 @@ def compare(
     settings = settings or ReportSettings()
     converted = _check_names(models, backbone, converted)
     device = pick_device(settings.device)
-    texts = long_texts(documents, settings.lengths[-1], settings.documents)
-    require(
-        int(texts.tokens.max()) < tokenizer.vocab_size,
-        f"report: the documents hold token ids up to {int(texts.tokens.max())}, the tokenizer {tokenizer.name} has "
-        f"{tokenizer.vocab_size}. Were they made with another tokenizer?",
-    )
-    material = make_material(texts, tokenizer, settings, filler)
+    texts, material = _material(settings, tokenizer, documents, filler)
     measurer = Measurer(material, settings, Parts(folder), partial(progress_bar, quiet=quiet))
 
     def measure(name: str, base: Model) -> dict[str, Any]:
@@ -77,6 +71,24 @@ def compare(
     if folder is not None:
         report.save(folder)
     return report
+
+
+def check_material(settings: ReportSettings, tokenizer: Tokenizer, documents: DocumentSet | Sequence[Document]) -> None:
+    """Raise the ValueError that `compare` would raise for texts or prompts, without a model."""
+    _material(settings, tokenizer, documents, None)
+
+
+def _material(
+    settings: ReportSettings, tokenizer: Tokenizer, documents: DocumentSet | Sequence[Document],
+    filler: Sequence[str] | None,
+) -> tuple[LongTexts, Material]:  # fmt: skip
+    texts = long_texts(documents, settings.lengths[-1], settings.documents)
+    require(
+        int(texts.tokens.max()) < tokenizer.vocab_size,
+        f"report: the documents hold token ids up to {int(texts.tokens.max())}, the tokenizer {tokenizer.name} has "
+        f"{tokenizer.vocab_size}. Were they made with another tokenizer?",
+    )
+    return texts, make_material(texts, tokenizer, settings, filler)
 
 
 def _check_names(models: Mapping[str, Entry], backbone: str, converted: str | None) -> str:

@@ -40,11 +40,13 @@ class TpttConfig(FastweightConfig):
         options.check_fixed({name: kwargs.pop(name) for name in options.FIXED if name in kwargs})
         options.check_targets(target_modules_names)
         options.check_attention(attention)
+        options.check_unused(max_chunk_size, padding_side)
+        options.check_layers(layers)
         require(isinstance(base_model_name, str), f"TPTT: base_model_name must be a text, got {base_model_name!r}.")
         number = isinstance(mag_weight, (int, float)) and not isinstance(mag_weight, bool)
         require(number and 0 <= mag_weight <= 1, f"TPTT: mag_weight must be in [0, 1], got {mag_weight!r}.")
         window = max_self_attn_length
-        good = window is None or (isinstance(window, int) and window > 0)
+        good = window is None or (isinstance(window, int) and not isinstance(window, bool) and window > 0)
         require(good, f"TPTT: max_self_attn_length must be a positive number of tokens or None, got {window!r}.")
         super().__init__(model=model, **kwargs)
         if model is None:

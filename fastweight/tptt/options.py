@@ -52,6 +52,8 @@ def operator_options(
 ) -> dict[str, Any]:
     """gated, order and trick of `titanize` for a named operator_mode, or for TPTT's single settings of an operator."""
     own = {"order": order, "alpha_gate": alpha, "beta_gate": beta, "linear": linear, "trick": trick}
+    for name, value in {"operator_mode": mode, "alpha_gate": alpha, "beta_gate": beta, "trick": trick}.items():
+        require(value is None or isinstance(value, str), f"TPTT: {name} must be a text, got {value!r}.")
     given = [name for name, value in own.items() if value is not None]
     if mode is not None:
         require(
@@ -61,7 +63,7 @@ def operator_options(
         require(mode not in REFUSED_MODES, f"TPTT operator_mode {mode!r}: {REFUSED_MODES.get(mode)}.")
         require(mode in MODES, f"TPTT: unknown operator_mode {mode!r}.{near_names(str(mode), MODES)}")
         return dict(zip(("gated", "order", "trick"), MODES[mode], strict=True))
-    alpha, beta, trick = alpha or "c", beta or "k", trick or "dt"
+    alpha, beta, trick = (usual if v is None else v for v, usual in ((alpha, "c"), (beta, "k"), (trick, "dt")))
     require(alpha in ALPHA_GATES, f"TPTT: unknown alpha_gate {alpha!r}.{near_names(str(alpha), ALPHA_GATES)}")
     require(
         beta in BETA_GATES,
@@ -71,8 +73,26 @@ def operator_options(
     require(trick in TRICKS.values(), f"TPTT: unknown trick {trick!r}.{near_names(str(trick), TRICKS)}")
     require(linear is not False, f"TPTT option linear=False: {REFUSED_MODES['delta_rule_gelu']}. Leave it out.")
     order = 1 if order is None else order
-    require(isinstance(order, int) and order >= 1, f"TPTT: order must be a whole number from 1, got {order!r}.")
+    whole = isinstance(order, int) and not isinstance(order, bool) and order >= 1
+    require(whole, f"TPTT: order must be a whole number from 1, got {order!r}.")
     return {"gated": ALPHA_GATES[alpha], "order": order, "trick": trick}
+
+
+def check_unused(max_chunk_size: Any, padding_side: Any) -> None:
+    """Refuse values that TPTT could not take either, of options that change nothing here."""
+    require(
+        isinstance(max_chunk_size, int) and not isinstance(max_chunk_size, bool) and max_chunk_size > 0,
+        f"TPTT: max_chunk_size must be a positive number of tokens, got {max_chunk_size!r}.",
+    )
+    require(
+        padding_side in (None, "left", "right"), f"TPTT: padding_side must be 'left' or 'right', got {padding_side!r}."
+    )
+
+
+def check_layers(layers: Any) -> None:
+    """Refuse what cannot name layers of any model; the rest shows when the model is known."""
+    good = isinstance(layers, (str, int, list, tuple)) and not isinstance(layers, bool)
+    require(good, f"TPTT: layers must be a text, a list of numbers or a budget, got {layers!r}.")
 
 
 def check_attention(name: Any) -> None:

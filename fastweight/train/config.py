@@ -233,6 +233,12 @@ class TrainConfig:
             not self.carry_state or view == "streams",
             f'train: carry_state needs data.view "streams" (consecutive windows of a document), got {view!r}.',
         )
+        levels = set() if self.mag is None else self.mag.levels()
+        require(
+            not (self.carry_state and len(levels) > 1 and levels & {0.0, 1.0}),
+            "train: carry_state and a mag schedule that reaches 0 or 1 cannot go together: at these ends a layer keeps "
+            "no memory or no keys to go on from. Let the schedule stay between them, or leave carry_state out.",
+        )
         require(
             not (self.compile and self.inner_rate.steps),
             "train: compile and inner_rate.steps cannot go together: the rate would be compiled anew every step.",

@@ -31,6 +31,7 @@ def test_p13_layers_are_named_by_numbers_ranges_patterns_or_a_budget(spec, want)
         ([0, 12], "there is no layer 12; this model has 0 to 11"),
         ([-1], "there is no layer -1"),
         ("10-14", "there is no layer 12, 13, 14"),
+        ("0-999999999999999", "there is no layer 12, 13, 14, 15, 16, 17, 18, 19, …; this model has 0 to 11"),
         ("5-2", "runs backwards"),
         ("most", "cannot read 'most'"),
         ("1,,2", "cannot read '1,,2'"),

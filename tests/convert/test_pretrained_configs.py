@@ -106,6 +106,8 @@ def test_a_text_beyond_the_context_of_longrope_is_refused():
         model(torch.zeros(1, 1, dtype=torch.int64), state)
 
 
+YARN = {"rope_type": "yarn", "factor": 2.0}
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1.0] * 4}
 REFUSED = [
     ("llama", {"quantization_config": {"quant_method": "gptq"}}, "quantization_config is set"),
     ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, 'rope_type "dynamic"'),
@@ -122,7 +124,17 @@ REFUSED = [
     ("llama", {"hidden_size": 30}, "hidden_size 30 is not a multiple of num_attention_heads 4"),
     ("llama", {"hidden_size": None}, "config.json lacks hidden_size"),
     ("llama", {"hidden_size": "32"}, "hidden_size must be int, got str"),
-    ("llama", {"num_hidden_layers": 0}, "num_hidden_layers must be positive"),
+    ("llama", {"num_hidden_layers": 0}, "num_hidden_layers must lie in 1..2147483647, got 0"),
+    ("llama", {"num_hidden_layers": 10**9}, "num_hidden_layers must be at most 10,000, got 1,000,000,000"),
+    ("llama", {"vocab_size": 10**30}, "vocab_size must lie in 1..2147483647"),
+    ("llama", {"rms_norm_eps": float("nan")}, "rms_norm_eps must be finite, got nan"),
+    ("llama", {"rms_norm_eps": 10**400}, "rms_norm_eps must be finite"),
+    ("llama", {"rope_theta": float("inf")}, "rope_theta must be finite, got inf"),
+    ("llama", {"hidden_act": ["silu"]}, "hidden_act ['silu'] is not supported"),
+    ("llama", {"rope_scaling": YARN | {"original_max_position_embeddings": 0}}, "must exceed 1, got 0"),
+    ("llama", {"rope_scaling": YARN | {"mscale": "1", "mscale_all_dim": "1"}}, "rope mscale must be float, got str"),
+    ("phi3", {"rope_scaling": LONGROPE, "original_max_position_embeddings": 1}, "must exceed 1, got 1"),
+    ("gemma2", {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar must be positive, got 0"),
     ("llama", {"num_key_value_heads": 3}, "num_kv_heads must divide num_heads 4"),
     ("llama", {"attention_bias": "yes"}, "attention_bias must be bool"),
     ("mistral", {"layer_types": ["full_attention"] * 3}, "layer_types is"),
@@ -137,6 +149,8 @@ REFUSED = [
     ("gpt2", {"add_cross_attention": True}, "add_cross_attention is True"),
     ("gpt2", {"activation_function": "tanh"}, "activation_function 'tanh' is not supported"),
     ("gpt_neox", {"rotary_pct": 0.4}, "rotary_dim must be even"),
+    ("gpt_neox", {"rotary_pct": 0.0}, "partial_rotary_factor 0.0 turns 0 of 8 channels"),
+    ("gpt_neox", {"rotary_pct": 1.5}, "partial_rotary_factor 1.5 turns 12 of 8 channels"),
 ]  # fmt: skip
 
 

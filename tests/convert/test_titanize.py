@@ -293,6 +293,13 @@ def test_titanize_takes_a_face_and_a_model_folder(tmp_path):
     assert torch.equal(titanize(str(tmp_path / "m"), mag_weight=0.5)(ids(2, T))[0], want)
 
 
+@pytest.mark.parametrize(("text", "message"), [("[]", "must hold a JSON object"), ("{", "is not JSON")])
+def test_a_damaged_config_is_refused_by_its_path(tmp_path, text, message):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=rf"config\.json {message}"):
+        titanize(tmp_path)
+
+
 def test_a_model_with_adapters_in_it_is_refused():
     plain = backbone()
     plain.blocks[0].mixer.extra = torch.nn.Linear(2, 2)

@@ -95,3 +95,17 @@ def test_a_run_with_a_time_budget_moves_by_the_clock_and_ends_at_the_final_value
 def test_without_a_schedule_the_weights_stay(store, tmp_path):
     final = fastweight.load(run(store, tmp_path, None, converted_model(mag_weight=0.25)).model)
     assert mag_weights(final) == {0: [0.25, 0.25], 1: [0.25, 0.25]}
+
+
+CARRIED = {"view": "streams", "carry_state": True, "batch_size": 2, "trainable": ("all",)}
+
+
+def test_a_carried_memory_goes_on_while_its_weight_moves(store, tmp_path):
+    result = run(store, tmp_path, MagSchedule(initial=0.1, final=0.6, steps=8), **CARRIED)
+    assert (result.step, result.bad_steps) == (8, 0)
+
+
+@pytest.mark.parametrize("schedule", [MagSchedule(final=0.5, steps=8), SCHEDULES["cyclic"]], ids=["from 0", "to 1"])
+def test_a_carried_memory_cannot_follow_a_weight_that_leaves_it_out(store, tmp_path, schedule):
+    with pytest.raises(ValueError, match="carry_state and a mag schedule that reaches 0 or 1 cannot go together"):
+        run(store, tmp_path, schedule, **CARRIED)

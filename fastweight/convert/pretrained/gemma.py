@@ -38,7 +38,7 @@ def gemma3_text(c: Settings) -> ModelConfig:
 
 def _layer_types(c: Settings, every: int) -> list[str]:
     """Of each layer; by default every such layer sees everything."""
-    return c.layer_types(c.size("num_hidden_layers"), lambda i: (i + 1) % every != 0)
+    return c.layer_types(c.num_layers(), lambda i: (i + 1) % every != 0)
 
 
 def _gemma3_rotation(c: Settings, kind: str, head_dim: int) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def _gemma3_rotation(c: Settings, kind: str, head_dim: int) -> dict[str, Any]:
 
 def _scores(c: Settings) -> dict[str, Any]:
     bias = c.flag("attention_bias", False)
-    return {"scale": c.number("query_pre_attn_scalar", 256) ** -0.5, "qkv_bias": bias, "out_bias": bias}
+    return {"scale": c.positive("query_pre_attn_scalar", 256) ** -0.5, "qkv_bias": bias, "out_bias": bias}
 
 
 def _model(c: Settings, types: list[str], layers: list[dict[str, Any]], final_cap: float | None) -> ModelConfig:

@@ -31,7 +31,7 @@ def gpt2(c: Settings) -> ModelConfig:
         AttentionConfig(
             num_heads=num_heads, rope_base=None, scale=_scale(c, i, width // num_heads), qkv_bias=True, out_bias=True
         )
-        for i in range(c.size("n_layer", 12))
+        for i in range(c.num_layers("n_layer", 12))
     ]
     return decoder(
         c, attention, feed_forward, norm="layer", norm_eps=c.number("layer_norm_epsilon", 1e-5), tied=True,

@@ -31,7 +31,7 @@ def gpt_neox(c: Settings) -> ModelConfig:
     attention = AttentionConfig(num_heads=num_heads, qkv_bias=bias, out_bias=bias, **turned)
     kind = c.one_of("hidden_act", UNGATED, "gelu")
     return decoder(
-        c, [attention] * c.size("num_hidden_layers"),
+        c, [attention] * c.num_layers(),
         FeedForwardConfig(kind=kind, hidden=c.size("intermediate_size"), bias=True), norm="layer",
         residual="parallel" if c.flag("use_parallel_residual", True) else "sequential",
         norm_eps=c.number("layer_norm_eps", 1e-5), tied=False, d_model=width,

@@ -65,7 +65,7 @@ def _model(
 
 
 def _layers(c: Settings, windows: list[int | None] | None, **shared: Any) -> list[AttentionConfig]:
-    each = windows or [None for _ in range(c.size("num_hidden_layers"))]
+    each = windows or [None for _ in range(c.num_layers())]
     return [AttentionConfig(window=window, **shared) for window in each]
 
 
@@ -83,12 +83,12 @@ def mistral(c: Settings) -> ModelConfig:
     sizes = heads(c, 8)
     c.off("layer_types")
     window = c.optional("sliding_window", int, 4096)
-    windows = [window] * c.size("num_hidden_layers")
+    windows = [window] * c.num_layers()
     return _model(c, _layers(c, windows, **sizes, **rotation(c, sizes["head_dim"])))
 
 
 def _qwen_windows(c: Settings) -> list[int | None]:
-    count, first = c.size("num_hidden_layers"), int(c.number("max_window_layers", 28))
+    count, first = c.num_layers(), int(c.number("max_window_layers", 28))
     window = c.optional("sliding_window", int, 4096) if c.flag("use_sliding_window", False) else None
     types = c.layer_types(count, lambda i: window is not None and i >= first)
     return c.windows(types, window)
@@ -112,7 +112,7 @@ def olmo2(c: Settings) -> ModelConfig:
 
 
 def smollm3(c: Settings) -> ModelConfig:
-    sizes, count = heads(c, 4), c.size("num_hidden_layers")
+    sizes, count = heads(c, 4), c.num_layers()
     rotates, windows = _smollm3_layers(c, count)
     turned, unturned = rotation(c, sizes["head_dim"], theta=2e6), dict[str, Any](rope_base=None)
     attention = [

@@ -22,7 +22,7 @@ def phi3(c: Settings) -> ModelConfig:
     turned = rotation(_modern(c), sizes["head_dim"], partial_key="partial_rotary_factor")
     attention = AttentionConfig(window=window, **sizes, **turned)
     return decoder(
-        c, [attention] * c.size("num_hidden_layers"), gated(c), norm_eps=c.number("rms_norm_eps", 1e-5), tied=False,
+        c, [attention] * c.num_layers(), gated(c), norm_eps=c.number("rms_norm_eps", 1e-5), tied=False,
         d_model=c.size("hidden_size"),
     )  # fmt: skip
 

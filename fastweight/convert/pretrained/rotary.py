@@ -23,6 +23,10 @@ def rotation(
     base = _number(c, "rope_theta", given.get("rope_theta", c.data.get(theta_key)), theta)
     partial = _number(c, "partial_rotary_factor", _partial(c, given, partial_key), partial)
     rotary_dim = int(head_dim * partial)
+    require(
+        0 < rotary_dim <= head_dim,
+        f"{c.family}: partial_rotary_factor {partial} turns {rotary_dim} of {head_dim} channels; needs some of them.",
+    )
     scaling = _scaling(c, given, nested=layer_type is not None)
     return {"rope_base": base, "rotary_dim": 0 if rotary_dim == head_dim else rotary_dim, "rope_scaling": scaling}
 
@@ -71,11 +75,13 @@ def _original_length(c: Settings, given: dict[str, Any], nested: bool) -> int:
     """The context before scaling. One for the whole model, outside the parameters, comes first."""
     key = "original_max_position_embeddings"
     value = given.get(key) if nested else c.data.get(key) or given.get(key)
-    return c.size("max_position_embeddings") if value is None else int(_number(c, key, value))
+    length = c.size("max_position_embeddings") if value is None else int(_number(c, key, value))
+    require(length > 1, f"{c.family}: rope {key} must exceed 1, got {length}.")
+    return length
 
 
 def _yarn(c: Settings, given: dict[str, Any], factor: float, original: int) -> dict[str, Any]:
-    numerator, denominator = given.get("mscale"), given.get("mscale_all_dim")
+    numerator, denominator = (_number(c, key, given.get(key), 0) for key in ("mscale", "mscale_all_dim"))
     attention = given.get("attention_factor")
     if attention is None:
         both = bool(numerator and denominator)
@@ -91,7 +97,7 @@ def _yarn(c: Settings, given: dict[str, Any], factor: float, original: int) -> d
     }
 
 
-def _temperature(factor: float, weight: Any) -> float:
+def _temperature(factor: float, weight: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
 

@@ -20,6 +20,8 @@ UNGATED = {
     "gelu": "gelu-exact", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu_fast": "gelu", "relu2": "relu2",
 }  # fmt: skip
 LAYER_TYPES = ("full_attention", "sliding_attention")
+LARGEST = (1 << 31) - 1  # of a size, and
+MOST_LAYERS = 10_000  # beyond what any decoder has: a file that says more is damaged, and must not fill the memory
 
 
 class Settings:
@@ -37,6 +39,18 @@ class Settings:
     def size(self, key: str, default: int | None = None) -> int:
         """A positive whole number."""
         value = self._value(key, int, default)
+        require(0 < value <= LARGEST, f"{self.family}: {key} must lie in 1..{LARGEST}, got {value}.")
+        return value
+
+    def num_layers(self, key: str = "num_hidden_layers", default: int | None = None) -> int:
+        """How many blocks there are."""
+        count = self.size(key, default)
+        require(count <= MOST_LAYERS, f"{self.family}: {key} must be at most {MOST_LAYERS:,}, got {count:,}.")
+        return count
+
+    def positive(self, key: str, default: float) -> float:
+        """A positive number."""
+        value = self.number(key, default)
         require(value > 0, f"{self.family}: {key} must be positive, got {value}.")
         return value
 
@@ -65,7 +79,8 @@ class Settings:
     def one_of(self, key: str, known: dict[str, str], default: str) -> str:
         """What `known` has for a named choice."""
         value = self.data.get(key) or default
-        require(value in known, f"{self.family}: {key} {value!r} is not supported.{near_names(str(value), known)}")
+        good = isinstance(value, str) and value in known
+        require(good, f"{self.family}: {key} {value!r} is not supported.{near_names(str(value), known)}")
         return known[value]
 
     def layer_types(self, num_layers: int, is_sliding: Callable[[int], bool]) -> list[str]:

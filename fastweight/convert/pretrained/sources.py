@@ -15,7 +15,7 @@ from fastweight.convert.folders import read_weights
 
 CONFIG = "config.json"
 PATTERNS = ["config.json", "model*.safetensors", "model.safetensors.index.json"]
-TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
+TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"]
 INSTALL = 'Install it with: pip install "fastweight[convert]"'
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from fastweight.configs import require
+from fastweight.layers import keep_wide
 from fastweight.mixers.attention import AttentionLayer
 from fastweight.mixers.base import register
 from fastweight.mixers.liza.config import LizaConfig
-from fastweight.mixers.liza.memory import LizaMemory, LizaMemoryState, keep_wide
+from fastweight.mixers.liza.memory import LizaMemory, LizaMemoryState
 from fastweight.mixers.liza.recall import recall_losses
 from fastweight.ops.attention import AttentionState
 from fastweight.ops.sequences import token_positions
@@ -64,7 +65,7 @@ class Liza(AttentionLayer):
         start = torch.full((config.num_heads,), float(config.mag_weight), dtype=torch.float32)
         self.mag = nn.Parameter(start, requires_grad=config.mag == "learned")
         self.as_backbone = False
-        self._known: tuple[Tensor, int, list[float]] | None = None
+        self._known: tuple[int, Tensor, int, list[float]] | None = None
         require(
             config.order == 1 or config.trick == "derivative" or self.head_dim % 2 == 0,
             f"liza: trick {config.trick!r} turns pairs of channels; head_dim {self.head_dim} is odd. Use 'derivative'.",
@@ -97,18 +98,19 @@ class Liza(AttentionLayer):
         On a GPU the numbers are fetched once and kept until the parameter is written in place or replaced, or the
         layer changes between training and evaluation; a write through `.data` alone is not noticed there.
         """
-        mag = self.mag.detach()
+        mag, known = self.mag.detach(), self._known
         if mag.is_meta:
             return [self.config.mag_weight] * mag.numel()
-        known = self._known
+        if mag.device.type == "cpu" or mag.is_inference():  # cheap to read; made in inference mode, it counts no writes
+            return mag.clamp(0, 1).tolist()
+        # The number of the parameter tells a layer from a deep copy of it, whose count of writes starts anew.
         if (
             known is None
-            or mag.device.type == "cpu"
-            or known[0].data_ptr() != mag.data_ptr()
-            or known[1] != mag._version
+            or (known[0], known[2]) != (id(self.mag), mag._version)
+            or known[1].data_ptr() != mag.data_ptr()
         ):
-            self._known = known = (mag, mag._version, mag.clamp(0, 1).tolist())
-        return known[2]
+            self._known = known = (id(self.mag), mag, mag._version, mag.clamp(0, 1).tolist())
+        return known[3]
 
     def train(self, mode: bool = True) -> "Liza":
         self._known = None
@@ -208,11 +210,11 @@ class Liza(AttentionLayer):
         """The state without what the present μ does not use; refuse a state that μ has outgrown."""
         held = Branches(state.attention is not None, state.memory is not None)
         missing = [name for name in Branches._fields if getattr(branches, name) and not getattr(held, name)]
-        require(
-            not missing,
-            f"liza: this state was made at a μ without the {' and '.join(missing)} branch, which the present μ "
-            f"{self.mag_values()} needs. Read the text anew from init_state, or set the μ that it was made with.",
-        )
+        if missing:  # not `require`: its message would fetch μ from a GPU at every call
+            raise ValueError(
+                f"liza: this state was made at a μ without the {' and '.join(missing)} branch, which the present μ "
+                f"{self.mag_values()} needs. Read the text anew from init_state, or set the μ that it was made with."
+            )
         full = branches.linear or not held.linear or self.config.memory_window is None
         require(
             full,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastweight.layers import ShortConv, state_dtype
+from fastweight.layers import ShortConv, keep_wide, state_dtype
 from fastweight.mixers.liza.config import LizaConfig
 from fastweight.mixers.liza.features import features, write_steps
 from fastweight.ops.conv import causal_conv
@@ -136,13 +136,6 @@ class LizaMemory(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LizaMemory":
         return super()._apply(lambda t: keep_wide(t, fn), recurse)
-
-
-def keep_wide(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
-    """fn(tensor), the move or conversion of a module's tensor, but never to fewer digits than float32 has."""
-    moved = fn(tensor)
-    narrower = moved.is_floating_point() and moved.element_size() < min(tensor.element_size(), 4)
-    return tensor.to(moved.device) if narrower else moved
 
 
 def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
