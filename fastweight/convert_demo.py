@@ -17,7 +17,7 @@ from fastweight.convert.pretrained.smollm2 import fetch_smollm2
 from fastweight.data import load_tokenizer
 from fastweight.generate import generate
 from fastweight.model import load
-from fastweight.report.settings import QUICK
+from fastweight.report import ReportSettings
 from fastweight.train import LoraConfig
 from fastweight.train.stages import StageConfig, StagesConfig
 
@@ -47,9 +47,13 @@ def demo_config(source: Path, transfer_steps: int, tune_steps: int) -> Conversio
         transfer=StageConfig(steps=transfer_steps, lr=1e-2), lora=LoraConfig(rank=8, alpha=16.0),
         tune=StageConfig(steps=tune_steps, lr=5e-4, trainable=("lora",)),
     )  # fmt: skip
+    report = ReportSettings(
+        lengths=(512, 1024), documents=6, divergence_tokens=256, passkey_lengths=(512,), passkey_trials=1, pairs=(4,),
+        pair_trials=16, speed_lengths=(1024, 8192), prefill_tokens=64, decode_tokens=4, repeats=3, read_tokens=1024,
+    )  # fmt: skip
     return ConversionConfig(
         source=str(source), data="python-stdlib", heldout_fraction=0.1, mag=MagConfig(window=128), stages=stages,
-        report=QUICK,
+        report=report,
     )  # fmt: skip
 
 

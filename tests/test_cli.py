@@ -176,7 +176,7 @@ def test_verify_accepts_a_good_store_and_names_a_damaged_file(fastweight, folder
 def test_an_unknown_data_command_names_the_near_one(fastweight):
     code, _, err = fastweight("data", "verfy")
     assert code == 2
-    assert "Did you mean verify?" in err
+    assert "Did you mean verify" in err
 
 
 # eval

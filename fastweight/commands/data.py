@@ -1,4 +1,4 @@
-"""fastweight data prepare | verify | info"""
+"""fastweight data prepare | verify | info, and the commands of data_shards"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,17 +7,21 @@ from typing import Annotated, Any
 import tyro
 from rich.table import Table
 
+from fastweight.commands import data_shards
 from fastweight.commands.base import emit, parse, progress_bar, say, show
 from fastweight.configs import near_names
 
-USAGE = """usage: fastweight data {prepare,verify,info} [OPTIONS]
+USAGE = """usage: fastweight data COMMAND [OPTIONS]
 
 A token store is a folder with the tokens of a corpus, ready to train on and to score.
 
 commands:
-  prepare    tokenize text into a store; run again after an interruption, it continues
-  verify     read every byte of a store and compare it with its checksums
-  info       what a store holds
+  prepare        tokenize text into a store; run again after an interruption, it continues
+  verify         read every byte of a store and compare it with its checksums
+  info           what a store holds
+  import-shards  a store from contest shards (.bin)
+  export-shards  contest shards from a store
+  overlap        does the training text hold text of the held-out one?
 
 examples:
   fastweight data prepare --source python-stdlib --tokenizer bytes --out data/stdlib
@@ -36,9 +40,9 @@ class Prepare:
     out: Path
     """Folder of the new store."""
     tokenizer: str = "bytes"
-    """bytes, bpe (trained here on the corpus), or a folder with a tokenizer.json."""
+    """bytes; bpe or sp (SentencePiece), trained here on the corpus; sp:FILE.model; or a folder with a tokenizer."""
     bpe_vocab_size: int = 4096
-    """Size of the vocabulary that --tokenizer bpe trains."""
+    """Size of the vocabulary that --tokenizer bpe or sp trains."""
     heldout_fraction: float = 0.05
     """Part of the documents that is kept from training, chosen by the hash of their text."""
     text_field: str = "text"
@@ -66,13 +70,21 @@ class Info:
 PREPARE_EXAMPLES = [
     "fastweight data prepare --source python-stdlib --out data/stdlib",
     "fastweight data prepare --source 'books/**/*.txt' --tokenizer bpe --bpe-vocab-size 8192 --out data/books",
+    "fastweight data prepare --source 'books/**/*.txt' --tokenizer sp --bpe-vocab-size 1024 --out data/books-sp",
     "fastweight data prepare --source web.jsonl.zst --text-field content --tokenizer my-tokenizer/ --out data/web",
 ]
 
 
 def main(name: str, arguments: list[str]) -> int | None:
     """Run `fastweight data ...`."""
-    commands = {"prepare": prepare, "verify": verify, "info": info}
+    commands = {
+        "prepare": prepare,
+        "verify": verify,
+        "info": info,
+        "import-shards": data_shards.import_shards,
+        "export-shards": data_shards.export_shards,
+        "overlap": data_shards.overlap,
+    }
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if arguments else 2
@@ -94,7 +106,7 @@ def prepare(arguments: list[str]) -> None:
             bpe_vocab_size=args.bpe_vocab_size, shard_tokens=args.shard_tokens,
             progress=lambda p: update(p.num_files_done, p.num_files),
         )  # fmt: skip
-    _describe(args.out)
+    describe(args.out)
 
 
 def verify(arguments: list[str]) -> None:
@@ -109,10 +121,11 @@ def verify(arguments: list[str]) -> None:
 
 def info(arguments: list[str]) -> None:
     """Run `fastweight data info`."""
-    _describe(parse(Info, "data info", ["fastweight data info data/stdlib"], arguments).store)
+    describe(parse(Info, "data info", ["fastweight data info data/stdlib"], arguments).store)
 
 
-def _describe(path: Path) -> None:
+def describe(path: Path) -> None:
+    """Print what the store in `path` holds, as a table and as JSON."""
     from fastweight.data import Store
 
     store = Store.open(path)
@@ -132,5 +145,8 @@ def _summary(store: Any) -> dict[str, Any]:
     counts = {
         name: {"documents": s.num_documents, "tokens": s.num_tokens, "bytes": s.num_bytes} for name, s in splits.items()
     }
+    for name, record in store.manifest["splits"].items():
+        if "num_original_bytes" in record:
+            counts[name]["original_bytes"] = record["num_original_bytes"]
     tokenizer = {"name": store.tokenizer.name, "vocab_size": store.tokenizer.vocab_size, "hash": store.tokenizer.hash}
     return {"splits": counts, "tokenizer": tokenizer, "options": store.manifest["options"]}

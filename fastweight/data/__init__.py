@@ -1,9 +1,13 @@
 """Corpora, tokenizers, the token store, the sampler and batches: text in, `Batch` out."""
 
 from fastweight.data.batches import IGNORED, Batch, check_batch, loader, read_once
+from fastweight.data.overlap import DocumentOverlap, Overlap, overlap
 from fastweight.data.packing import Bins, Documents
 from fastweight.data.prepare import PrepareProgress, prepare
 from fastweight.data.sampler import Sampler, permute
+from fastweight.data.shard_export import export_shards
+from fastweight.data.shard_import import import_shards
+from fastweight.data.shards import find_shards, read_shard, write_shard
 from fastweight.data.sources import Source, SourceFile, open_source
 from fastweight.data.store import Split, Store, StoreError
 from fastweight.data.store_writer import StoreWriter
@@ -12,6 +16,7 @@ from fastweight.data.tokenizers import (
     BPETokenizer,
     ByteTokenizer,
     FileTokenizer,
+    SentencePieceTokenizer,
     StreamDecoder,
     Tokenizer,
     load_tokenizer,
@@ -24,10 +29,13 @@ __all__ = [
     "Batch",
     "Bins",
     "ByteTokenizer",
+    "DocumentOverlap",
     "Documents",
     "FileTokenizer",
+    "Overlap",
     "PrepareProgress",
     "Sampler",
+    "SentencePieceTokenizer",
     "Source",
     "SourceFile",
     "Split",
@@ -39,10 +47,16 @@ __all__ = [
     "Tokenizer",
     "Windows",
     "check_batch",
+    "export_shards",
+    "find_shards",
+    "import_shards",
     "load_tokenizer",
     "loader",
     "open_source",
+    "overlap",
     "permute",
     "prepare",
     "read_once",
+    "read_shard",
+    "write_shard",
 ]

@@ -9,10 +9,9 @@ import numpy as np
 import tokenizers
 
 from fastweight.data.bpe import byte_table, canonical, join_bytes
-from fastweight.data.tokenizer_base import MARKER_FILE, Encoded, UnencodableTextError, check_ids, utf8
+from fastweight.data.tokenizer_base import MARKER_FILE, MAX_SPAN_BYTES, Encoded, bytes_by_spans, check_ids, utf8
 from fastweight.files import write_text
 
-_MAX_TOKEN_BYTES = 0xFFFF
 _BOS_NAMES = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "<|bos|>", "[BOS]", "<|document|>")
 _EOS_NAMES = ("</s>", "<eos>", "<|endoftext|>", "<|end_of_text|>", "<|eos|>", "[EOS]")
 
@@ -30,7 +29,7 @@ class FileTokenizer:
     len(text.encode()).
     """
 
-    max_token_bytes: int | None = _MAX_TOKEN_BYTES
+    max_token_bytes: int | None = MAX_SPAN_BYTES
 
     def __init__(self, path: str | Path) -> None:
         path = Path(path)
@@ -143,17 +142,4 @@ def _document_start(file: Path, data: dict[str, Any]) -> str:
 def _by_spans(text: str, encoding: tokenizers.Encoding) -> Encoded:
     """Give every byte of `text` to the token whose span it lies in, and what lies in no span to the next token."""
     ids = np.array(encoding.ids, dtype=np.int64)
-    starts_bytes = np.concatenate([[0], np.cumsum([len(character.encode()) for character in text])]).astype(np.int64)
-    if not ids.size:
-        if text:
-            raise UnencodableTextError(f"the tokenizer turns {text[:40]!r} ({len(text)} characters) into no tokens.")
-        return Encoded(ids, ids)
-    ends = np.maximum.accumulate(np.array([end for _, end in encoding.offsets], dtype=np.int64))
-    ends[ends == ends[-1]] = len(text)
-    group_ends, group, group_sizes = np.unique(ends, return_inverse=True, return_counts=True)
-    group_bytes = np.diff(starts_bytes[group_ends], prepend=0)
-    place = np.arange(len(ids)) - (np.cumsum(group_sizes) - group_sizes)[group]
-    num_bytes = group_bytes[group] // group_sizes[group] + (place < group_bytes[group] % group_sizes[group])
-    if num_bytes.max() > _MAX_TOKEN_BYTES:
-        raise UnencodableTextError(f"one token stands for {num_bytes.max()} bytes: the tokenizer drops text.")
-    return Encoded(ids, num_bytes)
+    return Encoded(ids, bytes_by_spans(text, encoding.offsets))

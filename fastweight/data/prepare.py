@@ -4,26 +4,41 @@ Which split a document goes to depends on its text alone, shards are cut by toke
 of documents; so an interrupted run, once continued, writes the very bytes of an uninterrupted one.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import itertools
-import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fastweight.data.bpe import BPETokenizer
 from fastweight.data.locks import exclusive
-from fastweight.data.sources import Source, SourceFile, open_source
+from fastweight.data.resume import explained, fingerprint, read_progress, refuse_changes, sweep
+from fastweight.data.sentencepiece_tokenizer import SentencePieceTokenizer
+from fastweight.data.sources import Source, open_source
 from fastweight.data.store import MANIFEST, PROGRESS, TOKENIZER_FOLDER, StoreError, read_manifest
 from fastweight.data.store_writer import StoreWriter
-from fastweight.data.tokenizer_base import Encoded, Tokenizer, UnencodableTextError, utf8
+from fastweight.data.tokenizer_base import (
+    NormalisingTokenizer,
+    Tokenizer,
+    UnencodableTextError,
+    normalises,
+    utf8,
+)
 from fastweight.data.tokenizers import load_tokenizer
 
 _BATCH_CHARACTERS = 1 << 20
 _COMMIT_SECONDS = 5.0
+_TRAINABLE: dict[str, type[BPETokenizer] | type[SentencePieceTokenizer]] = {
+    "bpe": BPETokenizer,
+    "sp": SentencePieceTokenizer,
+}
+
+
+_Counted = tuple[np.ndarray, ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,66 +75,43 @@ def prepare(
 ) -> dict[str, Any]:
     """Tokenize `source` into the token store `out` and return its manifest. Run again after a kill, it continues.
 
-    source: see `open_source`. tokenizer: see `load_tokenizer`, or "bpe" to train one of `bpe_vocab_size` entries on the
-    training documents. heldout_fraction: documents whose text hashes into this fraction go to split "heldout", all
-    copies of a text to the same side. shard_tokens: a shard closes at this many tokens.
+    source: see `open_source`. tokenizer: see `load_tokenizer`, or "bpe" or "sp" (SentencePiece) to train one of
+    `bpe_vocab_size` entries on the training documents. heldout_fraction: documents whose text hashes into this fraction
+    go to split "heldout", all copies of a text to the same side. shard_tokens: a shard closes at this many tokens.
     Raises ValueError for bad options, an empty source, or an `out` begun with another source, tokenizer or option;
     OSError if the disk refuses, and what was recorded before stays good.
     """
     if not 0 <= heldout_fraction < 1:
         raise ValueError(f"prepare: heldout_fraction must lie in [0, 1), got {heldout_fraction}.")
     source = open_source(source, text_field) if isinstance(source, str) else source
-    tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str) and tokenizer != "bpe" else tokenizer
+    trained = isinstance(tokenizer, str) and tokenizer in _TRAINABLE
+    tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str) and not trained else tokenizer
     out = Path(out)
     options = {
         "source": source.name,
-        "source_hash": _fingerprint(source.files()),
-        "tokenizer": f"bpe, {bpe_vocab_size} entries" if isinstance(tokenizer, str) else tokenizer.hash,
+        "source_hash": fingerprint(source.files()),
+        "tokenizer": f"{tokenizer}, {bpe_vocab_size} entries" if isinstance(tokenizer, str) else tokenizer.hash,
         "heldout_fraction": heldout_fraction,
         "text_field": text_field,
         "shard_tokens": shard_tokens,
     }
-    with _explained(out), exclusive(out / ".lock"):
+    with explained(out), exclusive(out / ".lock"):
         if (out / MANIFEST).is_file():
             manifest = read_manifest(out)
-            _refuse_changes(out, manifest["options"], options)
+            refuse_changes(out, manifest["options"], options)
             return manifest
-        _sweep(out)
-        earlier = _read_progress(out, options) if (out / PROGRESS).is_file() else None
-        ready = tokenizer if not isinstance(tokenizer, str) else _bpe(source, out, earlier, options, bpe_vocab_size)
+        sweep(out)
+        earlier = read_progress(out, options) if (out / PROGRESS).is_file() else None
+        if isinstance(tokenizer, str):
+            ready = _trained(tokenizer, source, out, earlier, options, bpe_vocab_size)
+        else:
+            ready = tokenizer
         return _Preparation(source, ready, out, options, earlier, progress).run()
 
 
-def _fingerprint(files: list[SourceFile]) -> str:
-    listing = json.dumps([(file.name, file.size_bytes) for file in files])
-    return hashlib.sha256(listing.encode()).hexdigest()
-
-
-def _sweep(out: Path) -> None:
-    """Remove the temporary files that a kill in the middle of an atomic write leaves behind."""
-    patterns = (f".{PROGRESS}.*.tmp", f".{MANIFEST}.*.tmp", f"{TOKENIZER_FOLDER}/.*.tmp")
-    for leftover in [path for pattern in patterns for path in out.glob(pattern)]:
-        leftover.unlink()
-
-
-def _read_progress(out: Path, options: dict[str, Any]) -> dict[str, Any]:
-    try:
-        earlier = json.loads((out / PROGRESS).read_text(encoding="utf-8"))
-        _refuse_changes(out, earlier["options"], options)
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise StoreError(f"{out / PROGRESS}: damaged ({error!r}). Remove {out} and prepare again.") from error
-    return earlier
-
-
-def _refuse_changes(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    changed = [f"{key} was {before.get(key)!r}, now {now[key]!r}" for key in now if before.get(key) != now[key]]
-    if changed:
-        raise StoreError(
-            f"{out}: begun with other choices: {'; '.join(changed)}. Continue with the same ones, or use a new folder."
-        )
-
-
-def _bpe(source: Source, out: Path, earlier: dict[str, Any] | None, options: dict[str, Any], size: int) -> Tokenizer:
+def _trained(
+    kind: str, source: Source, out: Path, earlier: dict[str, Any] | None, options: dict[str, Any], size: int
+) -> Tokenizer:
     """The tokenizer trained by the interrupted run, or a new one from the training documents."""
     if earlier is not None:
         tokenizer = load_tokenizer(out / TOKENIZER_FOLDER)
@@ -134,20 +126,7 @@ def _bpe(source: Source, out: Path, earlier: dict[str, Any] | None, options: dic
             f"source {source.name!r}: no training document with text in it, so no tokenizer can be trained. Check the "
             f"path, text_field ({options['text_field']!r}) and heldout_fraction ({options['heldout_fraction']})."
         )
-    return BPETokenizer.train(itertools.chain([first], chosen), size)
-
-
-@contextlib.contextmanager
-def _explained(out: Path) -> Iterator[None]:
-    """Say what a refusal of the disk means for the store."""
-    try:
-        yield
-    except OSError as error:
-        message = (
-            f"prepare into {out}: {error}. What {PROGRESS} records is safe: make room on the disk or fix the "
-            "permissions, then run the same command again; it continues."
-        )
-        raise (OSError(message) if error.errno is None else OSError(error.errno, message)) from error
+    return _TRAINABLE[kind].train(itertools.chain([first], chosen), size)
 
 
 def is_heldout(text: str, fraction: float) -> bool:
@@ -216,11 +195,14 @@ class _Preparation:
                 self.position.documents_unencodable += 1
                 continue
             heldout = is_heldout(text, self.options["heldout_fraction"])
-            self.writer.add("heldout" if heldout else "train", encoded.ids, encoded.num_bytes)
+            self.writer.add("heldout" if heldout else "train", *encoded)
         last = batch[-1][0]
         self.position.file, self.position.document = last.file, last.document
 
-    def _encode(self, texts: list[str]) -> list[Encoded | None]:
+    def _encode(self, texts: list[str]) -> list[_Counted | None]:
+        """Ids and byte counts of each text, with the original counts if the tokenizer normalises; None: unencodable."""
+        if normalises(self.tokenizer):
+            return [_encode_or_none(self.tokenizer, text) for text in texts]
         try:
             return list(self.tokenizer.encode_batch(texts))
         except UnencodableTextError:
@@ -257,8 +239,11 @@ class _Preparation:
         return manifest
 
 
-def _encode_or_none(tokenizer: Tokenizer, text: str) -> Encoded | None:
+def _encode_or_none(tokenizer: Tokenizer, text: str) -> _Counted | None:
     try:
-        return tokenizer.encode(text)
+        encoded = tokenizer.encode(text)
+        if isinstance(tokenizer, NormalisingTokenizer) and tokenizer.normalises:
+            return *encoded, tokenizer.original_bytes(text)
     except UnencodableTextError:
         return None
+    return encoded

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from fastweight.configs import near_names
-from fastweight.data.tokenizers import Tokenizer, load_tokenizer
+from fastweight.data.tokenizer_base import Tokenizer, normalises
+from fastweight.data.tokenizers import load_tokenizer
 
 FORMAT, VERSION = "fastweight token store", 1
 MANIFEST, PROGRESS, TOKENIZER_FOLDER = "manifest.json", "progress.json", "tokenizer"
@@ -39,15 +40,19 @@ def checksums(path: Path) -> dict[str, Any]:
 
 
 class Shard:
-    """One shard, memory-mapped: `tokens`, `num_bytes` (None if every token is one byte) and local document `ends`."""
+    """One shard, memory-mapped: `tokens`, `num_bytes` (None if every token is one byte) and local document `ends`.
+
+    original_bytes: None where the store does not keep them apart.
+    """
 
     def __init__(self, folder: Path, record: dict[str, Any], dtypes: dict[str, str | None]) -> None:
         self.num_tokens, self.num_documents = record["num_tokens"], record["num_documents"]
-        arrays = {}
+        arrays: dict[str, Any] = {"original_bytes": None}
         for part, dtype in dtypes.items():
             length = self.num_documents if part == "documents" else self.num_tokens
             arrays[part] = None if dtype is None else _map(folder / record[part]["file"], np.dtype(dtype), length)
         self.tokens, self.num_bytes, self.ends = arrays["tokens"], arrays["bytes"], arrays["documents"]
+        self.original_bytes = arrays["original_bytes"]
 
 
 def _map(path: Path, dtype: np.dtype, length: int) -> np.ndarray:
@@ -65,10 +70,13 @@ class Split:
     """The documents of one split, in the order in which they were prepared, as one sequence of tokens.
 
     Every document is stored as [document start, tokens ...]. num_tokens counts document starts, num_bytes does not.
+    original: the byte counts are those of the texts before the tokenizer's normalisation.
     """
 
-    def __init__(self, name: str, shards: list[Shard], num_bytes: int, tokenizer: Tokenizer) -> None:
-        self.name, self.tokenizer = name, tokenizer
+    def __init__(
+        self, name: str, shards: list[Shard], num_bytes: int, tokenizer: Tokenizer, *, original: bool = False
+    ) -> None:
+        self.name, self.tokenizer, self.original = name, tokenizer, original
         self.bos_id, self.vocab_size = tokenizer.bos_id, tokenizer.vocab_size
         self._shards = shards
         self._bounds = np.cumsum([0] + [shard.num_tokens for shard in shards])
@@ -103,6 +111,8 @@ class Split:
         return self.tokens(start, stop), self.token_bytes(start, stop)
 
     def _shard_bytes(self, shard: Shard, a: int, b: int) -> np.ndarray:
+        if self.original:
+            return shard.original_bytes[a:b]
         if shard.num_bytes is not None:
             return shard.num_bytes[a:b]
         return (shard.tokens[a:b] != self.bos_id).astype(np.uint16)
@@ -127,10 +137,12 @@ class Store:
     def __init__(self, path: Path, manifest: dict[str, Any], tokenizer: Tokenizer) -> None:
         self.path, self.manifest, self.tokenizer = path, manifest, tokenizer
         dtypes = manifest["dtypes"]
-        self._splits = {}
+        self._splits, self._originals = {}, {}
         for name, record in manifest["splits"].items():
-            shards = [Shard(path / name, shard, dtypes) for shard in record["shards"]]
+            shards = [Shard(path / name, shard, _parts(dtypes, record)) for shard in record["shards"]]
             self._splits[name] = Split(name, shards, record["num_bytes"], tokenizer)
+            if (total := record.get("num_original_bytes")) is not None:
+                self._originals[name] = Split(name, shards, total, tokenizer, original=True)
 
     @classmethod
     def open(cls, path: str | Path) -> "Store":
@@ -148,11 +160,22 @@ class Store:
             )
         return cls(path, manifest, tokenizer)
 
-    def split(self, name: str) -> Split:
-        """Return split "train" or "heldout"; any other name raises ValueError."""
+    def split(self, name: str, *, original_bytes: bool = False) -> Split:
+        """Return split "train" or "heldout"; any other name raises ValueError.
+
+        original_bytes: count the bytes of the texts as they came instead of those of the normalised texts. Where the
+        tokenizer does not normalise, they are the same; where it does and the store lacks them, ValueError.
+        """
         if name not in self._splits:
             raise ValueError(f"{self.path}: no split {name!r}.{near_names(name, self._splits)}")
-        return self._splits[name]
+        if not original_bytes or (name not in self._originals and not normalises(self.tokenizer)):
+            return self._splits[name]
+        if name not in self._originals:
+            raise ValueError(
+                f"{self.path}: its tokenizer normalises texts and their original bytes were not kept. Prepare it from "
+                "the texts, or import it with its byte files."
+            )
+        return self._originals[name]
 
     def verify(self, progress: Callable[[str], None] | None = None) -> None:
         """Read every byte and compare it with the manifest; `progress` gets the name of each file before it is read.
@@ -163,13 +186,20 @@ class Store:
         problems = []
         for name, record in self.manifest["splits"].items():
             for shard in record["shards"]:
-                for part in (p for p, dtype in self.manifest["dtypes"].items() if dtype is not None):
+                for part in (p for p, dtype in _parts(self.manifest["dtypes"], record).items() if dtype is not None):
                     if progress is not None:
                         progress(f"{name}/{shard[part]['file']}")
                     problems += _compare(self.path / name / shard[part]["file"], shard[part])
             problems += _check_contents(self._splits[name], record)
+            if name in self._originals:
+                problems += _check_byte_total(self._originals[name], record["num_original_bytes"])
         if problems:
             raise StoreError("\n".join([f"{self.path}: {len(problems)} problem(s):", *problems]))
+
+
+def _parts(dtypes: dict[str, str | None], record: dict[str, Any]) -> dict[str, str | None]:
+    """The parts of one split: original byte counts may be known for one and not for the other."""
+    return {part: dtype for part, dtype in dtypes.items() if part != "original_bytes" or "num_original_bytes" in record}
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -208,7 +238,7 @@ def _compare(path: Path, expected: dict[str, Any]) -> list[str]:
 
 
 def _check_contents(split: Split, record: dict[str, Any]) -> list[str]:
-    problems, total_bytes = [], 0
+    problems = []
     for i, shard in enumerate(split._shards):
         where = f"{split.name} shard {i}"
         if (highest := int(shard.tokens.max())) >= split.vocab_size:
@@ -216,7 +246,12 @@ def _check_contents(split: Split, record: dict[str, Any]) -> list[str]:
         ends = np.concatenate([np.zeros(1, np.int64), shard.ends.astype(np.int64)])
         if (np.diff(ends) <= 0).any() or ends[-1] != shard.num_tokens:
             problems.append(f"{where}: document ends do not increase up to the {shard.num_tokens} tokens of the shard")
-        total_bytes += int(split._shard_bytes(shard, 0, shard.num_tokens).sum(dtype=np.int64))
-    if total_bytes != record["num_bytes"]:
-        problems.append(f"{split.name}: byte counts add up to {total_bytes}, the manifest says {record['num_bytes']}")
-    return problems
+    return problems + _check_byte_total(split, record["num_bytes"])
+
+
+def _check_byte_total(split: Split, expected: int) -> list[str]:
+    total = sum(int(split._shard_bytes(shard, 0, shard.num_tokens).sum(dtype=np.int64)) for shard in split._shards)
+    if total == expected:
+        return []
+    what = "original byte counts" if split.original else "byte counts"
+    return [f"{split.name}: {what} add up to {total}, the manifest says {expected}"]

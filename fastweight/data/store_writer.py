@@ -7,7 +7,7 @@ does not count: on resume it is cut off and written again. Checksums are taken f
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,15 +24,19 @@ from fastweight.data.store import (
     checksums,
     manifest_seal,
 )
-from fastweight.data.tokenizers import Tokenizer
+from fastweight.data.tokenizer_base import Tokenizer, normalises
 from fastweight.files import write_text
 
 
-def storage_dtypes(tokenizer: Tokenizer) -> dict[str, str | None]:
-    """Return the little-endian dtype of each part; None means not stored, because it follows from the ids."""
+def storage_dtypes(tokenizer: Tokenizer, *, original_bytes: bool = False) -> dict[str, str | None]:
+    """Return the little-endian dtype of each part; None means not stored, because it follows from the ids.
+
+    original_bytes: the store keeps the bytes of the texts before normalisation, too.
+    """
     limit = tokenizer.max_token_bytes
     counts = "<u4" if limit is None or limit > 0xFFFF else "<u2"
     return {
+        **({"original_bytes": "<u2"} if original_bytes else {}),
         "tokens": "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4",
         "bytes": None if limit == 1 else counts,
         "documents": DOCUMENT_DTYPE,
@@ -44,6 +48,7 @@ class StoreWriter:
 
     path: the store's folder. shard_tokens: a shard is closed by the document that brings it to this many tokens, so
     documents never cross shards. record: what `commit` returned before the interruption, None for a new store.
+    original_bytes: splits that keep the bytes of the original texts; None: all if the tokenizer normalises, else none.
     """
 
     def __init__(
@@ -53,15 +58,19 @@ class StoreWriter:
         *,
         shard_tokens: int = 1 << 27,
         record: dict[str, Any] | None = None,
+        original_bytes: Collection[str] | None = None,
     ) -> None:
         if shard_tokens < 1:
             raise ValueError(f"StoreWriter: shard_tokens must be at least 1, got {shard_tokens}.")
         self.path, self.tokenizer = Path(path), tokenizer
-        self.dtypes = storage_dtypes(tokenizer)
+        usual = SPLITS if normalises(tokenizer) else ()
+        self._keeping = frozenset(usual if original_bytes is None else original_bytes)
+        self.dtypes = storage_dtypes(tokenizer, original_bytes=bool(self._keeping))
         self._splits: dict[str, _SplitWriter] = {}
         for name in SPLITS:
             before = record[name] if record else None
-            self._splits[name] = _SplitWriter(self.path / name, self.dtypes, shard_tokens, before)
+            kept = {p: d for p, d in self.dtypes.items() if p != "original_bytes" or name in self._keeping}
+            self._splits[name] = _SplitWriter(self.path / name, kept, shard_tokens, before)
         if record is None:
             tokenizer.save(self.path / TOKENIZER_FOLDER)
         try:
@@ -71,24 +80,23 @@ class StoreWriter:
             self.close()
             raise
 
-    def add(self, split: str, ids: np.ndarray, num_bytes: np.ndarray) -> None:
+    def add(self, split: str, ids: np.ndarray, num_bytes: np.ndarray, original_bytes: np.ndarray | None = None) -> None:
         """Append one document: ids and their byte counts, both [length], without the document start.
 
+        original_bytes: [length], needed if the store keeps them.
         Raises ValueError if an id lies outside the vocabulary or a byte count does not fit.
         """
-        if len(ids) != len(num_bytes):
-            raise ValueError(f"StoreWriter: {len(ids)} ids but {len(num_bytes)} byte counts; they go in pairs.")
         if len(ids) and (ids.min() < 0 or ids.max() >= self.tokenizer.vocab_size):
             raise ValueError(
                 f"StoreWriter: token ids must lie in 0..{self.tokenizer.vocab_size - 1}, got {ids.min()}..{ids.max()}. "
                 "The tokenizer reports a vocab_size that is too small."
             )
-        limit = self.tokenizer.max_token_bytes
-        if len(ids) and (num_bytes.min() < 0 or (limit is not None and num_bytes.max() > limit)):
-            raise ValueError(
-                f"StoreWriter: byte counts must lie in 0..{limit}, got {num_bytes.min()}..{num_bytes.max()}."
-            )
-        self._splits[split].add(self.tokenizer.bos_id, ids, num_bytes)
+        _check_counts(len(ids), num_bytes, self.tokenizer.max_token_bytes)
+        if (original_bytes is not None) != (split in self._keeping):
+            raise ValueError("StoreWriter: original byte counts go to a split that keeps them, and are needed there.")
+        if original_bytes is not None:
+            _check_counts(len(ids), original_bytes, 0xFFFF)
+        self._splits[split].add(self.tokenizer.bos_id, ids, num_bytes, original_bytes)
 
     def count(self, quantity: str) -> int:
         """Return the total of "num_tokens", "num_documents" or "num_bytes" over the splits."""
@@ -131,6 +139,13 @@ class StoreWriter:
         _close_all([split.close for split in self._splits.values()])
 
 
+def _check_counts(num_ids: int, num_bytes: np.ndarray, limit: int | None) -> None:
+    if num_ids != len(num_bytes):
+        raise ValueError(f"StoreWriter: {num_ids} ids but {len(num_bytes)} byte counts; they go in pairs.")
+    if num_ids and (num_bytes.min() < 0 or (limit is not None and num_bytes.max() > limit)):
+        raise ValueError(f"StoreWriter: byte counts must lie in 0..{limit}, got {num_bytes.min()}..{num_bytes.max()}.")
+
+
 class _SplitWriter:
     """The shards of one split: the finished ones as records, the open one as files."""
 
@@ -140,7 +155,7 @@ class _SplitWriter:
         self.folder, self.shard_tokens = folder, shard_tokens
         self.dtypes = {part: np.dtype(dtype) for part, dtype in dtypes.items() if dtype is not None}
         self.shards: list[dict[str, Any]] = list(record["shards"]) if record else []
-        self.counts = dict(record["open"]) if record else _zero_counts()
+        self.counts = dict(record["open"]) if record else self._zero_counts()
         self.files: dict[str, BinaryIO] = {}
         folder.mkdir(parents=True, exist_ok=True)
         if record is None and any(folder.iterdir()):
@@ -171,13 +186,20 @@ class _SplitWriter:
             self.files[part].truncate(length)
             self.files[part].seek(length)
 
-    def add(self, bos_id: int, ids: np.ndarray, num_bytes: np.ndarray) -> None:
+    def _zero_counts(self) -> dict[str, int]:
+        quantities = ("num_tokens", "num_documents", "num_bytes")
+        return dict.fromkeys((*quantities, "num_original_bytes") if "original_bytes" in self.dtypes else quantities, 0)
+
+    def add(self, bos_id: int, ids: np.ndarray, num_bytes: np.ndarray, original_bytes: np.ndarray | None) -> None:
         if not self.files:
             self._open_files()
         self.counts["num_tokens"] += 1 + len(ids)
         self.counts["num_documents"] += 1
         self.counts["num_bytes"] += int(num_bytes.sum())
         parts = {"tokens": ([bos_id], ids), "bytes": ([0], num_bytes), "documents": ([self.counts["num_tokens"]],)}
+        if original_bytes is not None:
+            self.counts["num_original_bytes"] += int(original_bytes.sum())
+            parts["original_bytes"] = ([0], original_bytes)
         for part, file in self.files.items():
             for values in parts[part]:
                 file.write(np.ascontiguousarray(values, dtype=self.dtypes[part]).data)
@@ -192,7 +214,7 @@ class _SplitWriter:
             name = self._file_name(part)
             files[part] = {"file": name, **checksums(self.folder / name)}
         self.shards.append({**self.counts, **files})
-        self.counts = _zero_counts()
+        self.counts = self._zero_counts()
 
     def _sync(self) -> None:
         for file in self.files.values():
@@ -209,7 +231,7 @@ class _SplitWriter:
     def finish(self) -> dict[str, Any]:
         if self.files:
             self._seal()
-        return {**{quantity: self.total(quantity) for quantity in _zero_counts()}, "shards": self.shards}
+        return {**{quantity: self.total(quantity) for quantity in self._zero_counts()}, "shards": self.shards}
 
     def close(self) -> None:
         files, self.files = self.files, {}
@@ -226,7 +248,3 @@ def _close_all(closers: list[Callable[[], None]]) -> None:
             errors.append(error)
     if errors:
         raise errors[0]
-
-
-def _zero_counts() -> dict[str, int]:
-    return {"num_tokens": 0, "num_documents": 0, "num_bytes": 0}

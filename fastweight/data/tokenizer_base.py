@@ -1,12 +1,13 @@
 """Text to token ids and back, with the number of UTF-8 bytes that each token stands for.
 
 Bits per byte is only comparable between tokenizers if the bytes are counted exactly, so `encode` counts them: for every
-text, the counts sum to len(text.encode()).
+text, the counts sum to len(text.encode()). (For a tokenizer that says it `normalises`, of the normalised text.)
 """
 
 import dataclasses
 import hashlib
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -15,6 +16,7 @@ import numpy as np
 from fastweight.files import write_text
 
 MARKER_FILE = "fastweight_tokenizer.json"
+MAX_SPAN_BYTES = 0xFFFF
 
 
 class Encoded(NamedTuple):
@@ -53,6 +55,41 @@ class Tokenizer(Protocol):
     def encode_batch(self, texts: list[str]) -> list[Encoded]: ...
     def decode(self, ids: np.ndarray | list[int]) -> str: ...
     def save(self, folder: str | Path) -> None: ...
+
+
+@runtime_checkable
+class NormalisingTokenizer(Tokenizer, Protocol):
+    """A tokenizer that may rewrite a text before it encodes it, and can count the bytes of both texts.
+
+    normalises: whether it does. Then `encode` counts the bytes of the rewritten text, which is what the model predicts,
+    and `original_bytes` those of the text as it came, one count per token.
+    """
+
+    @property
+    def normalises(self) -> bool: ...
+    def original_bytes(self, text: str) -> np.ndarray: ...
+    def decoded_bytes(self, ids: np.ndarray | list[int]) -> np.ndarray: ...
+
+
+def normalises(tokenizer: Tokenizer) -> bool:
+    """Return whether the byte counts of `tokenizer` are not those of the original text."""
+    return isinstance(tokenizer, NormalisingTokenizer) and tokenizer.normalises
+
+
+def byte_counter(tokenizer: Tokenizer) -> Callable[[np.ndarray], np.ndarray]:
+    """Return a function from the ids of one document [T] to the bytes that each adds to its text, int64 [T].
+
+    Raises ValueError if the tokens have no bytes of their own; the function does for ids outside the vocabulary.
+    """
+    if isinstance(tokenizer, NormalisingTokenizer):
+        return tokenizer.decoded_bytes
+    if (table := tokenizer.token_bytes) is None:
+        raise ValueError(
+            f"tokenizer {tokenizer.name}: its tokens are not byte strings, so their bytes cannot be counted without "
+            "the text. Use a SentencePiece model, a byte-level tokenizer, or prepare from the text."
+        )
+    lengths = np.array([len(piece) for piece in table], dtype=np.int64)
+    return lambda ids: lengths[check_ids(ids, tokenizer.vocab_size, tokenizer.name)]
 
 
 @dataclasses.dataclass(frozen=True, init=False)
@@ -106,3 +143,25 @@ def check_ids(ids: np.ndarray | list[int], vocab_size: int, name: str) -> np.nda
     if ids.size and (ids.min() < 0 or ids.max() >= vocab_size):
         raise ValueError(f"{name}: token ids must lie in 0..{vocab_size - 1}, got {ids.min()}..{ids.max()}.")
     return ids
+
+
+def bytes_by_spans(text: str, spans: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Share out the bytes of `text` among tokens by their spans of characters; return int64 [T] that sums to all.
+
+    Tokens whose spans end together share the bytes; what lies in no span belongs to the next token, at the end to the
+    last. Raises UnencodableTextError if there are bytes and no token, or more than 65,535 bytes for one.
+    """
+    if not len(spans):
+        if text:
+            raise UnencodableTextError(f"the tokenizer turns {text[:40]!r} ({len(text)} characters) into no tokens.")
+        return np.zeros(0, dtype=np.int64)
+    starts_bytes = np.concatenate([[0], np.cumsum([len(character.encode()) for character in text])]).astype(np.int64)
+    ends = np.maximum.accumulate(np.array([end for _, end in spans], dtype=np.int64))
+    ends[ends == ends[-1]] = len(text)
+    group_ends, group, group_sizes = np.unique(ends, return_inverse=True, return_counts=True)
+    group_bytes = np.diff(starts_bytes[group_ends], prepend=0)
+    place = np.arange(len(spans)) - (np.cumsum(group_sizes) - group_sizes)[group]
+    num_bytes = group_bytes[group] // group_sizes[group] + (place < group_bytes[group] % group_sizes[group])
+    if num_bytes.max() > MAX_SPAN_BYTES:
+        raise UnencodableTextError(f"one token stands for {num_bytes.max()} bytes: the tokenizer drops text.")
+    return num_bytes

@@ -6,6 +6,7 @@ from pathlib import Path
 from fastweight.configs import near_names
 from fastweight.data.bpe import BPETokenizer
 from fastweight.data.file_tokenizer import FileTokenizer
+from fastweight.data.sentencepiece_tokenizer import MODEL_FILE, SentencePieceTokenizer
 from fastweight.data.streaming import StreamDecoder
 from fastweight.data.tokenizer_base import (
     MARKER_FILE,
@@ -20,6 +21,7 @@ __all__ = [
     "ByteTokenizer",
     "Encoded",
     "FileTokenizer",
+    "SentencePieceTokenizer",
     "StreamDecoder",
     "Tokenizer",
     "UnencodableTextError",
@@ -30,32 +32,45 @@ __all__ = [
 def load_tokenizer(spec: str | Path) -> Tokenizer:
     """Return the tokenizer named by `spec`.
 
-    spec: "bytes"; "bpe:FOLDER" (a `BPETokenizer` that was saved there); a folder written by any tokenizer's `save`; a
-    tokenizer.json or a folder with one. Raises ValueError for anything else, with near names.
+    spec: "bytes"; "bpe:FOLDER" (a `BPETokenizer` that was saved there); "sp:FILE" or "sp:FOLDER" (a SentencePiece
+    .model, the folder's tokenizer.model); a folder written by any tokenizer's `save`; a tokenizer.json, a .model file,
+    or a folder with one. Raises ValueError for anything else, with near names.
     """
     spec = str(spec)
     if spec == "bytes":
         return ByteTokenizer()
     if spec.startswith("bpe:"):
         return _load_bpe(Path(spec.removeprefix("bpe:")))
+    if spec.startswith("sp:"):
+        return SentencePieceTokenizer.load(spec.removeprefix("sp:"))
     if not Path(spec).exists():
         raise ValueError(f"tokenizer {spec!r}: no such file or folder, and no such name.{near_names(spec, _NAMES)}")
     return _load_folder(Path(spec))
 
 
-_NAMES = ("bytes", "bpe:FOLDER")
+_NAMES = ("bytes", "bpe:FOLDER", "sp:FILE")
+_KINDS = ("bytes", "bpe", "file", "sentencepiece")
 
 
 def _load_folder(path: Path) -> Tokenizer:
     marker = path / MARKER_FILE
-    kind = _kind(marker) if marker.is_file() else "file"
+    kind = _kind(marker) if marker.is_file() else _unmarked_kind(path)
     if kind == "bytes":
         return ByteTokenizer()
     if kind == "bpe":
         return _load_bpe(path)
     if kind == "file":
         return FileTokenizer(path)
-    raise ValueError(f"{marker}: unknown tokenizer kind {kind!r}.{near_names(kind, ('bytes', 'bpe', 'file'))}")
+    if kind == "sentencepiece":
+        return SentencePieceTokenizer.load(path)
+    raise ValueError(f"{marker}: unknown tokenizer kind {kind!r}.{near_names(kind, _KINDS)}")
+
+
+def _unmarked_kind(path: Path) -> str:
+    """A .model file is SentencePiece; so is a folder with one and without a tokenizer.json."""
+    if path.is_dir():
+        return "sentencepiece" if (path / MODEL_FILE).is_file() and not (path / "tokenizer.json").is_file() else "file"
+    return "sentencepiece" if path.suffix == ".model" else "file"
 
 
 def _kind(marker: Path) -> str:

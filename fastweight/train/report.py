@@ -25,6 +25,7 @@ class Report:
         self.max_seconds = config.max_seconds
         self._bar: Progress | None = None
         self._last_line = 0.0
+        self._began: tuple[float, float] | None = None  # when, and at which fraction of the run
 
     def say(self, text: str) -> None:
         """Print one line."""
@@ -47,13 +48,22 @@ class Report:
 
     def advance(self, step: int, fraction: float, text: str = "") -> None:
         """Move the bar to `fraction` of the run; `text` (loss, tokens/s) where there is news."""
+        self._began = self._began or (time.monotonic(), fraction)
         if self._bar is not None:
             task = self._bar.task_ids[0]
             self._bar.update(task, completed=fraction)
             self._bar.tasks[0].fields.update({"step": step} | ({"text": text} if text else {}))
         elif text and (time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES or step >= self.total):
             self._last_line = time.monotonic()
-            self.say(f"step {step}/{self.total}  {text}")
+            self.say(f"step {step}/{self.total}  {text}{self._left(fraction)}")
+
+    def _left(self, fraction: float) -> str:
+        """ "  3:20 left", by the pace so far; nothing before there is one."""
+        began, first = self._began or (0.0, 1.0)
+        if fraction <= first:
+            return ""
+        seconds = round((time.monotonic() - began) * (1 - fraction) / (fraction - first))
+        return f"  {seconds // 60}:{seconds % 60:02d} left"
 
     def stop(self) -> None:
         """Remove the bar."""
