@@ -37,6 +37,17 @@ class OffsetRMSNorm(nn.Module):
         return (wide * (1 + self.weight.to(wide.dtype))).to(x.dtype)
 
 
+class UnitRMSNorm(nn.Module):
+    """RMSNorm without a weight: x / sqrt(mean(x²) + eps)."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _rms_normalised(x, self.eps).to(x.dtype)
+
+
 class LayerNorm(nn.Module):
     """(x - mean) / sqrt(var + eps) · weight + bias, statistics in float32 or wider (Ba et al., arXiv:1607.06450)."""
 
@@ -51,12 +62,13 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x, x.shape[-1:], weight, bias, self.eps)
 
 
-NORMS: dict[str, type[RMSNorm] | type[OffsetRMSNorm] | type[LayerNorm]] = {
+NORMS: dict[str, type[RMSNorm] | type[OffsetRMSNorm] | type[UnitRMSNorm] | type[LayerNorm]] = {
     "rms": RMSNorm,
     "rms-offset": OffsetRMSNorm,
+    "rms-unit": UnitRMSNorm,
     "layer": LayerNorm,
 }
-Norm = RMSNorm | OffsetRMSNorm | LayerNorm
+Norm = RMSNorm | OffsetRMSNorm | UnitRMSNorm | LayerNorm
 
 
 def make_norm(kind: str, dim: int, eps: float) -> Norm:
@@ -74,7 +86,8 @@ def _rms_normalised(x: Tensor, eps: float) -> Tensor:
     return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
 
 
-FEED_FORWARDS = ("swiglu", "geglu", "relu2", "gelu", "gelu-exact")
+FEED_FORWARDS = ("swiglu", "geglu", "relu2", "leaky-relu2", "gelu", "gelu-exact")
+LEAK = 0.5  # slope of "leaky-relu2" below zero
 GATED = ("swiglu", "geglu")
 
 
@@ -113,8 +126,9 @@ class InPlaceConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FeedForwardConfig:
-    """kind: "swiglu", "geglu" (Shazeer 2020, arXiv:2002.05202), "relu2" (So et al. 2021, arXiv:2109.08668), "gelu" or
-    "gelu-exact" (Hendrycks & Gimpel 2016, arXiv:1606.08415). "gelu" and "geglu" use the tanh form.
+    """kind: "swiglu", "geglu" (Shazeer 2020, arXiv:2002.05202), "relu2" (So et al. 2021, arXiv:2109.08668),
+    "leaky-relu2" (the square of a leaky ReLU with slope 0.5), "gelu" or "gelu-exact" (Hendrycks & Gimpel 2016,
+    arXiv:1606.08415). "gelu" and "geglu" use the tanh form.
 
     hidden: inner width. bias: every projection has one. memory: the down-projection learns while reading.
     """
@@ -151,6 +165,10 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.hidden(x))
 
+    def projections(self) -> tuple[list[Tensor], Tensor]:
+        """The matrices that read the layer's input, and the one that writes its output."""
+        return [self.up.weight] + ([] if self.gate is None else [self.gate.weight]), self.down.weight
+
     def hidden(self, x: Tensor) -> Tensor:
         """The activations [B, T, hidden] that `down` reads."""
         up = self.up(x)
@@ -159,6 +177,8 @@ class FeedForward(nn.Module):
             return (F.silu(gate) if self.kind == "swiglu" else F.gelu(gate, approximate="tanh")) * up
         if self.kind == "relu2":
             return F.relu(up).square()
+        if self.kind == "leaky-relu2":
+            return F.leaky_relu(up, LEAK).square()
         return F.gelu(up, approximate="tanh" if self.kind == "gelu" else "none")
 
 

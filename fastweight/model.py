@@ -2,10 +2,9 @@
 
 import contextlib
 import json
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,84 +12,29 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from fastweight import files
+from fastweight.block import Block, BlockState
 from fastweight.configs import require, to_json
-from fastweight.in_place import InPlaceFeedForward, make_feed_forward
-from fastweight.layers import ShortConv, init_linears, make_norm
-from fastweight.mixers import Mixer, mixer_class
+from fastweight.in_place import InPlaceFeedForward
+from fastweight.init import draw_projections
+from fastweight.layers import UnitRMSNorm, init_linears, make_norm
+from fastweight.mixers import Mixer
 from fastweight.model_config import BlockConfig, ModelConfig, fingerprint
-from fastweight.ops.conv import causal_conv
 from fastweight.ops.sequences import INTEGERS, advance, check_cu_seqlens, token_positions
-from fastweight.state import Faults, ModelState, register_state
+from fastweight.residual import ResidualWeights, Skips, SmearGate
+from fastweight.state import Faults, ModelState
 from fastweight.tensor_files import read_tensors, write_tensors
+
+__all__ = ["Block", "BlockConfig", "BlockState", "Model", "ModelConfig", "check_weights", "load", "load_config"]
 
 FORMAT = "fastweight-model"
 VERSION = 1
 ORIGIN_FILE = "origin.json"
 
 
-@register_state
-class BlockState(NamedTuple):
-    """conv: tail of the pre-convolution [N, width - 1, D] or None. mixer, feed_forward: their states."""
-
-    conv: Tensor | None
-    mixer: Any
-    feed_forward: Any = None
-
-
-class Block(nn.Module):
-    """Residual block around one mixer and a feed-forward."""
-
-    def __init__(self, model: ModelConfig, config: BlockConfig):
-        super().__init__()
-        self.residual = config.residual
-        d_model, make = model.d_model, partial(make_norm, model.norm, model.d_model, model.norm_eps)
-        pre, post, feeds = config.norm_position != "post", config.norm_position != "pre", bool(config.feed_forward)
-        self.conv_norm = make() if config.pre_conv else None
-        self.conv = ShortConv(d_model, config.pre_conv) if config.pre_conv else None
-        self.mixer_norm = make() if pre else nn.Identity()
-        self.mixer = mixer_class(config.mixer.kind)(d_model, config.mixer)
-        self.mixer_post_norm = make() if post else nn.Identity()
-        self.feed_forward_norm = make() if pre and feeds else nn.Identity()
-        self.feed_forward = make_feed_forward(d_model, config.feed_forward) if config.feed_forward else None
-        self.feed_forward_post_norm = make() if post and feeds else nn.Identity()
-
-    def init_state(self, num_sequences: int) -> BlockState:
-        tail = None if self.conv is None else self.conv.init_tail(num_sequences)
-        feed_forward = self.feed_forward if isinstance(self.feed_forward, InPlaceFeedForward) else None
-        return BlockState(
-            tail,
-            self.mixer.init_state(num_sequences),
-            None if feed_forward is None else feed_forward.init_state(num_sequences),
-        )
-
-    def memories(self) -> list[Mixer | InPlaceFeedForward]:
-        """The parts that have an op and may learn: the mixer, and the feed-forward if it has a memory."""
-        return [self.mixer] + ([self.feed_forward] if isinstance(self.feed_forward, InPlaceFeedForward) else [])
-
-    def forward(
-        self, x: Tensor, state: BlockState, cu_seqlens: Tensor | None, embedded: Tensor | None = None
-    ) -> tuple[Tensor, BlockState]:
-        """embedded: what the first block of the model reads, for a feed-forward that learns it."""
-        tail, memory = state.conv, state.feed_forward
-        if self.conv is not None and self.conv_norm is not None:
-            assert tail is not None
-            y, tail = causal_conv(self.conv_norm(x), self.conv.weight, self.conv.bias, tail, cu_seqlens=cu_seqlens)
-            x = x + y
-        y, mixer_state = self.mixer(self.mixer_norm(x), state.mixer, cu_seqlens=cu_seqlens)
-        mixed = x + self.mixer_post_norm(y)
-        if self.feed_forward is None:
-            return mixed, BlockState(tail, mixer_state)
-        read = self.feed_forward_norm(x if self.residual == "parallel" else mixed)
-        if isinstance(self.feed_forward, InPlaceFeedForward):
-            y, memory = self.feed_forward.parallel(read, memory, embedded=embedded, cu_seqlens=cu_seqlens)
-        else:
-            y = self.feed_forward(read)
-        return mixed + self.feed_forward_post_norm(y), BlockState(tail, mixer_state, memory)
-
-
 class Model(nn.Module):
     """A language model with a state.
 
+    visits: the blocks in the order in which they are visited now, that of the config unless `set_order` changed it.
     origin: where pretrained weights came from, {"family": ..., "config": ...}; saved with them, else None.
 
     `logits, state = model(tokens, state)` reads tokens [B, T] (or packed [1, total] with cu_seqlens) from `state` on.
@@ -99,25 +43,35 @@ class Model(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.signature = config.signature
+        self.visits, self.signature = config.visits, config.signature
         self.checkpointing = False
         self.origin: dict[str, Any] | None = None
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.positions = nn.Embedding(config.max_positions, config.d_model) if config.max_positions else None
-        self.blocks = nn.ModuleList(Block(config, block) for block in config.blocks)
+        self.embedding_norm = UnitRMSNorm(config.d_model, config.norm_eps) if config.embedding_norm else None
+        self.smear = SmearGate(config.smear) if config.smear else None
+        self.skips = None if config.skips == "none" else Skips(config.d_model, config.skips, len(config.visits))
+        self.blocks = nn.ModuleList(Block(config, index) for index in range(len(config.blocks)))
         self.norm = make_norm(config.norm, config.d_model, config.norm_eps)
         head = (config.d_model, config.vocab_size, config.head_bias)
         self.head = None if config.tie_embeddings else nn.Linear(*head)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw new weights: normal with `init_std`, then what each memory adds."""
-        nn.init.normal_(self.embedding.weight, std=self.config.init_std)
+        """Draw new weights: normal with `init_std`, what each memory adds, then what the config asks for beside."""
+        config = self.config
+        nn.init.normal_(
+            self.embedding.weight, std=config.init_std if config.embedding_std is None else config.embedding_std
+        )
         if self.positions is not None:
             nn.init.normal_(self.positions.weight, std=self.config.init_std)
         init_linears(self, self.config.init_std)
         for memory in self.memories():
             memory.reset_parameters(self.config.init_std)
+        for part in self.modules():
+            if isinstance(part, (ResidualWeights, Skips, SmearGate)):
+                part.reset_parameters()
+        draw_projections(self.blocks, config.in_init, config.out_init)
 
     @staticmethod
     def from_preset(name: str, **changes: Any) -> "Model":
@@ -148,6 +102,34 @@ class Model(nn.Module):
             memory.backend = backend
         return self
 
+    def set_order(self, order: Sequence[int] | None = None) -> "Model":
+        """Visit the blocks in this order from now on, None: that of the config, which is also what is saved.
+
+        A state belongs to its order. Raises ValueError for more visits than there are skips or weights per visit.
+        """
+        order = self.config.visits if order is None else tuple(order)
+        self.config.check_order(order)
+        for index, block in enumerate(self.config.blocks):
+            visits, own = order.count(index), self.config.visits.count(index)
+            require(
+                not block.per_visit or visits <= own,
+                f"set_order: block {index} has weights for {own} visits of its own, the order visits it {visits} "
+                "times. Use fewer loops, or a model whose visits share their weights (per_visit False).",
+            )
+        have = len(order) if self.skips is None else 2 * len(self.skips.weight) + 1
+        require(
+            len(order) <= have,
+            f"set_order: this model has skips for at most {have} visits, the order makes {len(order)}. Use fewer "
+            "loops, or a model without skips.",
+        )
+        if order != self.visits:
+            self.visits, self.signature = order, self.config.signature_of(order)
+        return self
+
+    def set_loops(self, count: int | None = None) -> "Model":
+        """Visit the core `count` times from now on, None: as often as the config says. See `set_order`."""
+        return self.set_order(None if count is None else self.config.order_of_loops(count))
+
     @contextlib.contextmanager
     def frozen_memory(self) -> Iterator["Model"]:
         """Inside, no memory learns: same weights, no inner updates."""
@@ -159,9 +141,10 @@ class Model(nn.Module):
     def init_state(self, num_sequences: int) -> ModelState:
         """The state before the first token of `num_sequences` sequences."""
         require(num_sequences > 0, f"init_state: num_sequences must be positive, got {num_sequences}.")
-        visits = tuple(self.blocks[i].init_state(num_sequences) for i in self.config.visits)  # type: ignore[operator]
+        visits = tuple(self.blocks[i].init_state(num_sequences) for i in self.visits)  # type: ignore[operator]
         position = torch.zeros(num_sequences, dtype=torch.int64, device=self.device)
-        return ModelState(visits, position, self.signature)
+        last = None if self.smear is None else self.embedding.weight.new_zeros(num_sequences, 1, self.config.d_model)
+        return ModelState(visits, position, self.signature, last=last)
 
     def forward(
         self, tokens: Tensor, state: ModelState | None = None, cu_seqlens: Tensor | None = None
@@ -181,18 +164,33 @@ class Model(nn.Module):
         num_sequences = tokens.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
         state = self.init_state(num_sequences) if state is None else state
         self._check_state(state, num_sequences)
-        x = embedded = self._embed(tokens, state.position, cu_seqlens)
-        visits = []
-        for i, visit in zip(self.config.visits, state.visits, strict=True):
-            x, visit = self._visit(i, x, visit, cu_seqlens, embedded)
-            visits.append(visit)
+        x, last = self._embed(tokens, state.position, cu_seqlens), state.last
+        if self.smear is not None:
+            assert last is not None
+            x, last = self.smear(x, last, cu_seqlens)
+        x, visits = self._visit_all(x, state.visits, cu_seqlens)
         position = advance(state.position, tokens.shape[1], cu_seqlens)
-        return self.norm(x), ModelState(tuple(visits), position, state.signature, state.note)
+        return self.norm(x), ModelState(visits, position, state.signature, state.note, last)
+
+    def _visit_all(self, x: Tensor, states: tuple, cu_seqlens: Tensor | None) -> tuple[Tensor, tuple]:
+        """Visit the blocks in order, with the skips from the first half of the visits to the second."""
+        embedded, half = x, len(self.visits) // 2
+        visits, kept = [], []
+        for place, (i, state) in enumerate(zip(self.visits, states, strict=True)):
+            if self.skips is not None and place >= half and kept:
+                x = self.skips(x, kept.pop(), place - half)
+            number = self.visits[:place].count(i) if self.config.blocks[i].per_visit else 0
+            x, state = self._visit(i, x, state, cu_seqlens, embedded, number)
+            visits.append(state)
+            if self.skips is not None and place < half:
+                kept.append(x)
+        return x, tuple(visits)
 
     def _embed(self, tokens: Tensor, position: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         x, scale = self.embedding(tokens), self.config.embedding_scale
         # The factor is rounded to the weights' dtype first, as the published models do.
         x = x if scale is None else x * torch.tensor(scale, dtype=x.dtype, device=x.device)
+        x = x if self.embedding_norm is None else self.embedding_norm(x)
         if self.positions is None:
             return x
         where = token_positions(position, tokens.shape[1], cu_seqlens)
@@ -210,12 +208,13 @@ class Model(nn.Module):
         cap = self.config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
-    def _visit(self, index: int, x: Tensor, state: BlockState, cu_seqlens: Tensor | None, embedded: Tensor) -> Any:
+    def _visit(self, index: int, *inputs: Any) -> Any:
+        """What block `index` makes of its inputs."""
         block: Any = self.blocks[index]
         if self.checkpointing and torch.is_grad_enabled():
             learning = [memory.learning for memory in block.memories()]
-            return checkpoint(self._reread, block, learning, x, state, cu_seqlens, embedded, use_reentrant=False)
-        return block(x, state, cu_seqlens, embedded)
+            return checkpoint(self._reread, block, learning, *inputs, use_reentrant=False)
+        return block(*inputs)
 
     @staticmethod
     def _reread(block: Any, learning: list[bool], *inputs: Any) -> Any:
@@ -258,7 +257,7 @@ class Model(nn.Module):
     def describe_faults(self, state: ModelState) -> list[str]:
         """One sentence per sequence and visit whose inner updates were not finite (and were skipped)."""
         found = []
-        for visit, (block, entry) in enumerate(zip(self.config.visits, state.visits, strict=True)):
+        for visit, (block, entry) in enumerate(zip(self.visits, state.visits, strict=True)):
             parts = (entry.mixer, self.config.blocks[block].mixer.kind), (entry.feed_forward, "in-place feed-forward")
             for faults, name in ((faults, name) for part, name in parts for faults in _find_faults(part)):
                 counts, firsts = faults.count.tolist(), faults.first.tolist()
@@ -288,7 +287,7 @@ class Model(nn.Module):
         """
         path = Path(path)
         self._check_own_tensors()
-        header = {"format": FORMAT, "signature": self.signature}
+        header = {"format": FORMAT, "signature": self.config.signature}
         write_tensors(path / "model.safetensors", self.state_dict(), header)
         text = to_json({"format": FORMAT, "version": VERSION, "config": self.config.to_dict()})
         files.write_text(path / "config.json", text + "\n")

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from fastweight.configs import check_keys, near_names, require
+from fastweight.golf_presets import GOLF, TINY_GOLF
 from fastweight.layers import FeedForwardConfig
 from fastweight.mixers.attention import AttentionConfig
 from fastweight.mixers.base import MixerConfig
@@ -59,8 +60,11 @@ def preset(name: str, **changes: Any) -> ModelConfig:
     """
     config = _find(name).make()
     check_keys(f"preset {name!r}: changes", changes, [f.name for f in dataclasses.fields(ModelConfig)])
-    if "blocks" in changes:
-        changes = {"order": None} | changes  # the preset's order belongs to its own blocks
+    # The preset's order belongs to its own blocks and loops, and its loops to that order.
+    if "blocks" in changes or "loops" in changes:
+        changes = {"order": None} | changes
+    if "blocks" in changes or "order" in changes:
+        changes = {"loops": None} | changes
     return dataclasses.replace(config, **changes)
 
 
@@ -223,5 +227,5 @@ _LADDER = {
     for family, (make, counts) in FAMILIES.items()
     for (size, shape), count in zip(SIZES.items(), counts, strict=True)
 }
-_TINY = {f"tiny-{name}": entry for name, entry in TINY.items()}
-_PRESETS = _LADDER | {name: Preset(*entry) for name, entry in (LACT | _TINY).items()}
+_TINY = {f"tiny-{name}": entry for name, entry in (TINY | TINY_GOLF).items()}
+_PRESETS = _LADDER | {name: Preset(*entry) for name, entry in (LACT | GOLF | _TINY).items()}

@@ -87,13 +87,22 @@ class ModelState:
 
     visits: tuple of block states, in the model's `order`. position: [N] int64, tokens read by each sequence.
     signature: names the model config; a state of another model is refused. note: free text kept with a saved state.
+    last: [N, 1, D], the embedding of the last token (zeros before the first), for a model with a smear gate, else None.
     """
 
-    def __init__(self, visits: tuple, position: Tensor, signature: str, note: dict[str, str] | None = None):
+    def __init__(
+        self,
+        visits: tuple,
+        position: Tensor,
+        signature: str,
+        note: dict[str, str] | None = None,
+        last: Tensor | None = None,
+    ):
         self.visits = visits
         self.position = position
         self.signature = signature
         self.note = dict(note or {})
+        self.last = last
 
     def __repr__(self) -> str:
         return (
@@ -137,8 +146,7 @@ class ModelState:
                 f"{self.num_sequences} and {other.num_sequences} sequences, keep {keep.dtype} {list(keep.shape)}."
             )
         choose = lambda a, b: torch.where(keep.view(-1, *[1] * (a.dim() - 1)), a, b)  # noqa: E731
-        visits, position = zip_tensors(choose, *_align_lengths(self._tree(), other._tree()))
-        return ModelState(visits, position, self.signature, self.note)
+        return self._of(zip_tensors(choose, *_align_lengths(self._tree(), other._tree())))
 
     def save(self, path: str | Path) -> None:
         """Write the state to one safetensors file, atomically."""
@@ -147,11 +155,14 @@ class ModelState:
         write_tensors(path, dict(tensors(self._tree())), header)
 
     def _tree(self) -> tuple:
-        return (self.visits, self.position)
+        return (self.visits, self.position) if self.last is None else (self.visits, self.position, self.last)
+
+    def _of(self, tree: tuple) -> "ModelState":
+        visits, position, *last = tree
+        return ModelState(visits, position, self.signature, self.note, *last)
 
     def _map(self, fn: Callable[[Tensor], Tensor]) -> "ModelState":
-        visits, position = map_tensors(fn, self._tree())
-        return ModelState(visits, position, self.signature, self.note)
+        return self._of(map_tensors(fn, self._tree()))
 
 
 def load_state(path: str | Path) -> ModelState:
@@ -166,8 +177,8 @@ def load_state(path: str | Path) -> ModelState:
         got = f"{header.get('format', 'no format')!r} version {header.get('version', '?')}"
         raise ValueError(f"{path} holds {got}; this library reads {FORMAT!r} version {VERSION}.")
     try:
-        visits, position = _rebuild(json.loads(header["structure"]), found, "")
-        return ModelState(visits, position, header["signature"], json.loads(header.get("note", "{}")))
+        visits, position, *last = _rebuild(json.loads(header["structure"]), found, "")
+        return ModelState(visits, position, header["signature"], json.loads(header.get("note", "{}")), *last)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"state file {path} has a structure this library does not know: {error}.") from error
 

@@ -14,9 +14,9 @@ PACKAGE = Path(fastweight.__file__).parent
 # A module may import what stands before it, never after it.
 LAYERS = [
     {"configs", "devices", "files", "tensor_files", "state"},
-    {"ops", "data", "optim", "layers"},
+    {"ops", "data", "optim", "layers", "residual", "init"},
     {"mixers", "in_place"},
-    {"model", "model_config", "presets"},
+    {"model", "model_config", "block", "presets", "golf_presets", "effort"},
     {"learn", "artifact", "convert", "generate", "backends"},
     {"evaluate", "plots"},
     {"train"},

@@ -24,7 +24,7 @@ def grow(state: ModelState, length: int) -> ModelState:
     `grows_by_caches_alone`. Only sizes are meant, not what the model says.
     """
     visits = tuple(_grow(visit, length) for visit in state.visits)
-    return ModelState(visits, torch.full_like(state.position, length), state.signature, state.note)
+    return ModelState(visits, torch.full_like(state.position, length), state.signature, state.note, state.last)
 
 
 def _grow(tree: Any, length: int) -> Any:

@@ -158,11 +158,11 @@ class FastweightCache(Cache):
 
 
 def can_crop(config: ModelConfig) -> bool:
-    """Every token is kept apart in the state: full attention everywhere, no convolution, no other memory."""
+    """Every token is kept apart in the state: full attention everywhere, no convolution or smear, no other memory."""
     mixers = [block.mixer for block in config.blocks]
     full = all(type(mixer) is AttentionConfig and mixer.window is None and not mixer.num_sinks for mixer in mixers)
     more = [block.pre_conv or (block.feed_forward and block.feed_forward.memory) for block in config.blocks]
-    return full and not any(more)
+    return full and not any(more) and not config.smear
 
 
 def _cut(state: AttentionState, count: int) -> AttentionState:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fastweight.configs import near_names, require
 from fastweight.layers import check_norm, make_norm
@@ -25,9 +26,11 @@ class AttentionConfig(MixerConfig):
     rotary_dim: channels of a head that rotate, the first ones (0: all). rope_scaling: an object as `rope_rates` in
     ops/rope.py takes, None for plain rates. scale: of the scores, None for 1/sqrt(head_dim). softcap: of the scores.
     qk_norm: norm of q and k before the rotation: "none", "head" (over head_dim) or "full" (over all heads together).
-    norm: the kind of that norm, "rms", "rms-offset" or "layer".
+    norm: the kind of that norm, "rms", "rms-offset", "rms-unit" (no weights) or "layer".
     qk_gain: initial value of a learned factor per head on q, None for no such factor.
-    output_gate: a sigmoid gate per head, computed from the layer's input. qkv_bias, out_bias: of the projections.
+    output_gate: a sigmoid gate per head, σ(gate_scale · w·x) of the first gate_width channels of the layer's input
+    (0: all). exclude_self: take the direction of the token's own value out of every head (XSA): y − (y·v̂)v̂, v̂ = v/‖v‖.
+    qkv_bias, out_bias: of the projections.
     """
 
     num_heads: int
@@ -45,6 +48,9 @@ class AttentionConfig(MixerConfig):
     norm: str = "rms"
     qk_gain: float | None = None
     output_gate: bool = False
+    gate_width: int = 0
+    gate_scale: float = 1.0
+    exclude_self: bool = False
     qkv_bias: bool = False
     out_bias: bool = False
     norm_eps: float = 1e-5
@@ -72,6 +78,11 @@ class AttentionConfig(MixerConfig):
         check_norm("attention", self.norm)
         check_softcap(self.softcap)
         require(self.scale is None or self.scale > 0, f"attention: scale must be positive or None, got {self.scale}.")
+        require(self.gate_width >= 0, f"attention: gate_width must not be negative, got {self.gate_width}.")
+        require(
+            self.output_gate or (self.gate_width == 0 and self.gate_scale == 1.0),
+            "attention: gate_width and gate_scale belong to an output_gate; set it to True.",
+        )
         check_scaling(self.rope_scaling, self.rotary_dim or self.head_dim)
         require(
             self.rope_scaling is None or self.rope_base is not None,
@@ -95,7 +106,12 @@ class AttentionLayer(Mixer):
         self.q_norm = make_norm(config.norm, norm_dims[0], config.norm_eps) if norm_dims else None
         self.k_norm = make_norm(config.norm, norm_dims[1], config.norm_eps) if norm_dims else None
         self.gain = nn.Parameter(torch.ones(config.num_heads)) if config.qk_gain is not None else None
-        self.gate = nn.Linear(d_model, config.num_heads, bias=False) if config.output_gate else None
+        require(
+            config.gate_width <= d_model,
+            f"attention: gate_width {config.gate_width} exceeds d_model {d_model}.",
+        )
+        gate_width = config.gate_width or d_model
+        self.gate = nn.Linear(gate_width, config.num_heads, bias=False) if config.output_gate else None
         self.out = nn.Linear(self.sizes[0], d_model, bias=config.out_bias)
         self.rates: Tensor | None = None  # of the rotation, made at the first call on the device that asks
 
@@ -103,6 +119,9 @@ class AttentionLayer(Mixer):
         super().reset_parameters(init_std)
         if self.gain is not None and self.config.qk_gain is not None:
             nn.init.constant_(self.gain, self.config.qk_gain)
+
+    def projections(self) -> tuple[list[Tensor], Tensor]:
+        return list(self.qkv.weight.split(self.sizes)), self.out.weight
 
     def init_cache(self, num_sequences: int, num_sinks: int) -> AttentionState:
         """The softmax branch's state before the first token."""
@@ -117,15 +136,17 @@ class AttentionLayer(Mixer):
         window: int | None, num_sinks: int,
     ) -> tuple[Tensor, AttentionState]:  # fmt: skip
         """Softmax attention over projected heads: y [B, T, heads, head_dim]."""
-        return attention(
+        y, state = attention(
             q, k, v, state, window=window, num_sinks=num_sinks, scale=self.config.scale, softcap=self.config.softcap,
             cu_seqlens=cu_seqlens, backend=self.backend,
         )  # fmt: skip
+        return (remove_own_value(y, v) if self.config.exclude_self else y), state
 
     def merge(self, y: Tensor, x: Tensor) -> Tensor:
         """Gate the heads y [B, T, heads, head_dim] by the layer's input and project them back to [B, T, D]."""
         if self.gate is not None:
-            y = y * self.gate(x).sigmoid().unsqueeze(-1)
+            read = x[..., : self.config.gate_width or self.d_model]
+            y = y * (self.config.gate_scale * self.gate(read)).sigmoid().unsqueeze(-1)
         return self.out(y.flatten(2))
 
     def project(self, x: Tensor, position: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -199,6 +220,16 @@ class Attention(AttentionLayer):
         q, k, v = self.project(x, state.position, cu_seqlens)
         y, state = self.attend(q, k, v, state, cu_seqlens, window=self.config.window, num_sinks=self.config.num_sinks)
         return self.merge(y, x), state
+
+
+def remove_own_value(y: Tensor, v: Tensor) -> Tensor:
+    """y − (y·v̂)v̂ with v̂ = v/‖v‖: what heads y [B, T, heads, D] say beside their token's value v [B, T, kv_heads, D].
+
+    Query head h has the value head h // (heads / kv_heads), as in the attention itself.
+    """
+    grouped = y.unflatten(2, (v.shape[2], -1))
+    unit = F.normalize(v, dim=-1).to(y.dtype).unsqueeze(3)
+    return (grouped - (grouped * unit).sum(-1, keepdim=True) * unit).flatten(2, 3)
 
 
 def _head_sizes(d_model: int, config: AttentionConfig) -> tuple[int, int]:

@@ -69,6 +69,10 @@ class Mixer(nn.Module):
         """Initialise the projections; mixers with further parameters extend this."""
         init_linears(self, init_std)
 
+    def projections(self) -> tuple[list[Tensor], Tensor]:
+        """The matrices that read the layer's input (q, k and v apart, as views), and the one that writes its output."""
+        raise TypeError(f"{type(self).__name__} must define projections() to be drawn with in_init or out_init")
+
     def inner_losses(self, x: Tensor, state: Any) -> dict[str, Tensor] | None:
         """Inner-loop statistics over x [B, T, D]: series named as in docs/layers.md, or None without an inner loss."""
         return None

@@ -84,6 +84,9 @@ class Delta(Mixer):
         self.out_norm = RMSNorm(self.value_dim, config.norm_eps)
         self.out = nn.Linear(values, d_model, bias=False)
 
+    def projections(self) -> tuple[list[Tensor], Tensor]:
+        return list(self.qkv.weight.split(self.sizes)), self.out.weight
+
     def reset_parameters(self, init_std: float) -> None:
         super().reset_parameters(init_std)
         if self.decay is not None and self.log_rate is not None:

@@ -132,6 +132,9 @@ class Lact(Mixer):
         self.out = nn.Linear(d_model, d_model, bias=False)
         self.reset_parameters(0.02)
 
+    def projections(self) -> tuple[list[Tensor], Tensor]:
+        return list(self.qkv.weight.chunk(3)), self.out.weight
+
     def reset_parameters(self, init_std: float) -> None:
         super().reset_parameters(init_std)
         nn.init.ones_(self.qk_scale)

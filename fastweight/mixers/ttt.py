@@ -99,6 +99,9 @@ class _TTT(Mixer):
         """The learned fast weights of one sequence, without the sequence dimension."""
         raise TypeError(f"{type(self).__name__} must define initial_weights()")
 
+    def projections(self) -> tuple[list[Tensor], Tensor]:
+        return [layer.weight for layer in (self.q, self.k, self.v) if layer is not None], self.o.weight
+
     def reset_parameters(self, init_std: float) -> None:
         super().reset_parameters(init_std)
         weights = self.initial_weights()

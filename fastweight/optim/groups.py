@@ -8,9 +8,10 @@ from typing import Literal, NamedTuple
 from torch import nn
 
 from fastweight.configs import check_types, near_names, require
+from fastweight.optim.muon import MuonDtype, MuonRows, MuonScale
+from fastweight.optim.orthogonal import POLAR_EXPRESS, Coefficients
 
 OptimizerName = Literal["adamw", "muon"]
-MuonScale = Literal["original", "match_rms_adamw"]
 VECTORS = "vectors"
 
 
@@ -36,12 +37,32 @@ class OptimizerConfig:
     muon_lr: float = 0.0
     """Peak rate of the matrices; 0: lr."""
     muon_momentum: float = 0.95
-    """Nesterov momentum of Muon."""
+    """Nesterov momentum of Muon, after its warm-up."""
+    muon_momentum_first: float = 0.85
+    """Momentum of the first step, if it is warmed up."""
+    muon_momentum_steps: int = 0
+    """Steps in which the momentum rises in a straight line; 0: no warm-up."""
     muon_scale: MuonScale = "match_rms_adamw"
     """Size of the orthogonal update of a matrix [A, B]. match_rms_adamw: 0.2 sqrt(max(A, B)), which takes AdamW's rates
     (Liu et al. 2025, arXiv:2502.16982, eq. 4); original: sqrt(max(1, A/B)), which wants rates near 0.02."""
     muon_steps: int = 5
     """Newton-Schulz iterations."""
+    muon_coefficients: Coefficients = "quintic"
+    """Polynomials of the iterations. quintic: one for all (Jordan et al. 2024), singular values in about [0.68, 1.14];
+    polar-express: one for each of at most five (Amsel et al. 2025, arXiv:2505.16932), about [0.87, 1.13], and small
+    singular values rise faster."""
+    muon_rows: MuonRows = "none"
+    """equalised: the rows of the momentum get length 1 before they are orthogonalised (MuonEq-R)."""
+    normuon: bool = False
+    """Divide the orthogonal update by a running root mean square of its rows, or its columns if those are more, at the
+    same size of the whole (Li et al. 2025, arXiv:2510.05491)."""
+    normuon_beta: float = 0.95
+    """Averaging of that mean square."""
+    muon_cautious: bool = False
+    """Muon's matrices decay only where weight and update have the same sign, i.e. where the update shrinks the weight
+    too (Chen et al. 2025, arXiv:2510.12402)."""
+    muon_dtype: MuonDtype = "auto"
+    """Of the iterations. auto: bfloat16 on a GPU, elsewhere float32 (float64 for float64 weights)."""
 
     def __post_init__(self) -> None:
         check_types(self, "optimizer")
@@ -54,7 +75,27 @@ class OptimizerConfig:
         require(0 <= self.muon_momentum < 1, f"optimizer: muon_momentum must lie in [0, 1), got {self.muon_momentum}.")
         low = [f"{pattern}: {factor}" for pattern, factor in self.lr_factors.items() if not 0 <= factor < float("inf")]
         require(not low, f"optimizer: lr_factors must not be negative or infinite, got {', '.join(low)}.")
+        self._check_muon()
+
+    def _check_muon(self) -> None:
         require(1 <= self.muon_steps < 100, f"optimizer: muon_steps must lie in 1..99, got {self.muon_steps}.")
+        most = len(POLAR_EXPRESS)
+        require(
+            self.muon_coefficients == "quintic" or self.muon_steps <= most,
+            f"optimizer: polar-express has {most} polynomials, muon_steps is {self.muon_steps}. Set {most} or less.",
+        )
+        for name in ("muon_momentum_first", "normuon_beta"):
+            require(0 <= getattr(self, name) < 1, f"optimizer: {name} must lie in [0, 1), got {getattr(self, name)}.")
+        steps = self.muon_momentum_steps
+        require(steps >= 0, f"optimizer: muon_momentum_steps must not be negative, got {steps}.")
+
+
+def muon_momentum(config: OptimizerConfig, step: int) -> float:
+    """Muon's momentum at update `step` (0, 1, ...)."""
+    if step >= config.muon_momentum_steps:
+        return config.muon_momentum
+    part = step / config.muon_momentum_steps
+    return (1 - part) * config.muon_momentum_first + part * config.muon_momentum
 
 
 class ParameterGroup(NamedTuple):

@@ -7,14 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from fastweight.configs import require
-from fastweight.optim.groups import OptimizerConfig, ParameterGroup, parameter_groups
-
-# What each optimiser remembers of a parameter after its first step.
-STATE = {torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"), torch.optim.Muon: ("momentum_buffer",)}
+from fastweight.optim.groups import OptimizerConfig, ParameterGroup, muon_momentum, parameter_groups
+from fastweight.optim.muon import Muon
 
 
 class Optimizer:
-    """The torch optimisers of one model, stepped together.
+    """The optimisers of one model, stepped together.
 
     `state_tensors()` and `load_state_tensors()` turn everything they remember into named tensors and back, bit by bit.
     """
@@ -28,6 +26,7 @@ class Optimizer:
             if any(group.optimizer == name for group in self.groups)
         ]
         self._peaks = [[group["lr"] for group in part.param_groups] for part in self.parts]
+        self._decays = [[group["weight_decay"] for group in part.param_groups] for part in self.parts]
         self._names = {p: name for group in self.groups for name, p in group.parameters}
 
     def parameters(self) -> Iterable[nn.Parameter]:
@@ -39,6 +38,17 @@ class Optimizer:
         for part, peaks in zip(self.parts, self._peaks, strict=True):
             for group, peak in zip(part.param_groups, peaks, strict=True):
                 group["lr"] = peak * factor
+
+    def set_decay_factor(self, factor: float) -> None:
+        """Set every weight decay to `factor` times its own."""
+        for part, decays in zip(self.parts, self._decays, strict=True):
+            for group, decay in zip(part.param_groups, decays, strict=True):
+                group["weight_decay"] = decay * factor
+
+    def set_step(self, step: int) -> None:
+        """Set Muon's momentum to that of update `step` (0, 1, ...); without this call it is that after the warm-up."""
+        for group in (group for part in self.parts if isinstance(part, Muon) for group in part.param_groups):
+            group["momentum"] = muon_momentum(self.config, step)
 
     def step(self) -> None:
         """Apply the gradients."""
@@ -62,18 +72,13 @@ class Optimizer:
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Restore what `state_tensors` returned. Raises ValueError naming what does not fit the model."""
         entries = _by_parameter(tensors)
-        shapes = {name: p.shape for p, name in self._names.items()}
-        unknown = sorted(set(entries) - set(shapes))
+        unknown = sorted(set(entries) - set(self._names.values()))
         require(not unknown, f"optimizer state: this model has no parameter {', '.join(unknown[:5])}.")
-        for name, entry in entries.items():
-            for key, value in entry.items():
-                fits = value.dim() == 0 or value.shape == shapes[name]
-                require(fits, f"optimizer state: {name}|{key} is {list(value.shape)}, needs {list(shapes[name])}.")
         for part in self.parts:
-            wanted = STATE[type(part)]
-            for name in (self._names[p] for group in part.param_groups for p in group["params"]):
-                missing = [f"{name}|{key}" for key in wanted if name in entries and key not in entries[name]]
-                require(not missing, f"optimizer state: {', '.join(missing)} is missing.")
+            for p in (p for group in part.param_groups for p in group["params"]):
+                name = self._names[p]
+                if name in entries:
+                    _check_entry(name, entries[name], _state_shapes(part, p))
             self._load_part(part, entries)
 
     def _load_part(self, part: torch.optim.Optimizer, entries: dict[str, dict[str, Tensor]]) -> None:
@@ -91,6 +96,23 @@ def _by_parameter(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         name, _, quantity = key.rpartition("|")
         entries.setdefault(name, {})[quantity] = value
     return entries
+
+
+def _state_shapes(part: torch.optim.Optimizer, p: Tensor) -> dict[str, tuple[int, ...]]:
+    """What `part` remembers of the parameter `p` after its first step, and its shape."""
+    if isinstance(part, Muon):
+        return part.state_shapes(p)
+    return {"step": (), "exp_avg": tuple(p.shape), "exp_avg_sq": tuple(p.shape)}
+
+
+def _check_entry(name: str, entry: dict[str, Tensor], wanted: dict[str, tuple[int, ...]]) -> None:
+    missing = [f"{name}|{key}" for key in wanted if key not in entry]
+    require(not missing, f"optimizer state: {', '.join(missing)} is missing.")
+    foreign = [f"{name}|{key}" for key in entry if key not in wanted]
+    require(not foreign, f"optimizer state: {', '.join(foreign)} belongs to another optimiser or variant.")
+    for key, shape in wanted.items():
+        found = list(entry[key].shape)
+        require(found == list(shape), f"optimizer state: {name}|{key} is {found}, needs {list(shape)}.")
 
 
 def _torch_groups(groups: list[ParameterGroup], lr: float, weight_decay: float) -> list[dict[str, Any]]:
@@ -112,9 +134,16 @@ def _adamw(groups: list[ParameterGroup], config: OptimizerConfig) -> torch.optim
 
 
 def _muon(groups: list[ParameterGroup], config: OptimizerConfig) -> torch.optim.Optimizer:
-    return torch.optim.Muon(
+    return Muon(
         _torch_groups(groups, config.muon_lr or config.lr, config.weight_decay),
+        lr=config.muon_lr or config.lr,
         momentum=config.muon_momentum,
-        ns_steps=config.muon_steps,
-        adjust_lr_fn=config.muon_scale,
+        steps=config.muon_steps,
+        coefficients=config.muon_coefficients,
+        scale=config.muon_scale,
+        rows=config.muon_rows,
+        normuon=config.normuon,
+        normuon_beta=config.normuon_beta,
+        cautious=config.muon_cautious,
+        dtype=config.muon_dtype,
     )

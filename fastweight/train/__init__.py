@@ -11,6 +11,7 @@ from fastweight.train.config import (
 )
 from fastweight.train.folders import CheckpointError
 from fastweight.train.loop import DivergedError
+from fastweight.train.loops import LoopConfig
 from fastweight.train.lora import merge_and_unload
 from fastweight.train.metrics import read_metrics
 from fastweight.train.run import load_run_config, train
@@ -22,6 +23,7 @@ __all__ = [
     "DivergedError",
     "InnerRateWarmup",
     "LogConfig",
+    "LoopConfig",
     "LoraConfig",
     "ModelSource",
     "ObjectiveConfig",

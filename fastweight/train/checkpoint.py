@@ -2,8 +2,9 @@
 
 model.safetensors, config.json, tokenizer/: the model, readable by `fastweight.load`; a run that trains a part of the
 model has trained.safetensors instead (partial.py). optimizer.safetensors: what the optimisers remember.
-rng.safetensors: the random generators. trainer.json: the tally. carried-N.safetensors: the state of the N-th
-micro-batch when documents carry their memory from step to step.
+rng.safetensors: the random generators. trainer.json: the tally. averaged.safetensors: the averaged weights in
+float32, if the run averages. carried-N.safetensors: the state of the N-th micro-batch when documents carry their memory
+from step to step.
 """
 
 import json
@@ -19,10 +20,12 @@ from fastweight import files
 from fastweight.configs import to_json
 from fastweight.data import Tokenizer
 from fastweight.model import Model, load
-from fastweight.optim import Optimizer
+from fastweight.optim import Optimizer, WeightAverage
 from fastweight.state import ModelState, load_state
 from fastweight.train.folders import CheckpointError
 from fastweight.train.tally import Tally
+
+AVERAGED = "averaged.safetensors"
 
 
 class Resumed(NamedTuple):
@@ -32,6 +35,7 @@ class Resumed(NamedTuple):
     rng: dict[str, Tensor]
     tally: Tally
     carried: list[ModelState] | None
+    averaged: dict[str, Tensor]
 
 
 def save_model(folder: Path, model: Model, tokenizer: Tokenizer) -> None:
@@ -41,14 +45,22 @@ def save_model(folder: Path, model: Model, tokenizer: Tokenizer) -> None:
 
 
 def save_trainer(folder: Path, optimizer: Optimizer, tally: Tally, carried: list[ModelState] | None) -> None:
-    """Write everything but the model into the checkpoint `folder`."""
-    moments = {name: t.detach().cpu().contiguous() for name, t in optimizer.state_tensors().items()}
-    save_file(moments, folder / "optimizer.safetensors")
+    """Write everything but the model and averaged weights into the checkpoint `folder`."""
+    _save_tensors(folder / "optimizer.safetensors", optimizer.state_tensors())
     save_file(random_state(), folder / "rng.safetensors")
     for i, state in enumerate(carried or []):
         state.save(folder / f"carried-{i}.safetensors")
     record = {"tally": tally.to_dict(), "carried": None if carried is None else len(carried)}
     files.write_text(folder / "trainer.json", to_json(record) + "\n")
+
+
+def save_average(folder: Path, average: WeightAverage) -> None:
+    """Write the averaged weights into the checkpoint `folder`."""
+    _save_tensors(folder / AVERAGED, average.state_tensors())
+
+
+def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
 
 
 def read_model(folder: Path) -> Model:
@@ -67,7 +79,8 @@ def read_trainer(folder: Path, device: torch.device) -> Resumed:
         if carried is not None:
             carried = [load_state(folder / f"carried-{i}.safetensors").to(device) for i in range(carried)]
         moments, rng = (load_file(folder / f"{part}.safetensors") for part in ("optimizer", "rng"))
-        return Resumed(moments, rng, Tally.from_dict(record["tally"]), carried)
+        averaged = load_file(folder / AVERAGED) if (folder / AVERAGED).is_file() else {}
+        return Resumed(moments, rng, Tally.from_dict(record["tally"]), carried, averaged)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise _unreadable(folder, error) from error
 

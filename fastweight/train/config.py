@@ -7,7 +7,8 @@ from typing import Any, Literal, get_type_hints
 
 from fastweight.configs import check_keys, check_types, require
 from fastweight.convert.mag_schedule import MagSchedule
-from fastweight.optim import OptimizerConfig, ScheduleConfig
+from fastweight.optim import AveragingConfig, OptimizerConfig, ScheduleConfig, schedule_factor
+from fastweight.train.loops import LoopConfig
 
 Scalar = int | float | bool | str
 ViewName = Literal["windows", "bins", "streams"]
@@ -191,7 +192,9 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    averaging: AveragingConfig = field(default_factory=AveragingConfig)
     inner_rate: InnerRateWarmup = field(default_factory=InnerRateWarmup)
+    loops: LoopConfig = field(default_factory=LoopConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     trainable: tuple[str, ...] = (ALL,)
     """Which parameters learn: all; memory (what a conversion has added); lora (adapters, and the memory if
@@ -243,13 +246,20 @@ class TrainConfig:
             not (self.compile and self.inner_rate.steps),
             "train: compile and inner_rate.steps cannot go together: the rate would be compiled anew every step.",
         )
+        require(
+            not (self.carry_state and self.loops.moves),
+            "train: carry_state needs the same loops in every step (a state belongs to its order). Set "
+            "loops.sample_min and loops.on_at to 0.",
+        )
         self._check_objective()
         self._check_trainable()
-        beyond = self.schedule.warmup_steps + self.schedule.decay_steps
+        self._check_averaging()
+        decay_steps = self.schedule.decay_steps or round(self.schedule.decay_fraction * self.steps)
+        beyond = self.schedule.warmup_steps + decay_steps
         require(
             bool(self.max_seconds) or beyond <= self.steps,
             f"train: warm-up and decay take {beyond} steps, the run has {self.steps}. "
-            "Lower schedule.warmup_steps and schedule.decay_steps.",
+            "Lower schedule.warmup_steps and schedule.decay_steps (or decay_fraction).",
         )
 
     @property
@@ -275,6 +285,21 @@ class TrainConfig:
         require(
             kind != "transfer" or not self.compile,
             'train: compile and objective "transfer" cannot go together: layers are trained one by one.',
+        )
+        require(
+            kind != "transfer" or not self.loops.moves,
+            'train: objective "transfer" reports an error per visit, so loops must stay the same. Set '
+            "loops.sample_min and loops.on_at to 0.",
+        )
+
+    def _check_averaging(self) -> None:
+        fraction = 1.0 if self.max_seconds else None
+        last = schedule_factor(self.schedule, self.steps - 1, self.steps, self.optimizer.lr, fraction)
+        averaging = self.averaging
+        require(
+            averaging.kind != "swa" or last < averaging.start_factor,
+            f'averaging: "swa" starts when the rate is below {averaging.start_factor:g} of its peak, but it ends at '
+            f"{last:g}. Raise averaging.start_factor, or lower schedule.final_ratio.",
         )
 
     def _check_trainable(self) -> None:

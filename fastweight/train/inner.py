@@ -29,7 +29,7 @@ def inner_statistics(model: Model, batch: Batch, max_tokens: int) -> list[dict[s
         entries.append(
             {
                 "visit": visit,
-                "block": model.config.visits[visit],
+                "block": model.visits[visit],
                 "mixer": mixer.kind,
                 "mean": {name: values.float().mean().item() for name, values in series.items() if values.numel()},
                 "series": {name: _shorten(values) for name, values in series.items()},

@@ -13,12 +13,14 @@ from fastweight.configs import require, to_json
 from fastweight.data import Batch, Store
 from fastweight.mixers.ttt import inner_lr_warmup
 from fastweight.model import Model, load
-from fastweight.optim import Optimizer, schedule_factor
+from fastweight.optim import Optimizer, WeightAverage, schedule_factor, weight_decay_factor
 from fastweight.state import ModelState
 from fastweight.train import checkpoint, folders, partial
+from fastweight.train.averaging import RAW, describe_average, make_average, put_average
 from fastweight.train.config import TrainConfig
 from fastweight.train.heldout import heldout_losses
 from fastweight.train.inner import inner_statistics
+from fastweight.train.loops import LoopFollower
 from fastweight.train.lora import add_adapters, merge_and_unload, save_adapter
 from fastweight.train.loss import Counts, count
 from fastweight.train.mag import MagFollower
@@ -51,7 +53,9 @@ class Trainer:
         self.objective = make_objective(model, config)
         self.optimizer = Optimizer(model, config.optimizer)
         self.trained = [name for name, p in model.named_parameters() if p.requires_grad]
+        self.average = make_average(model, config)
         self.mag = MagFollower(model, config.mag)
+        self.loops = LoopFollower(model, config.loops, config.seed)
         self.carried: list[ModelState] | None = None
         self.saved_step = -1
         self._started = time.monotonic() - tally.seconds
@@ -81,6 +85,7 @@ class Trainer:
         finally:
             self.report.stop()
             self._set_inner_rate(1.0)
+            self.loops.settle(1.0)
         if self.saved_step != tally.step:
             self.save()
         return self._finish("" if ended == "steps" else ended)
@@ -95,6 +100,8 @@ class Trainer:
             else:
                 checkpoint.save_model(folder, self.model, self.store.tokenizer)
             checkpoint.save_trainer(folder, self.optimizer, self.tally, self.carried)
+            if self.average is not None:
+                checkpoint.save_average(folder, self.average)
 
         folders.write_checkpoint(self.out, self.tally.step, write, self.config.log.keep_checkpoints)
         self.saved_step = self.tally.step
@@ -104,6 +111,8 @@ class Trainer:
         self.optimizer.load_state_tensors(resumed.optimizer)
         checkpoint.set_random_state(resumed.rng)
         self.carried = resumed.carried
+        if self.average is not None:
+            self.average.load_state_tensors(resumed.averaged)
         self.saved_step = self.tally.step
 
     def _ended(self, stop: StopRequest) -> str:
@@ -153,6 +162,7 @@ class Trainer:
         counts = count(batches)
         self._warm_inner_rate()
         self.mag.set(self._mag_step())
+        self.loops.set(tally.step, self._fraction())
         factor = schedule_factor(
             config.schedule,
             tally.step,
@@ -162,14 +172,22 @@ class Trainer:
         )
         sums, norm = self._gradients(batches, max(1, counts.targets))
         if all(map(math.isfinite, sums)) and math.isfinite(norm):
-            self.optimizer.set_factor(factor)
-            self.optimizer.step()
+            self._apply(factor)
             self._count(sums, counts)
             tally.bad_row, tally.grad_norm = 0, norm
         else:
             self._skip(sums, norm)
         self.optimizer.zero_grad()
         return factor * config.optimizer.lr
+
+    def _apply(self, factor: float) -> None:
+        """Apply the gradients at `factor` times the peak rate, and average."""
+        self.optimizer.set_factor(factor)
+        self.optimizer.set_decay_factor(weight_decay_factor(self.config.schedule, self._fraction()))
+        self.optimizer.set_step(self.tally.step)
+        self.optimizer.step()
+        if self.average is not None:
+            self.average.update(factor)
 
     def _count(self, sums: list[float], counts: Counts) -> None:
         """Add the sums of a good step to the tally."""
@@ -246,7 +264,7 @@ class Trainer:
         names = ("loss_nats", "bits_per_byte", "grad_norm", "tokens", "bad_steps", "fault_reports", "seconds")
         values = {name: getattr(tally, name) for name in names} | {"lr": rate}
         values["tokens_per_second"] = tokens / max(1e-9, seconds)
-        values |= (self.objective.describe(means) if means else {}) | self.mag.describe()
+        values |= (self.objective.describe(means) if means else {}) | self.mag.describe() | self.loops.describe()
         self.metrics.write("train", tally.step, values)
         self.report.advance(tally.step, self._fraction(), summary(values))
 
@@ -262,6 +280,7 @@ class Trainer:
     def _measure(self, kind: str) -> dict[str, Any]:
         """Write and say the held-out losses as they are now; NaN is None, which JSON and so the checkpoint can hold."""
         self._set_inner_rate(1.0)
+        self.loops.settle(self._fraction())
         values = heldout_losses(self.model, self.objective, self.store.split("heldout"), self.config)
         self.metrics.write(kind, self.tally.step, values)
         when = f"step {self.tally.step}" if kind == "heldout" else kind
@@ -276,6 +295,7 @@ class Trainer:
         result = TrainResult(
             **{name: value for name, value in tally.to_dict().items() if name in names},
             **saved,
+            initial_share=None if self.average is None else self.average.initial_share,
             out=str(self.out),
             checkpoint=str(self.out / folders.FOLDER / folders.checkpoint_name(tally.step)),
             stopped=stopped,
@@ -289,7 +309,9 @@ class Trainer:
     def _save_final(self) -> dict[str, Any]:
         """Write what the run ends with: the adapters, if any, and the plain model. Returns their folders."""
         self.mag.set(self.config.steps)
-        if self.config.log.before_after:
+        if self.average is not None:
+            self._exchange(self.average)
+        if self.config.log.before_after or self.average is not None:
             self.tally.after = self._measure("after")
         folder, adapter, lora = self.out / "model", self.out / "adapter", self.config.lora
         if lora.rank:
@@ -300,12 +322,22 @@ class Trainer:
         folders.replace_folder(folder, lambda new: checkpoint.save_model(new, final, self.store.tokenizer))
         return {"model": str(folder), "adapter": str(adapter) if lora.rank else ""}
 
+    def _exchange(self, average: WeightAverage) -> None:
+        """Measure and write the weights as they are, in out/raw, then put the averaged ones in their place."""
+        self.tally.raw = self._measure("raw")
+        raw = self._merged_copy() if self.config.lora.rank else self.model
+        folders.replace_folder(self.out / RAW, lambda new: checkpoint.save_model(new, raw, self.store.tokenizer))
+        self.report.say(describe_average(average))
+        put_average(self.model, average)
+
     def _merged(self) -> Model:
         """The model without adapters, what they have learned in its weights."""
+        # Quantised weights cannot take a product.
+        return merge_and_unload(self.model) if self.config.lora.quantize == "none" else self._merged_copy()
+
+    def _merged_copy(self) -> Model:
+        """The same as a model of its own, merged into the weights that the run started from."""
         lora = self.config.lora
-        if lora.quantize == "none":
-            return merge_and_unload(self.model)
-        # Quantised weights cannot take a product: merge into those that the run started from.
         model = load(self.out / partial.BASE, self.device)
         add_adapters(model, dataclasses.replace(lora, quantize="none"))
         trained = dict(self.model.named_parameters())

@@ -9,6 +9,7 @@ from fastweight import files
 from fastweight.train.config import LogConfig
 
 FILE = "metrics.jsonl"
+AT_END = ("raw", "after")
 
 
 class Metrics:
@@ -55,7 +56,7 @@ def finite(value: Any) -> Any:
 
 
 def read_metrics(out: str | Path, kind: str = "") -> list[dict[str, Any]]:
-    """The records of a run, those of one `kind` ("train", "heldout", "inner", "before", "after") if given."""
+    """The records of a run, those of one `kind` ("train", "heldout", "inner", "before", "raw", "after") if given."""
     records = _records(Path(out) / FILE)
     return [record for record in records if not kind or record["kind"] == kind]
 
@@ -69,7 +70,7 @@ def _records(path: Path) -> list[dict[str, Any]]:
 
 
 def _keep_until(path: Path, step: int) -> None:
-    records = [record for record in _records(path) if record["step"] <= step and record["kind"] != "after"]
+    records = [record for record in _records(path) if record["step"] <= step and record["kind"] not in AT_END]
     kept = [json.dumps(record) + "\n" for record in records]
     files.write_text(path, "".join(kept))
 

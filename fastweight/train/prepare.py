@@ -7,6 +7,7 @@ from fastweight.configs import require
 from fastweight.convert.mag import liza_layers, mag_weights
 from fastweight.model import Model
 from fastweight.train.config import LORA, MEMORY, TrainConfig
+from fastweight.train.loops import check_loops
 from fastweight.train.lora import add_adapters, check_adapters, remove_adapters
 from fastweight.train.mag import check_mag
 from fastweight.train.objectives import make_objective
@@ -22,6 +23,7 @@ def check_parts(model: Model, config: TrainConfig) -> None:
         if config.objective.kind != "next-token":
             check_backbone_frozen(names, config.objective.kind)
     make_objective(model, config)
+    check_loops(model, config.loops)
     check_mag(model, config.mag, config.steps)
     _check_memory_is_read(model, config)
 

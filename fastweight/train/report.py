@@ -10,6 +10,7 @@ from rich.table import Column
 
 from fastweight.backends import describe_backends, describe_layers
 from fastweight.data import Store
+from fastweight.effort import TRAINING, effective_parameters, forward_flops
 from fastweight.model import Model
 from fastweight.train.config import TrainConfig
 
@@ -78,12 +79,15 @@ def describe_run(config: TrainConfig, model: Model, store: Store, device: torch.
     where = config.model.preset or config.model.folder or "given in Python"
     tokens = data.batch_size * data.seq_len
     budget = f", at most {config.max_seconds:g} s" if config.max_seconds else ""
+    averaging = "" if config.averaging.kind == "none" else f", ends with averaged weights ({config.averaging.kind})"
     lines = [
         f"model: {where}, {model.num_parameters:,} parameters, blocks: {describe_layers(model.config)}, on {device} "
         f"({config.precision})",
+        f"per token: {effective_parameters(model):,} parameters used, "
+        f"{TRAINING * forward_flops(model):,} floating-point operations in matrices to learn it",
         f"data: {data.store}, {train.num_tokens:,} training tokens, tokenizer {store.tokenizer.name}, view {data.view}",
         f"run: {config.steps:,} steps of {data.batch_size} × {data.seq_len} = {tokens:,} tokens, "
-        f"{config.optimizer.name}, {config.schedule.kind}{budget}",
+        f"{config.optimizer.name}, {config.schedule.kind}{budget}{averaging}",
     ]
     return lines + [f"op {op}: {text}" for op, text in describe_backends(model).items()]
 

@@ -178,7 +178,7 @@ def _check_vocabulary(model: Model, store: Store) -> None:
 def _check_data(store: Store, config: TrainConfig) -> None:
     """Raise before the run starts if a split is too small for what is asked of it."""
     make_view(store.split("train"), config.data, config.seed)
-    if config.log.heldout_every or config.log.before_after:
+    if config.log.heldout_every or config.log.before_after or config.averaging.kind != "none":
         Windows(store.split("heldout"), config.data.seq_len)
 
 

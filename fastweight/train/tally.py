@@ -15,7 +15,8 @@ class Tally:
     """Counted since the start of the run, restarts included; `pending_*` since the last line of metrics.
 
     nats: summed loss of the counted targets. parts: the other sums of the objective over `pending_count` targets.
-    seconds: time spent in training. bad_row: skipped steps in a row. before, after: held-out numbers at both ends.
+    seconds: time spent in training. bad_row: skipped steps in a row. before, after: held-out numbers at both ends. raw:
+    those at the end of the weights that were not averaged.
     """
 
     step: int = 0
@@ -36,6 +37,7 @@ class Tally:
     heldout_bits_per_byte: float | None = None
     before: dict[str, object] | None = None
     after: dict[str, object] | None = None
+    raw: dict[str, object] | None = None
 
     def add(self, nats: float, targets: int, num_bytes: int) -> None:
         """Count one good step."""
@@ -77,7 +79,9 @@ class TrainResult:
     stopped: "" when all steps were made, "time" when max_seconds ran out, else the name of the signal. loss_nats and
     bits_per_byte: training loss since the last line of metrics. model: folder of the final model, "" after a signal.
     adapter: folder of the adapters in PEFT's format, "" without. before, after: held-out numbers at both ends, if
-    log.before_after asks for them: `loss_nats`, `bits_per_byte`, and those of the objective.
+    log.before_after asks for them: `loss_nats`, `bits_per_byte`, and those of the objective. A run that averages its
+    weights always has `after`, of the averaged ones, and beside it raw, of the last ones, and initial_share, the share
+    of the initial weights in the average.
     """
 
     out: str
@@ -98,6 +102,8 @@ class TrainResult:
     adapter: str = ""
     before: dict[str, Any] | None = None
     after: dict[str, Any] | None = None
+    raw: dict[str, Any] | None = None
+    initial_share: float | None = None
 
     @property
     def exit_code(self) -> int:

@@ -26,6 +26,18 @@ CASES = {
         norm="rms-offset",
         rope_scaling=LINEAR,
     ),
+    "own-values-out": AttentionConfig(
+        num_heads=4,
+        num_kv_heads=2,
+        rotary_dim=2,
+        qk_norm="head",
+        norm="rms-unit",
+        qk_gain=1.5,
+        exclude_self=True,
+        output_gate=True,
+        gate_width=5,
+        gate_scale=0.5,
+    ),
 }
 
 
@@ -104,7 +116,15 @@ def test_a_closed_gate_silences_its_head():
 
 def test_only_a_bare_window_has_no_memory():
     memory = {name: Attention(16, config).has_memory for name, config in CASES.items()}
-    assert memory == {"full": True, "grouped": True, "window": False, "sinks": True, "nope": True, "capped": False}
+    assert memory == {
+        "full": True,
+        "grouped": True,
+        "window": False,
+        "sinks": True,
+        "nope": True,
+        "capped": False,
+        "own-values-out": True,
+    }
 
 
 def test_a_windows_state_stops_growing():

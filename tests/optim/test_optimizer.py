@@ -104,9 +104,9 @@ def test_the_factor_scales_each_peak():
     assert sorted(rates) == pytest.approx([0.25e-3, 0.005])
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_saved_state_continues_bit_by_bit(name):
-    first, second, config = tiny_model(), tiny_model(), OptimizerConfig(name=name)
+@pytest.mark.parametrize("settings", [{"name": "adamw"}, {"name": "muon"}, {"name": "muon", "normuon": True}])
+def test_golf_p12_saved_state_continues_bit_by_bit(settings):
+    first, second, config = tiny_model(), tiny_model(), OptimizerConfig(**settings)
     a, b = Optimizer(first, config), Optimizer(second, config)
     for seed in range(3):
         fill_gradients(first, seed)
@@ -128,6 +128,28 @@ def stepped():
     fill_gradients(model, 0)
     optimizer.step()
     return optimizer
+
+
+def test_state_of_another_variant_is_refused_by_name():
+    plain, normuon = (OptimizerConfig(name="muon", normuon=on) for on in (False, True))
+    model = tiny_model()
+    optimizer = Optimizer(model, normuon)
+    fill_gradients(model, 0)
+    optimizer.step()
+    tensors = optimizer.state_tensors()
+    with pytest.raises(ValueError, match=r"\|second_moment belongs to another optimiser or variant"):
+        Optimizer(tiny_model(), plain).load_state_tensors(tensors)
+    without = {name: t for name, t in tensors.items() if not name.endswith("second_moment")}
+    with pytest.raises(ValueError, match=r"\|second_moment is missing"):
+        Optimizer(tiny_model(), normuon).load_state_tensors(without)
+
+
+def test_the_decay_factor_scales_each_weight_decay():
+    optimizer = Optimizer(tiny_model(), OptimizerConfig(name="muon", weight_decay=0.4))
+    optimizer.set_decay_factor(0.25)
+    optimizer.set_decay_factor(0.5)
+    decays = {group["weight_decay"] for part in optimizer.parts for group in part.param_groups}
+    assert decays == {0.0, 0.2}
 
 
 def test_state_of_another_model_is_refused_by_name():

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fastweight.optim import ScheduleConfig, schedule_factor
+from fastweight.optim import ScheduleConfig, schedule_factor, weight_decay_factor
 
 
 def factors(config, steps, peak=1.0):
@@ -76,12 +76,39 @@ def test_the_fraction_of_a_time_budget_replaces_the_fraction_of_the_steps(kind):
     assert schedule_factor(config, 7, 1000, 1.0, fraction=0.95) == schedule_factor(config, 950, 1000, 1.0)
 
 
+@pytest.mark.parametrize("part", [0.75, 0.85])
+def test_constant_then_linear_over_a_stated_part_of_the_run_by_steps_or_by_the_clock(part):
+    config = ScheduleConfig(kind="linear", decay_fraction=part, final_ratio=0.1)
+    start = round(100 * (1 - part))
+    want = [1.0] * start + [1 - 0.9 * (i - start) / (100 - start) for i in range(start, 100)]
+    assert factors(config, 100) == pytest.approx(want)
+    # By the clock the number of steps that were planned means nothing.
+    by_clock = [schedule_factor(config, 3, 10**6, 1.0, fraction=i / 100) for i in range(101)]
+    assert by_clock == pytest.approx([*want, 0.1])
+
+
+def test_a_fraction_and_the_same_number_of_steps_are_the_same_schedule():
+    by_steps, by_fraction = ({"decay_steps": 10}, {"decay_fraction": 0.25})
+    assert factors(ScheduleConfig(kind="wsd", **by_steps), 40) == factors(ScheduleConfig(kind="wsd", **by_fraction), 40)
+
+
+def test_the_weight_decay_falls_to_a_half_over_the_last_part():
+    config = ScheduleConfig(weight_decay_final_ratio=0.5, weight_decay_fraction=0.4)
+    found = [weight_decay_factor(config, fraction) for fraction in (0, 0.6, 0.8, 1)]
+    assert found == pytest.approx([1, 1, 0.75, 0.5])
+    assert weight_decay_factor(ScheduleConfig(), 1.0) == 1.0
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"kind": "cosin"}, "unknown kind 'cosin'. Did you mean cosine"),
         ({"warmup_steps": -1}, "warmup_steps must not be negative, got -1"),
         ({"kind": "cosine", "decay_steps": 5}, "takes no decay_steps"),
+        ({"kind": "cosine", "decay_fraction": 0.5}, "takes no decay_steps"),
+        ({"kind": "wsd", "decay_steps": 5, "decay_fraction": 0.5}, "exclude each other"),
+        ({"kind": "linear", "decay_fraction": 1.5}, "decay_fraction must lie in"),
+        ({"weight_decay_final_ratio": -0.5}, "weight_decay_final_ratio must lie in"),
         ({"final_ratio": 2.0}, "final_ratio must lie in"),
         ({"final_lr": -1.0}, "final_lr is negative"),
     ],
