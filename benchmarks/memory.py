@@ -20,7 +20,7 @@ import tyro
 from benchmarks.timing import machine, print_table, write_json
 from fastweight import BlockConfig, FeedForwardConfig, MixerConfig, Model, ModelConfig, load
 from fastweight.data import Store, prepare
-from fastweight.evaluate import DocumentList, Scored, score
+from fastweight.evaluate import DocumentList, Evaluation, score
 from fastweight.mixers.attention import AttentionConfig
 from fastweight.mixers.delta import DeltaConfig
 from fastweight.mixers.lact import LactConfig
@@ -111,7 +111,7 @@ def heldout(store: Store, setting: Setting) -> DocumentList:
     return DocumentList([(t[:cut], b[:cut]) for t, b in texts if len(t) > setting.min_tokens])
 
 
-def bits_per_byte(scored: Scored, start: int, stop: int) -> float:
+def bits_per_byte(scored: Evaluation, start: int, stop: int) -> float:
     buckets = [b for b in scored.positions if start <= b.center < stop]
     return sum(b.nats for b in buckets) / sum(b.bytes for b in buckets) / math.log(2)
 

@@ -16,7 +16,7 @@ import torch
 
 from fastweight.configs import require, to_json
 from fastweight.data import Store, prepare
-from fastweight.evaluate import DocumentList, Scored, score
+from fastweight.evaluate import DocumentList, Evaluation, score
 from fastweight.files import write_text
 from fastweight.generate import generate
 from fastweight.layers import FeedForwardConfig
@@ -153,7 +153,7 @@ def _heldout(store: Store, config: DemoConfig) -> DocumentList:
     return DocumentList(found)
 
 
-def _score(out: Path, documents: DocumentList, say: Say, bar: Bar) -> dict[str, Scored]:
+def _score(out: Path, documents: DocumentList, say: Say, bar: Bar) -> dict[str, Evaluation]:
     say(f"scoring {documents.num_documents} held-out files")
     ways = {"memory on": ("memory", "on"), "memory frozen": ("memory", "frozen"), "window only": ("window", "on")}
     scores = {}
@@ -164,7 +164,7 @@ def _score(out: Path, documents: DocumentList, say: Say, bar: Bar) -> dict[str, 
     return scores
 
 
-def _figures(scored: Scored, config: DemoConfig) -> dict[str, Any]:
+def _figures(scored: Evaluation, config: DemoConfig) -> dict[str, Any]:
     """Bits per byte overall, near the start, and far from it."""
 
     def part(start: int, stop: int) -> float:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fastweight.configs import require
-from fastweight.evaluate import Scored
+from fastweight.evaluate import Evaluation
 from fastweight.files import write_atomically
 
 # Okabe and Ito's palette, which the common kinds of colour blindness keep apart; dashes and markers do so in grey.
@@ -20,12 +20,12 @@ STYLES = [
 MIN_TOKENS = 100
 
 
-def plot_loss_by_position(curves: Mapping[str, Scored], path: str | Path, *, title: str = "") -> None:
+def plot_loss_by_position(curves: Mapping[str, Evaluation], path: str | Path, *, title: str = "") -> None:
     """Draw bits per byte against the number of tokens before the target, one line per entry of `curves`, as a PNG.
 
     Buckets with fewer than 100 targets are left out where larger ones exist. Raises ValueError for no curves.
     """
-    require(len(curves) > 0, "plot_loss_by_position: no curves; give at least one Scored by name.")
+    require(len(curves) > 0, "plot_loss_by_position: no curves; give at least one Evaluation by name.")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
@@ -53,7 +53,7 @@ def plot_loss_by_position(curves: Mapping[str, Scored], path: str | Path, *, tit
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
 
 
-def _points(scored: Scored) -> tuple[list[float], list[float]]:
+def _points(scored: Evaluation) -> tuple[list[float], list[float]]:
     buckets = [bucket for bucket in scored.positions if bucket.bytes]
     steady = [bucket for bucket in buckets if bucket.tokens >= MIN_TOKENS] or buckets
     return [b.center for b in steady], [b.bits_per_byte or 0.0 for b in steady]

@@ -466,3 +466,21 @@ def test_a_preset_that_does_not_exist_is_answered_with_the_names(fastweight):
     code, out, err = fastweight("presets", "--match", "gigantic")
     assert (code, out) == (2, "")
     assert "tiny-delta" in err
+
+
+def test_eval_with_learners_reports_each_in_each_mode_and_the_difference(fastweight, folder):
+    learn = ("--learn", "sgd", "in-place", "--learn-modes", "exact", "cached", "--learn-chunk", "16")
+    arguments = ("eval", folder / "model", folder / "store", "--modes", "memory", "--seq-len", "64", *learn)
+    result = last_line(fastweight(*arguments)[1])
+    assert list(result["scores"]) == ["memory", "sgd exact", "sgd cached", "in-place exact", "in-place cached"]
+    assert len({scored["tokens"] for scored in result["scores"].values()}) == 1
+    for kind in ("sgd", "in-place"):
+        exact, cached = (result["scores"][f"{kind} {mode}"]["bits_per_byte"] for mode in ("exact", "cached"))
+        assert result["exact_minus_cached"][kind] == exact - cached
+
+
+def test_eval_refuses_more_than_one_epoch_where_tokens_are_read_once(fastweight, folder):
+    learn = ("--learn", "sgd", "--learn-epochs", "2", "--learn-chunk", "16")
+    code, _, err = fastweight("eval", folder / "model", folder / "store", *learn)
+    assert code == 2
+    assert "a chunk that is read once gives one step, got 2 epochs" in err

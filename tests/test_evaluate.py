@@ -9,7 +9,7 @@ from tiny_models import tiny_model
 from tolerances import OUTPUT
 
 from fastweight.data import ByteTokenizer
-from fastweight.evaluate import DocumentList, encode_documents, loss_by_position, score, scoring
+from fastweight.evaluate import DocumentList, encode_documents, loss_by_position, score
 from fastweight.model import Model
 from fastweight.plots import plot_loss_by_position
 from fastweight.presets import preset_names
@@ -44,13 +44,10 @@ def test_a_document_read_in_pieces_side_by_side_scores_as_if_read_alone_and_whol
     assert close(score(model, texts, seq_len=seq_len, batch_size=batch_size).nats, want)
 
 
-def test_no_more_than_batch_size_documents_are_read_side_by_side(monkeypatch):
+def test_no_more_than_batch_size_documents_are_read_side_by_side():
     """Also when none of them ends in a step, so that no lane is free."""
-    counts, losses = [], scoring._losses
-    monkeypatch.setattr(
-        scoring, "_losses", lambda m, pieces, state: counts.append(len(pieces)) or losses(m, pieces, state)
-    )
-    score(tiny_model(), documents([30, 30, 30, 10, 25]), seq_len=10, batch_size=2)
+    counts, texts = [], documents([30, 30, 30, 10, 25])
+    score(tiny_model(), texts, seq_len=10, batch_size=2, watch=lambda _, scored: counts.append(len(scored.pieces)))
     # The third and fourth start when the first two end; the fifth when the fourth ends.
     assert counts == [2, 2, 2, 2, 2, 2, 1]
 

@@ -9,6 +9,7 @@ import tyro
 from rich.table import Table
 
 from fastweight.commands.base import MaybePath, MaybeStr, emit, parse, progress_bar, say, show
+from fastweight.commands.learning import Kind, LearnMode, make_learners, mode_differences
 
 Mode = Literal["memory", "frozen", "windows"]
 EXAMPLES = [
@@ -16,6 +17,8 @@ EXAMPLES = [
     "fastweight eval runs/first data/stdlib --split heldout --max-tokens 100000 --json eval.json --plot eval.png",
     "fastweight eval runs/first book.txt --modes memory frozen --seq-len 4096",
     "fastweight eval imported/lact data/books --modes windows --seq-len 2048 --stride 512 --device cuda",
+    "fastweight eval runs/first data/stdlib --modes memory --learn lora in-place --learn-modes exact cached",
+    "fastweight eval runs/first data/stdlib --modes memory --learn in-place --learn-rates 0.03 0.1 0.3",
 ]
 
 
@@ -27,6 +30,12 @@ class Eval:
       memory    each document from its start, the memory carried through all of it
       frozen    the same weights without inner updates: what the memory is worth
       windows   a fresh start for every window of --seq-len tokens, moved on by --stride: what a fixed context gives
+    With --learn, weights learn too, from each token after its score:
+      sgd       all weights, chunk after chunk, through all documents
+      lora      low-rank adapters, anew for each document
+      in-place  the down-projections of the feed-forwards, anew for each document
+    cached reads each token once, from the state of what came before; exact reads the context again with the weights of
+    now, which costs more.
     """
 
     model: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]]
@@ -35,6 +44,18 @@ class Eval:
     """Token store, or text: a file, folder, glob, or anything that `data prepare --source` takes."""
     modes: tuple[Mode, ...] = ("memory", "frozen", "windows")
     """Which ways of scoring to run."""
+    learn: tuple[Kind, ...] = ()
+    """Learners to run as well: sgd, lora, in-place."""
+    learn_modes: tuple[LearnMode, ...] = ("cached",)
+    """Ways to run them: cached, exact."""
+    learn_rates: tuple[float, ...] = ()
+    """Rates to run them at; by default each learner's own."""
+    learn_chunk: int = 0
+    """Targets scored before each step; 0 is the learner's own number."""
+    learn_epochs: int = 1
+    """Passes of sgd over each chunk; more than one only in exact mode."""
+    learn_rank: int = 0
+    """Rank of lora; 0 is its own."""
     split: str = "heldout"
     """Split of a token store: heldout or train."""
     seq_len: int = 2048
@@ -73,14 +94,21 @@ def main(name: str, arguments: list[str]) -> None:
     model = open_model(folder, args.device, args.backend)
     documents, described = open_documents(args, folder, model)
     say(*describe_model(folder, model), f"data      {described}")
+    learners = make_learners(args)
     found = {mode: _score(args, mode, model, documents) for mode in dict.fromkeys(args.modes)}
+    found |= {name: _learn(args, name, *entry, model, documents) for name, entry in learners.items()}
+    differences = mode_differences(learners, found)
     _report(found)
+    for name, difference in differences.items():
+        say(f"{name}: exact is {difference:+.5f} bits per byte from cached")
     if args.plot is not None:
         plot_loss_by_position(found, args.plot, title=f"{args.model} on {args.data}")
         say(f"written: {args.plot}")
     full = {mode: scored.to_dict() for mode, scored in found.items()}
-    short = {mode: {k: v for k, v in data.items() if k != "positions"} for mode, data in full.items()}
-    about = {"model": str(folder), "data": args.data, "parameters": model.num_parameters}
+    buckets = ("positions", "lengths")
+    short = {mode: {k: v for k, v in data.items() if k not in buckets} for mode, data in full.items()}
+    about: dict[str, Any] = {"model": str(folder), "data": args.data, "parameters": model.num_parameters}
+    about |= {"exact_minus_cached": differences} if differences else {}
     emit(about | {"scores": short}, args.json, about | {"scores": full})
 
 
@@ -109,39 +137,48 @@ def open_documents(args: Eval, folder: Path, model: Any) -> tuple[Any, str]:
 def _score(args: Eval, mode: Mode, model: Any, documents: Any) -> Any:
     from fastweight.evaluate import score
 
+    context, memory = "windows" if mode == "windows" else "document", "frozen" if mode == "frozen" else "on"
     with progress_bar(f"{mode:<8}", "tokens") as progress:
-        return score(
-            model, documents, progress=progress,
-            context="windows" if mode == "windows" else "document",
-            memory="frozen" if mode == "frozen" else "on",
-            seq_len=args.seq_len, stride=args.stride or None, batch_size=args.batch_size,
-            max_tokens=args.max_tokens or None, max_documents=args.max_documents or None,
-            bucket_width=args.bucket_width or None,
-        )  # fmt: skip
+        return score(model, documents, context=context, memory=memory, progress=progress, **_reading(args))
+
+
+def _learn(args: Eval, name: str, learner: Any, mode: LearnMode, model: Any, documents: Any) -> Any:
+    from fastweight.evaluate import score_and_learn
+
+    with progress_bar(name, "tokens") as progress:
+        return score_and_learn(model, documents, learner, mode=mode, progress=progress, **_reading(args))
+
+
+def _reading(args: Eval) -> dict[str, Any]:
+    """What all ways of scoring have in common."""
+    limits = {"max_tokens": args.max_tokens or None, "max_documents": args.max_documents or None}
+    sizes = {"seq_len": args.seq_len, "stride": args.stride or None, "batch_size": args.batch_size}
+    return limits | sizes | {"bucket_width": args.bucket_width or None}
 
 
 def _report(found: dict[str, Any]) -> None:
     table = Table("scored", title="bits per byte", title_justify="left")
-    for column in ("bits/byte", "nats/token", "tokens", "bytes", "documents", "tokens read", "seconds"):
+    for column in ("bits/byte", "nats/token", "tokens", "bytes", "documents", "read/token", "seconds"):
         table.add_column(column, justify="right")
     for mode, s in found.items():
         losses = (f"{s.bits_per_byte:.4f}", f"{s.nats_per_token:.4f}")
-        counts = (f"{n:,}" for n in (s.tokens, s.bytes, s.documents, s.forwarded_tokens))
-        table.add_row(mode, *losses, *counts, f"{s.seconds:.1f}")
+        counts = (f"{n:,}" for n in (s.tokens, s.bytes, s.documents))
+        table.add_row(mode, *losses, *counts, f"{s.forwarded_per_token:.2f}", f"{s.seconds:.1f}")
     show(table)
-    show(_by_position(found))
+    for what, part in (("tokens before", "positions"), ("tokens of the document", "lengths")):
+        show(_buckets(what, {mode: getattr(scored, part) for mode, scored in found.items()}))
     for mode, scored in found.items():
         say(*(f"warning: {mode}: {fault}" for fault in scored.faults[:5]))
         if len(scored.faults) > 5:
             say(f"warning: {mode}: … and {len(scored.faults) - 5} more (all of them are in --json FILE)")
 
 
-def _by_position(found: dict[str, Any]) -> Table:
-    """Bits per byte by position; all ways of scoring have the same targets, so the counts are written once."""
-    table = Table("tokens before", title="bits per byte by position in the document", title_justify="left")
+def _buckets(what: str, found: dict[str, Any]) -> Table:
+    """Bits per byte by position or length; all ways of scoring have the same targets, so counts are written once."""
+    table = Table(what, title=f"bits per byte by {what}", title_justify="left")
     for column in ("tokens", *found):
         table.add_column(column, justify="right")
-    for buckets in zip(*(scored.positions for scored in found.values()), strict=True):
+    for buckets in zip(*found.values(), strict=True):
         first = buckets[0]
         span = f"{first.start:,}" if first.stop == first.start + 1 else f"{first.start:,} – {first.stop - 1:,}"
         losses = ("–" if b.bits_per_byte is None else f"{b.bits_per_byte:.4f}" for b in buckets)

@@ -1,16 +1,21 @@
 """Scoring a model: bits per byte, byte-exact, and the loss by position in the document."""
 
+from fastweight.evaluate.evaluation import Evaluation, loss_by_position
+from fastweight.evaluate.learning import score_and_learn
 from fastweight.evaluate.positions import PositionBucket
 from fastweight.evaluate.reading import Document, DocumentList, DocumentSet, encode_documents
-from fastweight.evaluate.scoring import Scored, loss_by_position, score
+from fastweight.evaluate.scoring import score
+from fastweight.learn import Scored
 
 __all__ = [
     "Document",
     "DocumentList",
     "DocumentSet",
+    "Evaluation",
     "PositionBucket",
     "Scored",
     "encode_documents",
     "loss_by_position",
     "score",
+    "score_and_learn",
 ]

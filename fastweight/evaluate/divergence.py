@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from fastweight.configs import require
+from fastweight.evaluate.evaluation import Progress
 from fastweight.evaluate.long_texts import LongTexts, batches, chunks, piece_bounds
 from fastweight.evaluate.positions import PositionBucket, PositionSums
-from fastweight.evaluate.scoring import Progress
 from fastweight.model import Model
 
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from fastweight.configs import require
 from fastweight.evaluate.reading import Document, DocumentList, DocumentSet
-from fastweight.evaluate.scoring import LOGITS_PER_CHUNK
+from fastweight.learn.scored import LOGITS_PER_CHUNK
 from fastweight.model import Model
 from fastweight.state import ModelState
 

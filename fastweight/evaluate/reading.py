@@ -1,15 +1,14 @@
-"""What is read in one step of scoring: documents, pieces of documents, windows."""
+"""The documents that are read, within limits."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from fastweight.configs import require
 from fastweight.data.tokenizers import Tokenizer
+from fastweight.learn.pieces import Text
 
 Document = tuple[np.ndarray, np.ndarray]
 
@@ -51,23 +50,6 @@ def encode_documents(tokenizer: Tokenizer, texts: Iterable[str], max_tokens: int
     return DocumentList(documents)
 
 
-@dataclass(frozen=True)
-class Text:
-    """One document: its number, tokens [length] and the bytes of each; targets are tokens[1:]."""
-
-    index: int
-    tokens: Tensor
-    num_bytes: np.ndarray
-
-    @property
-    def num_targets(self) -> int:
-        return len(self.tokens) - 1
-
-    def first_piece(self, seq_len: int) -> "Piece":
-        """The first seq_len inputs, all of whose targets are scored."""
-        return Piece(self, 0, min(seq_len, self.num_targets), 1)
-
-
 class Reader:
     """The documents that have targets, within the limits."""
 
@@ -107,31 +89,3 @@ class Reader:
             left -= stop - 1
             self.documents_read += 1
             yield Text(index, torch.from_numpy(tokens[:stop].astype(np.int64)), num_bytes[:stop])
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Inputs text.tokens[start:stop]; the targets at positions first..stop (start < first) are scored."""
-
-    text: Text
-    start: int
-    stop: int
-    first: int
-
-    @property
-    def is_last(self) -> bool:
-        return self.stop == self.text.num_targets
-
-    def next_piece(self, seq_len: int) -> "Piece":
-        """The seq_len inputs that follow."""
-        return Piece(self.text, self.stop, min(self.stop + seq_len, self.text.num_targets), self.stop + 1)
-
-
-def windows(text: Text, seq_len: int, stride: int) -> Iterator[Piece]:
-    """The first window scores all it reads: its targets have their whole past in view. Each later one adds `stride`."""
-    piece = text.first_piece(seq_len)
-    yield piece
-    stop = piece.stop
-    while stop < text.num_targets:
-        first, stop = stop + 1, min(stop + stride, text.num_targets)
-        yield Piece(text, stop - seq_len, stop, first)

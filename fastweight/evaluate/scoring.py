@@ -1,71 +1,24 @@
 """Scoring: the loss of every token of whole documents, in bits per byte and by position."""
 
 import itertools
-import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
 from fastweight.configs import near_names, require
-from fastweight.evaluate.positions import PositionBucket, PositionSums
-from fastweight.evaluate.reading import Document, DocumentList, DocumentSet, Piece, Reader, windows
+from fastweight.evaluate.evaluation import Evaluation, Progress, Tally, Watch
+from fastweight.evaluate.positions import PositionSums
+from fastweight.evaluate.reading import Document, DocumentList, DocumentSet, Reader
+from fastweight.learn import Piece, Scored, Weights, score_pieces
+from fastweight.learn.pieces import batches, windows
 from fastweight.model import Model
 from fastweight.state import ModelState
 
 CONTEXTS = ("document", "windows")
 MEMORIES = ("on", "frozen")
-LOGITS_PER_CHUNK = 1 << 24  # 64 MiB of float32 logits at a time
-Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scored:
-    """What `score` found. nats: sum of −ln p over `tokens` targets that stand for `bytes` UTF-8 bytes.
-
-    documents: documents with at least one target. forwarded_tokens: tokens the model read, context read again included.
-    positions: the same sums by the number of tokens that stand before the target in its document.
-    faults: inner updates that were not finite and were skipped, one sentence each.
-    """
-
-    context: str
-    memory: str
-    seq_len: int
-    stride: int
-    nats: float
-    tokens: int
-    bytes: int
-    documents: int
-    forwarded_tokens: int
-    seconds: float
-    positions: tuple[PositionBucket, ...]
-    faults: tuple[str, ...] = ()
-
-    @property
-    def bits_per_byte(self) -> float:
-        """Bits per UTF-8 byte: nats / (ln 2 · bytes)."""
-        return self.nats / (math.log(2) * self.bytes)
-
-    @property
-    def nats_per_token(self) -> float:
-        return self.nats / self.tokens
-
-    def to_dict(self) -> dict[str, Any]:
-        """The JSON form, derived figures included."""
-        data = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "positions"}
-        derived = {"bits_per_byte": self.bits_per_byte, "nats_per_token": self.nats_per_token}
-        return data | derived | {"faults": list(self.faults), "positions": loss_by_position(self)}
-
-
-def loss_by_position(scored: Scored) -> list[dict[str, Any]]:
-    """One row per bucket of positions that holds a target: its bounds, counts, nats per token and bits per byte."""
-    return [bucket.to_dict() for bucket in scored.positions]
 
 
 def score(
@@ -81,7 +34,9 @@ def score(
     max_documents: int | None = None,
     bucket_width: int | None = None,
     progress: Progress | None = None,
-) -> Scored:
+    watch: Watch | None = None,
+    keep_log_probs: bool = False,
+) -> Evaluation:
     """Score every token of every document but its first, each exactly once.
 
     documents: a split of a token store, or (tokens, num_bytes) pairs, both [length].
@@ -93,33 +48,37 @@ def score(
     max_tokens, max_documents: stop after so many targets (inside a document, if need be) or documents.
     bucket_width: tokens per bucket of positions; None spaces the buckets by powers of √2.
     progress: called with (targets scored, targets in all).
+    watch: called with (None, Scored) for all that is scored. keep_log_probs: each with its distributions [targets, V].
     Losses are float32 from the logits, sums float64. Raises ValueError for settings that make no sense, data without a
     single target, and a loss that is not finite.
     """
-    _check(model, context, memory, seq_len, stride, batch_size, max_tokens, max_documents)
+    check_settings(context, memory, seq_len, stride, batch_size, max_tokens, max_documents)
     stride = (max(1, seq_len // 2) if stride is None else stride) if context == "windows" else seq_len
-    found = documents if not isinstance(documents, Sequence) else DocumentList(documents)
-    reader = Reader(found, model.config.vocab_size, max_tokens, max_documents)
-    tally = _Tally(PositionSums(bucket_width), reader, progress)
+    reader = open_reader(model, documents, max_tokens, max_documents)
+    tally = Tally(PositionSums(bucket_width), reader, progress, watch, keep_log_probs)
+    run = Pass(model, tally, seq_len, batch_size)
     start = time.perf_counter()
     with torch.inference_mode(), model.frozen_memory() if memory == "frozen" else nullcontext():
         if context == "document":
-            _read_documents(model, reader, tally, seq_len, batch_size)
+            run.read_spans(text.whole() for text in reader)
         else:
-            _read_windows(model, reader, tally, seq_len, stride, batch_size)
-    sums = tally.sums
-    require(sums.bytes > 0, "nothing to score: the documents hold no target that stands for a byte.")
-    return Scored(
-        context=context, memory=memory, seq_len=seq_len, stride=stride, nats=sums.nats, tokens=sums.tokens,
-        bytes=sums.bytes, documents=reader.documents_read, forwarded_tokens=tally.forwarded_tokens,
-        seconds=time.perf_counter() - start, positions=sums.buckets(), faults=tuple(tally.faults),
-    )  # fmt: skip
+            run.read_windows(window for text in reader for window in windows(text, seq_len, stride))
+    return run.evaluation(context, memory, stride, start)
 
 
-def _check(
-    model: Model, context: str, memory: str, seq_len: int, stride: int | None, batch_size: int,
+def open_reader(
+    model: Model, documents: DocumentSet | Sequence[Document], max_tokens: int | None, max_documents: int | None
+) -> Reader:
+    """The documents to score, within the limits."""
+    found = documents if not isinstance(documents, Sequence) else DocumentList(documents)
+    return Reader(found, model.config.vocab_size, max_tokens, max_documents)
+
+
+def check_settings(
+    context: str, memory: str, seq_len: int, stride: int | None, batch_size: int,
     max_tokens: int | None, max_documents: int | None,
 ) -> None:  # fmt: skip
+    """Refuse settings that make no sense, by name."""
     require(context in CONTEXTS, f"score: unknown context {context!r}.{near_names(context, CONTEXTS)}")
     require(memory in MEMORIES, f"score: unknown memory {memory!r}.{near_names(memory, MEMORIES)}")
     require(seq_len >= 1, f"score: seq_len must be at least 1, got {seq_len}.")
@@ -133,111 +92,96 @@ def _check(
     )
 
 
-class _Tally:
-    """Sums over the scored pieces."""
+@dataclass
+class Pass:
+    """One pass over the documents: how they are read, and where the scores go."""
 
-    def __init__(self, sums: PositionSums, reader: Reader, progress: Progress | None):
-        self.sums, self.total, self.progress = sums, reader.total, progress
-        self.forwarded_tokens = 0
-        self.faults: list[str] = []
+    model: Model
+    tally: Tally
+    seq_len: int
+    batch_size: int
 
-    def add(self, pieces: list[Piece], losses: Tensor) -> None:
-        """losses: float32 [total], −ln p of the target of each input token of the packed pieces."""
-        values = losses.double().cpu().numpy()
-        self.forwarded_tokens += len(values)
-        offset = 0
-        for piece in pieces:
-            end = offset + piece.stop - piece.start
-            nats = values[offset + piece.first - piece.start - 1 : end]
-            positions = np.arange(piece.first, piece.stop + 1)
-            if not np.isfinite(nats).all():
-                bad = int(positions[~np.isfinite(nats)][0])
-                raise ValueError(
-                    f"document {piece.text.index}: the loss of token {bad} is not finite. "
-                    f"The model has diverged; its faults: {self.faults or 'none reported'}."
-                )
-            self.sums.add(positions, nats, piece.text.num_bytes[piece.first : piece.stop + 1])
-            offset = end
-        if self.progress is not None:
-            self.progress(self.sums.tokens, self.total)
+    def score(
+        self, weights: Weights | None, pieces: list[Piece], state: ModelState | None, gradient: bool = False
+    ) -> tuple[Scored, ModelState]:
+        """Score pieces side by side and count them."""
+        options = {"gradient": gradient, "keep_log_probs": self.tally.keep_log_probs}
+        scored, state = score_pieces(self.model, weights, pieces, state, **options)
+        self.tally.add(pieces, weights, scored)
+        return scored, state
 
-    def add_faults(self, model: Model, state: ModelState, pieces: list[Piece]) -> None:
-        """Name the faults in the rows of `state`, which have read `pieces`."""
-        if not model.describe_faults(state):
-            return
-        for row, piece in enumerate(pieces):
-            lines = model.describe_faults(state.select([row]))
-            self.faults += [f"document {piece.text.index}: {line.replace(' of sequence 0', '')}" for line in lines]
+    def read_spans(
+        self,
+        spans: Iterable[Piece],
+        weights: Weights | None = None,
+        state: ModelState | None = None,
+        gradient: bool = False,
+        each: Callable[[Scored], None] | None = None,
+    ) -> ModelState | None:
+        """Read spans of documents, batch_size side by side, seq_len tokens at a time, each with its own carried state.
 
+        state: of the first span, which then goes on in its document; the others start theirs. Returns the state after
+        the last span, if its document goes on. each: shown all that is scored.
+        """
+        left, lanes, unfinished = iter(spans), [], None
+        while True:
+            more = itertools.islice(left, self.batch_size - len(lanes))
+            lanes += [Lane(span, _cut(span, self.seq_len)) for span in more]
+            if not lanes:
+                return unfinished
+            pieces = [lane.piece for lane in lanes]
+            scored, state = self.score(weights, pieces, state, gradient)
+            if each is not None:
+                each(scored)
+            ended = [i for i, piece in enumerate(pieces) if piece.is_last]
+            if ended:
+                self.tally.add_faults(self.model, state.select(ended), [pieces[i] for i in ended])
+            for i, lane in enumerate(lanes):
+                unfinished = state.select([i]) if lane.is_done and not lane.piece.is_last else unfinished
+            going = [i for i, lane in enumerate(lanes) if not lane.is_done]
+            state = state.select(going) if going else None
+            lanes = [lanes[i].next(self.seq_len) for i in going]
 
-def _read_documents(model: Model, reader: Reader, tally: _Tally, seq_len: int, batch_size: int) -> None:
-    """Read up to batch_size documents side by side, each seq_len tokens per step from its own carried state."""
-    texts = iter(reader)
-    lanes: list[Piece] = []
-    state: ModelState | None = None
-    while True:
-        carried = len(lanes)
-        lanes += [text.first_piece(seq_len) for text in itertools.islice(texts, batch_size - carried)]
-        if not lanes:
-            return
-        state = _extend(model, state, carried, len(lanes))
-        losses, state = _losses(model, lanes, state)
-        tally.add(lanes, losses)
-        done = [i for i, piece in enumerate(lanes) if piece.is_last]
-        if done:
-            tally.add_faults(model, state.select(done), [lanes[i] for i in done])
-        going = [i for i, piece in enumerate(lanes) if not piece.is_last]
-        state = state.select(going) if going else None
-        lanes = [lanes[i].next_piece(seq_len) for i in going]
+    def read_windows(
+        self, found: Iterable[Piece], weights: Weights | None = None, each: Callable[[Scored], None] | None = None
+    ) -> None:
+        """Read windows batch_size at a time, each from a fresh state."""
+        for pieces in batches(found, self.batch_size):
+            scored, state = self.score(weights, pieces, None)
+            self.tally.add_faults(self.model, state, pieces)
+            if each is not None:
+                each(scored)
 
-
-def _extend(model: Model, state: ModelState | None, carried: int, num_sequences: int) -> ModelState:
-    """The carried rows, followed by fresh ones."""
-    if state is None:
-        return model.init_state(num_sequences)
-    if carried == num_sequences:
-        return state
-    rows = [*range(carried), *[0] * (num_sequences - carried)]
-    keep = torch.arange(num_sequences, device=model.device) < carried
-    return state.select(rows).where(keep, model.init_state(num_sequences))
-
-
-def _read_windows(
-    model: Model, reader: Reader, tally: _Tally, seq_len: int, stride: int, batch_size: int
-) -> None:  # fmt: skip
-    """Read windows of at most seq_len tokens, batch_size at a time, each from a fresh state."""
-    batch: list[Piece] = []
-
-    def flush() -> None:
-        losses, state = _losses(model, batch, model.init_state(len(batch)))
-        tally.add_faults(model, state, batch)
-        tally.add(batch, losses)
-        batch.clear()
-
-    for text in reader:
-        for window in windows(text, seq_len, stride):
-            batch.append(window)
-            if len(batch) == batch_size:
-                flush()
-    if batch:
-        flush()
+    def evaluation(
+        self, context: str, memory: str, stride: int, start: float, learning: dict | None = None
+    ) -> Evaluation:
+        """All that was found since `start`, on the clock of time.perf_counter."""
+        tally, sums = self.tally, self.tally.sums
+        require(sums.bytes > 0, "nothing to score: the documents hold no target that stands for a byte.")
+        return Evaluation(
+            context=context, memory=memory, seq_len=self.seq_len, stride=stride, nats=sums.nats, tokens=sums.tokens,
+            bytes=sums.bytes, documents=tally.reader.documents_read, forwarded_tokens=tally.forwarded_tokens,
+            seconds=time.perf_counter() - start, positions=sums.buckets(), lengths=tally.lengths.buckets(),
+            learning=learning, faults=tuple(tally.faults),
+        )  # fmt: skip
 
 
-def _losses(model: Model, pieces: list[Piece], state: ModelState) -> tuple[Tensor, ModelState]:
-    """−ln p of the next token after each input token, packed in one row [total], and the state after them."""
-    inputs = torch.cat([p.text.tokens[p.start : p.stop] for p in pieces]).to(model.device)
-    targets = torch.cat([p.text.tokens[p.start + 1 : p.stop + 1] for p in pieces]).to(model.device)
-    lengths = [p.stop - p.start for p in pieces]
-    if len(set(lengths)) == 1:
-        features, state = model.features(inputs.view(len(pieces), -1), state)
-    else:
-        ends = torch.tensor([0, *lengths], device=model.device).cumsum(0).int()
-        features, state = model.features(inputs[None], state, ends)
-    return _cross_entropy(model, features.flatten(0, 1), targets), state
+@dataclass(frozen=True)
+class Lane:
+    """A span that is read in pieces, and the piece that is next."""
+
+    span: Piece
+    piece: Piece
+
+    @property
+    def is_done(self) -> bool:
+        return self.piece.stop == self.span.stop
+
+    def next(self, seq_len: int) -> "Lane":
+        rest = replace(self.span, start=self.piece.stop, first=self.piece.stop + 1)
+        return replace(self, piece=_cut(rest, seq_len))
 
 
-def _cross_entropy(model: Model, features: Tensor, targets: Tensor) -> Tensor:
-    """float32 losses [total]; the logits exist for a bounded number of tokens at a time."""
-    size = max(1, LOGITS_PER_CHUNK // model.config.vocab_size)
-    parts = zip(features.split(size), targets.split(size), strict=True)
-    return torch.cat([F.cross_entropy(model.logits(f).float(), t, reduction="none") for f, t in parts])
+def _cut(span: Piece, seq_len: int) -> Piece:
+    """The first seq_len inputs of a span."""
+    return replace(span, stop=min(span.start + seq_len, span.stop))

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from fastweight.configs import require
+from fastweight.evaluate.evaluation import Progress
 from fastweight.evaluate.grow import PHASE_TOKENS, first_length, grow, grows_by_caches_alone
 from fastweight.evaluate.long_texts import read
-from fastweight.evaluate.scoring import Progress
 from fastweight.model import Model
 from fastweight.state import ModelState
 
