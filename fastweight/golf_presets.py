@@ -1,8 +1,9 @@
 """The models of the Parameter Golf contest as configurations of the one Model (repository openai/parameter-golf).
 
-The record's count agrees with the published 35.94 M; the baseline's is what its published sizes give. Of the 3 × 8 model
-only sizes of whole blocks are known (6.29 M parameters per block and as many for the embedding, 24 visits): 12 heads over 4 key heads of 64
-and a feed-forward of four times the width give exactly that; its vectors are taken to be those of the baseline.
+The record's count agrees with the published 35.94 M; the baseline's is what its published sizes give. Of the 3 × 8
+model only sizes of whole blocks are known (6.29 M parameters per block and as many for the embedding, 24 visits): 12
+heads over 4 key heads of 64 and a feed-forward of four times the width give exactly that; its vectors are taken to be
+those of the baseline.
 """
 
 from collections.abc import Callable
