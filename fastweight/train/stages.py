@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from fastweight.configs import check_types, require
-from fastweight.convert.in_place import remove_in_place_memory
+from fastweight.convert.backbone import drop_memory
 from fastweight.convert.mag import find_model, liza_layers, set_mag_weight
 from fastweight.convert.mag_schedule import MagSchedule
-from fastweight.convert.titanize import restore_backbone
-from fastweight.in_place import InPlaceFeedForward
 from fastweight.model import Model, load
 from fastweight.optim import OptimizerConfig, ScheduleConfig
 from fastweight.train import folders
@@ -205,10 +203,7 @@ def control(model: Any, out: str | Path, config: StagesConfig, *, quiet: bool = 
 
 def plain_backbone(model: Any) -> Model:
     """A copy of the model without linear branches and In-Place memories."""
-    plain = find_model(model)
-    if any(isinstance(block.feed_forward, InPlaceFeedForward) for block in plain.blocks):
-        plain = remove_in_place_memory(plain)
-    return copy.deepcopy(restore_backbone(plain) if liza_layers(plain) else plain)
+    return copy.deepcopy(drop_memory(model))
 
 
 def stage_config(config: StagesConfig, name: str) -> TrainConfig:
