@@ -46,7 +46,7 @@ def from_nested(cls: Any, data: Any, owner: str) -> Any:
     """Build a dataclass whose fields may be dataclasses from the JSON form of `dataclasses.asdict`."""
     if get_origin(cls) in (types.UnionType, typing.Union):
         nested = [part for part in get_args(cls) if dataclasses.is_dataclass(part)]
-        return from_nested(nested[0], data, owner) if nested and data is not None else data
+        cls = nested[0] if nested and data is not None else object
     if not dataclasses.is_dataclass(cls):
         return tuple(data) if isinstance(data, list) else data
     require(isinstance(data, dict), f"{owner}: expected an object with keys, got {type(data).__name__}.")

@@ -1,11 +1,10 @@
 """The settings of a run: nested frozen dataclasses with a strict JSON form."""
 
 import dataclasses
-import typing
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal
 
-from fastweight.configs import check_keys, check_types, require
+from fastweight.configs import check_types, from_nested, require
 from fastweight.convert.mag_schedule import MagSchedule
 from fastweight.optim import AveragingConfig, OptimizerConfig, ScheduleConfig, schedule_factor
 from fastweight.train.loops import LoopConfig
@@ -321,17 +320,4 @@ class TrainConfig:
     @staticmethod
     def from_dict(data: Any) -> "TrainConfig":
         """Read the JSON form. Raises ValueError naming unknown keys, with near names, and values of a wrong type."""
-        return _from_dict(TrainConfig, data, "train")
-
-
-def _from_dict(cls: type, data: Any, owner: str) -> Any:
-    require(isinstance(data, dict), f"{owner}: expected an object with keys, got {type(data).__name__}.")
-    hints = get_type_hints(cls)
-    check_keys(owner, data, hints)
-    values = {}
-    for key, value in data.items():
-        nested = [hint for hint in (hints[key], *typing.get_args(hints[key])) if dataclasses.is_dataclass(hint)]
-        if nested and value is not None:
-            value = _from_dict(typing.cast(type, nested[0]), value, key)
-        values[key] = tuple(value) if isinstance(value, list) else value
-    return cls(**values)
+        return from_nested(TrainConfig, data, "train")
