@@ -50,10 +50,10 @@ def from_nested(cls: Any, data: Any, owner: str) -> Any:
     if not dataclasses.is_dataclass(cls):
         return tuple(data) if isinstance(data, list) else data
     require(isinstance(data, dict), f"{owner}: expected an object with keys, got {type(data).__name__}.")
-    hints = get_type_hints(cls)
-    check_keys(owner, data, hints)
+    hints, found = get_type_hints(cls), typing.cast("dict[str, Any]", data)
+    check_keys(owner, found, hints)
     build: Any = cls
-    return build(**{key: from_nested(hints[key], value, key) for key, value in data.items()})
+    return build(**{key: from_nested(hints[key], value, key) for key, value in found.items()})
 
 
 def to_json(data: Any) -> str:
