@@ -32,6 +32,16 @@ def rank() -> int:
     return dist.get_rank() if num_ranks() > 1 else 0
 
 
+def launch_rank() -> int:
+    """The rank that torchrun gave to this process, also before and after `joined`; 0 without torchrun."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def launched() -> int:
+    """Processes that torchrun started, 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 @contextlib.contextmanager
 def joined(timeout_seconds: float = TIMEOUT_SECONDS) -> Iterator[None]:
     """Inside, the processes that torchrun started belong together; alone, nothing happens.
@@ -39,7 +49,7 @@ def joined(timeout_seconds: float = TIMEOUT_SECONDS) -> Iterator[None]:
     timeout_seconds: how long a rank waits for the others. Errors raised inside stop all ranks.
     Raises RankError if they do not all come.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or dist.is_initialized():
+    if launched() < 2 or dist.is_initialized():
         with together("the whole"):
             yield
         return

@@ -67,9 +67,11 @@ class Evaluation:
     @staticmethod
     def from_dict(data: dict[str, Any]) -> "Evaluation":
         """Undo `to_dict`, also after a way through JSON."""
-        kept = {name: data[name] for name in Evaluation.__dataclass_fields__}
-        buckets = {n: tuple(PositionBucket.from_dict(row) for row in data[n]) for n in ("positions", "lengths")}
-        return Evaluation(**(kept | buckets | {"faults": tuple(data["faults"])}))
+        kept: dict[str, Any] = {name: data[name] for name in Evaluation.__dataclass_fields__}
+        for name in ("positions", "lengths"):
+            kept[name] = tuple(PositionBucket.from_dict(row) for row in data[name])
+        kept["faults"] = tuple(data["faults"])
+        return Evaluation(**kept)
 
 
 def loss_by_position(evaluation: Evaluation) -> list[dict[str, Any]]:
