@@ -48,6 +48,12 @@ BLOCKS = {
         block(DeltaConfig(num_heads=2, head_dim=4, gated=True), **MIXED, per_visit=True, norm_position="both"),
         block(residual_factors="scalar"),
     ),
+    "lanes": (
+        block(**MIXED),
+        block(**MIXED, residual="lanes", per_visit=True),
+        block(DeltaConfig(num_heads=2, head_dim=4, gated=True), residual="lanes", norm_position="both"),
+        block(residual_factors="scalar", residual="lanes"),
+    ),
 }
 
 
@@ -309,6 +315,47 @@ def test_mixer_and_feed_forward_are_weighed(factors, residual):
     read = x if residual == "parallel" else mixed
     want = mixed + m * part.feed_forward(part.feed_forward_norm(read))
     assert_close(part(x, part.init_state(2), None, x)[0], want, 1e-12)
+
+
+def test_two_lanes_are_each_read_by_one_part_and_written_by_both_and_end_in_their_mean():
+    layers = (block(AttentionConfig(num_heads=2)), *(block(**MIXED, residual="lanes"),) * 2)
+    model = build(layers)
+    x0 = model.embedding(tokens())
+    first = model.blocks[0]
+    mixed = x0 + first.mixer(first.mixer_norm(x0), first.mixer.init_state(2))[0]
+    lanes = [mixed + first.feed_forward(first.feed_forward_norm(mixed))] * 2
+    for part in model.blocks[1:]:
+        w, own = part.weights.lanes[0], part.weights
+        u = [own.stream[0] * lane + own.x0[0] * x0 for lane in lanes]
+        mixed = own.mixer[0] * part.mixer(part.mixer_norm(u[0]), part.mixer.init_state(2))[0]
+        fed = own.feed_forward[0] * part.feed_forward(part.feed_forward_norm(u[1]))
+        lanes = [u[0] + w[0] * mixed + w[1] * fed, u[1] + w[2] * mixed + w[3] * fed]
+    assert_close(model(tokens())[0], model.head(model.norm((lanes[0] + lanes[1]) / 2)), 1e-12)
+
+
+def test_new_lanes_compute_what_parallel_blocks_do():
+    pair = []
+    for residual in ("parallel", "lanes"):
+        torch.manual_seed(0)
+        layers = (block(**MIXED), block(**MIXED, residual=residual), block(residual=residual))
+        pair.append(Model(ModelConfig(vocab_size=19, d_model=D, blocks=layers, init_std=0.3)).double())
+    lanes = {name: w for name, w in pair[1].state_dict().items() if ".lanes." in name}
+    assert sum(w.numel() for w in lanes.values()) == 8
+    assert_close(pair[1](tokens())[0], pair[0](tokens())[0], 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: build((block(residual="lanes"), block())), "blocks without lanes come after them"),
+        (lambda: block(residual="lanes", pre_conv=3), "no pre_conv"),
+        (lambda: BlockConfig(mixer=ATTENTION, residual="lanes"), "needs a feed-forward"),
+        (lambda: block(residual="lane"), '"parallel" or "lanes", got'),
+    ],
+)
+def test_lanes_that_cannot_be_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
 
 
 def test_norms_of_deeper_blocks_are_scaled_down():
