@@ -5,6 +5,7 @@ when the model is loaded and counts everything after that.
 """
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -43,9 +44,10 @@ def main(arguments: list[str]) -> int:
 def run(job: dict[str, Any]) -> None:
     """Score every stage of `job` and write what was found, each to a file of its own when it is finished.
 
-    job: program (the folder or zip that this code must come from), store, split, original_bytes, device, threads, share
-    [index, count], quiet, stages. Of a stage: name, out, source (a packed file or model folder), sha256 (of it),
-    reading (of `score`), learner ({} for none), seconds (the limit), made_from (kept with what is found).
+    job: program (the folder or zip that this code must come from), parent (the process that waits), store, split,
+    original_bytes, device, threads, share [index, count], quiet, stages. Of a stage: name, out, source (a packed file
+    or model folder), sha256 (of it), reading (of `score`), learner ({} for none), seconds (the limit), made_from (kept
+    with what is found).
     """
     here = Path(fastweight.__file__).parent.parent.resolve()
     require(here == Path(job["program"]).resolve(), f"the scorer runs from {here}, not from {job['program']}.")
@@ -85,7 +87,7 @@ def _score(job: dict[str, Any], stage: dict[str, Any], model: Model, split: Any)
     settings = dict(stage["learner"])
     kind, mode = settings.pop("kind", ""), settings.pop("mode", "")
     alone = kind == "sgd"  # the first share does all of it
-    with _progress(stage["name"], clock, 1 if alone else share.count, job["quiet"]) as progress:
+    with _progress(stage["name"], clock, 1 if alone else share.count, job) as progress:
         options = stage["reading"] | {"share": share, "progress": progress}
         found: Evaluation = (
             score_and_learn(model, split, LEARNERS[kind](**_as_tuples(settings)), mode=mode, **options)
@@ -100,14 +102,15 @@ def _as_tuples(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _progress(name: str, clock: Clock, count: int, quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """Hard stop at the limit; a line every ten seconds."""
-    last = 0.0
+def _progress(name: str, clock: Clock, count: int, job: dict[str, Any]) -> Iterator[Callable[[int, int], None]]:
+    """Hard stop at the limit, or when nobody waits any more; a line every ten seconds."""
+    last, quiet = 0.0, job["quiet"]
 
     def update(done: int, total: int) -> None:
         nonlocal last
         total = -(-total // count)
         clock.check(name, done, total)
+        require(os.getppid() == job["parent"], f"{name}: the process that asked for it has gone.")
         if not quiet and clock.seconds - last >= SECONDS_BETWEEN_LINES:
             last = clock.seconds
             left = clock.seconds * (total - done) / max(1, done)

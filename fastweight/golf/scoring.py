@@ -59,7 +59,7 @@ def _common(folder: RunFolder, settings: EvalSettings, store: str, quiet: bool) 
     return {
         "program": str(folder.program), "store": store or config.data.store, "split": settings.split,
         "original_bytes": settings.original_bytes, "device": device, "threads": torch.get_num_threads(),
-        "share": [ranks.rank(), ranks.num_ranks()], "quiet": quiet or ranks.rank() > 0,
+        "share": [ranks.rank(), ranks.num_ranks()], "quiet": quiet or ranks.rank() > 0, "parent": os.getpid(),
     }  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from fastweight.devices import pick_device
 from fastweight.golf.clock import Clock
 from fastweight.golf.folder import RunFolder, file_digest, model_digest, read_json
 from fastweight.golf.settings import CalibrationSettings, RunSettings
-from fastweight.model import load
+from fastweight.model import Model, load
 from fastweight.train import TrainConfig, load_run_config, train
 from fastweight.train.loop import RESULT
 from fastweight.train.run import check_same_run
@@ -24,12 +24,14 @@ TRAINING, CALIBRATION = "training", "calibration"
 
 
 def train_within(
-    folder: RunFolder, config: TrainConfig, variant: str, calibration: CalibrationSettings, *, quiet: bool = False
-) -> dict[str, Any]:
+    folder: RunFolder, config: TrainConfig, variant: str, calibration: CalibrationSettings, *,
+    model: Model | None = None, quiet: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """Train by `config`, or go on with what `folder` holds; returns the record of the training.
 
     config.max_seconds is the budget of training and calibration together, 0 for none: then the steps end the run.
-    The record's "stopped" names the signal that ended the run early, else it is "" or "time".
+    model: train this one in place of config.model. The record's "stopped" names the signal that ended the run early,
+    else it is "" or "time".
     Raises ValueError if the folder holds a run with other settings.
     """
     settings = RunSettings(variant=variant, budget_seconds=config.max_seconds, calibration=calibration)
@@ -39,7 +41,9 @@ def train_within(
     if begun:
         check_same_run(config, folder.train)
     if not (folder.train / RESULT).is_file():
-        train(config, folder.train, resume=begun, quiet=quiet)
+        result = train(config, folder.train, resume=begun, model=None if begun else model, quiet=quiet)
+        if result.stopped not in ("", "time"):
+            return {"stopped": result.stopped}
     return training_record(folder)
 
 
