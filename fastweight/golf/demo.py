@@ -95,4 +95,6 @@ def demo_run(store: str, settings: DemoSettings) -> TrainConfig:
 
 def demo_scoring() -> EvalSettings:
     """Windows of SEQ_LEN bytes that slide by a quarter; down-projections that learn within each file."""
-    return EvalSettings(stride=SEQ_LEN // 4, batch_size=16, learn_chunk=64, learn_rate=0.1, learn_batch_size=4)
+    return EvalSettings(
+        stride=SEQ_LEN // 4, batch_size=16, document=True, learn_chunk=64, learn_rate=0.1, learn_batch_size=4
+    )

@@ -9,7 +9,7 @@ from fastweight.configs import to_json
 from fastweight.effort import effective_parameters, empty_model
 from fastweight.golf.folder import RunFolder, read_json
 from fastweight.golf.packing import PACKING
-from fastweight.golf.scoring import LEARNING, PACKED, SLIDING
+from fastweight.golf.scoring import LEARNING
 from fastweight.golf.settings import EvalSettings
 from fastweight.golf.training import CALIBRATION, training_record
 from fastweight.model import load_config
@@ -144,6 +144,3 @@ def differences(ledger: Ledger) -> dict[str, float]:
             found[stage["stage"]] = stage["bits_per_byte"] - before["bits_per_byte"]
         before = before if stage["stage"].startswith(f"{LEARNING}-") else stage
     return found
-
-
-__all__ = ["PACKED", "SLIDING", "differences", "make_ledger", "read_ledger", "write_ledger"]

@@ -18,14 +18,14 @@ from fastweight.golf.settings import EvalSettings
 from fastweight.train import load_run_config
 
 RAW, AVERAGED, PACKED, SLIDING, LEARNING = "raw", "averaged", "packed", "sliding", "learning"
-STAGES = (RAW, AVERAGED, PACKED, SLIDING, LEARNING)
+DOCUMENT = "document"
 START_SECONDS = 300.0  # for a scorer to start and to load, beyond the limits of its stages
 
 
 def stage_names(folder: RunFolder, settings: EvalSettings) -> list[str]:
     """The stages of this run, in order; a second mode of learning is a stage of its own."""
     averages = load_run_config(folder.train).averaging.kind != "none"
-    names = [RAW, *([AVERAGED] if averages else []), PACKED, SLIDING]
+    names = [RAW, *([AVERAGED] if averages else []), PACKED, SLIDING, *([DOCUMENT] if settings.document else [])]
     modes = settings.learn_modes if settings.learner != "none" else ()
     return names + [LEARNING if i == 0 else f"{LEARNING}-{mode}" for i, mode in enumerate(modes)]
 
@@ -39,6 +39,7 @@ def evaluate_run(
     call this. Raises what a scorer raised (on all ranks), OutOfTimeError's message among it.
     """
     with ranks.together("looking at the stages"):
+        folder.settings()
         jobs = {name: _job(folder, settings, name) for name in stage_names(folder, settings)}
         common = _common(folder, settings, store, quiet)
     todo = [name for name, job in jobs.items() if folder.finished(name, job["made_from"]) is None]
@@ -91,12 +92,18 @@ def _part(folder: RunFolder, name: str) -> Path:
 
 
 def _reading(folder: RunFolder, settings: EvalSettings, name: str) -> dict[str, Any]:
-    """What `score` is told: windows side by side, sliding windows, or what the learner reads."""
+    """What `score` is told: windows side by side, sliding windows, documents, or what the learner reads."""
     seq_len = settings.seq_len or load_run_config(folder.train).data.seq_len
+    require(
+        settings.stride <= seq_len,
+        f"eval: windows of {seq_len} tokens cannot slide by {settings.stride}. Lower stride, or raise seq_len.",
+    )
     limits = {"max_tokens": settings.max_tokens or None, "max_documents": settings.max_documents or None}
     reading = {"seq_len": seq_len, "batch_size": settings.batch_size} | limits
     if name.startswith(LEARNING):
         return reading | {"stride": settings.stride, "batch_size": settings.learn_batch_size or settings.batch_size}
+    if name == DOCUMENT:
+        return reading | {"context": "document"}
     return reading | {"context": "windows", "stride": settings.stride if name == SLIDING else seq_len}
 
 

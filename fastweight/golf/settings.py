@@ -66,6 +66,9 @@ class EvalSettings:
     """Targets per sliding window."""
     batch_size: int = 32
     """Windows or documents read side by side."""
+    document: bool = False
+    """Also score whole documents without learning: what a cached learner reads, so that context and learning are told
+    apart."""
     learner: LearnerKind = "in-place"
     """What learns while it is scored (`fastweight eval --help`); none leaves the stage out."""
     learn_modes: tuple[str, ...] = ("cached",)
