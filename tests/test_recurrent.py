@@ -89,7 +89,7 @@ def rms(x):
 
 
 @pytest.mark.parametrize("blocks", BLOCKS)
-def test_p15_one_loop_equals_the_plain_model(blocks):
+def test_golf_p15_one_loop_equals_the_plain_model(blocks):
     looped, flat = build(blocks, **EVERYTHING | {"loops": (1, 3, 1)}), build(blocks, **EVERYTHING | {"loops": None})
     flat.load_state_dict(looped.state_dict())
     assert looped.visits == flat.visits == (0, 1, 2, 3)
@@ -97,7 +97,7 @@ def test_p15_one_loop_equals_the_plain_model(blocks):
 
 
 @pytest.mark.parametrize("blocks", BLOCKS)
-def test_p15_a_loop_is_the_same_model_with_copied_blocks(blocks):
+def test_golf_p15_a_loop_is_the_same_model_with_copied_blocks(blocks):
     looped = build(blocks, **EVERYTHING | {"depth_scaled_norms": False})
     order, config = looped.visits, looped.config
     copies = tuple(dataclasses.replace(config.blocks[i], per_visit=False) for i in order)
@@ -116,7 +116,7 @@ def test_p15_a_loop_is_the_same_model_with_copied_blocks(blocks):
 
 
 @pytest.mark.parametrize("blocks", BLOCKS)
-def test_p15_gradients_of_shared_weights_are_those_of_finite_differences(blocks):
+def test_golf_p15_gradients_of_shared_weights_are_those_of_finite_differences(blocks):
     model = build(blocks, **EVERYTHING)
     text, probe = tokens(2, 7), torch.randn(2, 7, 19, dtype=torch.float64)
 
@@ -137,7 +137,7 @@ def test_p15_gradients_of_shared_weights_are_those_of_finite_differences(blocks)
         assert abs(got - want) <= 1e-6 * max(1.0, abs(want)), f"{name}: {got} against {want}"
 
 
-def test_p15_the_number_of_parameters_does_not_depend_on_the_loops():
+def test_golf_p15_the_number_of_parameters_does_not_depend_on_the_loops():
     counts = {build(**EVERYTHING | {"loops": (1, 3, r), "skips": "none"}).num_parameters for r in (1, 2, 5)}
     assert len(counts) == 1
 
@@ -147,7 +147,7 @@ def test_weights_that_visits_own_grow_with_the_loops_by_vectors_alone():
     assert three - one == 2 * 2 * 4 * D  # two blocks of the core, two more visits, four vectors
 
 
-def test_p15_a_changed_document_never_changes_another_ones_scores():
+def test_golf_p15_a_changed_document_never_changes_another_ones_scores():
     for blocks in BLOCKS:
         model, ends = build(blocks, **EVERYTHING), torch.tensor([0, 1, 6, 7, 11])
         first, other = tokens(1), tokens(1).clone()
@@ -158,7 +158,7 @@ def test_p15_a_changed_document_never_changes_another_ones_scores():
         assert not torch.equal(before[:, 1:6], after[:, 1:6])
 
 
-def test_p15_packed_documents_read_as_they_do_alone_also_when_they_go_on():
+def test_golf_p15_packed_documents_read_as_they_do_alone_also_when_they_go_on():
     for blocks in BLOCKS:
         model, text = build(blocks, **EVERYTHING), tokens(1, 22)
         lengths = (1, 5, 4, 1)

@@ -46,8 +46,8 @@ def run(job: dict[str, Any]) -> None:
 
     job: program (the folder or zip that this code must come from), parent (the process that waits), store, split,
     original_bytes, device, threads, share [index, count], quiet, stages. Of a stage: name, out, source (a packed file
-    or model folder), sha256 (of it), reading (of `score`), learner ({} for none), seconds (the limit), made_from (kept
-    with what is found).
+    or model folder), sha256 (of it), precision, reading (of `score`), learner ({} for none), seconds (the limit),
+    made_from (kept with what is found).
     """
     here = Path(fastweight.__file__).parent.parent.resolve()
     require(here == Path(job["program"]).resolve(), f"the scorer runs from {here}, not from {job['program']}.")
@@ -88,12 +88,14 @@ def _score(job: dict[str, Any], stage: dict[str, Any], model: Model, split: Any)
     kind, mode = settings.pop("kind", ""), settings.pop("mode", "")
     alone = kind == "sgd"  # the first share does all of it
     with _progress(stage["name"], clock, 1 if alone else share.count, job) as progress:
+        narrow = torch.autocast(model.device.type, torch.bfloat16, enabled=stage["precision"] == "bfloat16")
         options = stage["reading"] | {"share": share, "progress": progress}
-        found: Evaluation = (
-            score_and_learn(model, split, LEARNERS[kind](**_as_tuples(settings)), mode=mode, **options)
-            if kind
-            else score(model, split, **options)
-        )
+        with narrow:
+            found: Evaluation = (
+                score_and_learn(model, split, LEARNERS[kind](**_as_tuples(settings)), mode=mode, **options)
+                if kind
+                else score(model, split, **options)
+            )
     return {"evaluation": found.to_dict(), "clock_seconds": clock.seconds}
 
 

@@ -109,11 +109,10 @@ def _artifact(packed: dict[str, Any]) -> dict[str, Any]:
 
 
 def _stage(record: dict[str, Any]) -> dict[str, Any]:
-    found = record["evaluation"]
-    values = {name: found[name] for name in FIGURES}
-    return {"stage": record["stage"], "clock_seconds": record["clock_seconds"], "load_seconds": record["load_seconds"],
-            "limit_seconds": record["made_from"]["seconds"], "ranks": record["ranks"], "device": record["device"],
-            "faults": found["faults"]} | values  # fmt: skip
+    found, made_from = record["evaluation"], record["made_from"]
+    own = {name: record[name] for name in ("stage", "clock_seconds", "load_seconds", "ranks", "device")}
+    how = {"precision": made_from["precision"], "limit_seconds": made_from["seconds"], "faults": found["faults"]}
+    return own | how | {name: found[name] for name in FIGURES}
 
 
 def _objections(ledger: Ledger, settings: EvalSettings) -> Iterator[str]:

@@ -81,10 +81,14 @@ def _job(folder: RunFolder, settings: EvalSettings, name: str) -> dict[str, Any]
     made_from = {
         "sha256": digest, "program": file_digest(folder.program), "reading": _reading(folder, settings, name),
         "learner": _learner(folder, settings, name), "seconds": settings.seconds, "split": settings.split,
-        "original_bytes": settings.original_bytes,
+        "original_bytes": settings.original_bytes, "precision": _precision(folder, settings),
     }  # fmt: skip
     place = {"name": name, "source": str(source), "out": str(_part(folder, name))}
     return made_from | place | {"made_from": made_from}
+
+
+def _precision(folder: RunFolder, settings: EvalSettings) -> str:
+    return load_run_config(folder.train).precision if settings.precision == "training" else settings.precision
 
 
 def _part(folder: RunFolder, name: str) -> Path:

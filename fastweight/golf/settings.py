@@ -9,6 +9,7 @@ from fastweight.artifact.spec import GROUPS
 from fastweight.configs import check_types, from_nested, near_names, require
 
 LearnerKind = Literal["none", "sgd", "lora", "in-place"]
+EvalPrecision = Literal["training", "float32", "bfloat16"]
 LEARN_MODES = ("cached", "exact")
 CAP_BYTES = 16_000_000
 SECONDS = 600.0
@@ -66,6 +67,8 @@ class EvalSettings:
     """Targets per sliding window."""
     batch_size: int = 32
     """Windows or documents read side by side."""
+    precision: EvalPrecision = "training"
+    """float32, bfloat16 (under autocast; losses and sums are float32 and float64 all the same), or as in training."""
     document: bool = False
     """Also score whole documents without learning: what a cached learner reads, so that context and learning are told
     apart."""
