@@ -29,7 +29,8 @@ def load_cases() -> dict[str, MixerConfig]:
 CASES = load_cases()
 
 
-def backends_of(config: MixerConfig) -> list[str]:
+def backends_of(config: MixerConfig, device: str) -> list[str]:
     op = mixer_class(config.kind).op
-    ready = [name for name, reason in dispatch.explain(op, torch.zeros(1)) if reason is None] if op else []
+    x = torch.zeros(1, device=device)
+    ready = [name for name, reason in dispatch.explain(op, x) if reason is None] if op else []
     return ready or ["auto"]

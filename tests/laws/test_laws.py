@@ -16,12 +16,12 @@ from fastweight.state import register_state
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def subjects():
+def subjects(device):
     for law in LAWS:
         for case, config in CASES.items():
             if law == "far" and not mixer_class(config.kind)(book.D_MODEL, config).has_memory:
                 continue
-            for backend in backends_of(config):
+            for backend in backends_of(config, device):
                 if law == "backends" and backend in ("naive", "auto"):
                     continue
                 for dtype in DTYPES:
@@ -33,7 +33,12 @@ def subjects():
                     yield pytest.param(law, config, backend, dtype, id=f"{law}-{case}-{backend}-{dtype}")
 
 
-@pytest.mark.parametrize(("law", "config", "backend", "dtype"), list(subjects()))
+def pytest_generate_tests(metafunc):
+    if metafunc.function is test_the_law_holds:
+        device = metafunc.config.getoption("--device")
+        metafunc.parametrize(("law", "config", "backend", "dtype"), list(subjects(device)))
+
+
 def test_the_law_holds(law, config, backend, dtype, request):
     device = request.config.getoption("--device")
     LAWS[law](Subject(mixer_class(config.kind), config, backend, DTYPES[dtype], device))
