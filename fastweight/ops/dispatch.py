@@ -9,7 +9,7 @@ from torch import Tensor
 from fastweight.configs import near_names
 
 # Fastest first; `naive` is the definition and the last resort.
-PREFERENCE = ("triton", "chunked", "naive")
+PREFERENCE = ("triton", "fla", "varlen", "chunked", "naive")
 
 
 class Implementation(NamedTuple):
