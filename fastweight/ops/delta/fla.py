@@ -6,6 +6,7 @@ memory in float32. Under torch.compile each call is a graph break: the package's
 """
 
 import functools
+import importlib
 import importlib.util
 
 import torch
@@ -62,9 +63,6 @@ def fla(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor, memory: Tensor, *,
     cu_seqlens: Tensor | None, gated: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    from fla.ops.delta_rule import chunk_delta_rule
-    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
-
     order, group = k.shape[2], q.shape[2] // k.shape[3]
     if order > 1:
         q, decay = last(q, order), first(decay, order)
@@ -76,7 +74,9 @@ def fla(
         ends = torch.tensor([0, *sequence_lengths(1, q.shape[1] // order, cu_seqlens)]).cumsum(0) * order
         shared |= {"cu_seqlens": ends.to(q.device), "cu_seqlens_cpu": ends}
     if gated:
-        y, after = chunk_gated_delta_rule(*tokens, v, decay.float().repeat_interleave(group, 2), beta.float(), **shared)
+        run = importlib.import_module("fla.ops.gated_delta_rule").chunk_gated_delta_rule
+        y, after = run(*tokens, v, decay.float().repeat_interleave(group, 2), beta.float(), **shared)
     else:
-        y, after = chunk_delta_rule(*tokens, v, beta.float(), **shared)
+        run = importlib.import_module("fla.ops.delta_rule").chunk_delta_rule
+        y, after = run(*tokens, v, beta.float(), **shared)
     return (y[:, order - 1 :: order] if order > 1 else y), after[:, ::group].to(memory.dtype)
