@@ -10,6 +10,7 @@ from fastweight.configs import near_names
 
 # Fastest first; `naive` is the definition and the last resort.
 PREFERENCE = ("triton", "fla", "varlen", "chunked", "naive")
+KERNELS = PREFERENCE[:3]  # made for GPUs
 
 
 class Implementation(NamedTuple):
@@ -73,6 +74,6 @@ def call(op: str, backend: str, x: Tensor, *args: Any, **kwargs: Any) -> Any:
 
 def _why_not(implementation: Implementation, name: str, x: Tensor, *args: Any, **kwargs: Any) -> str | None:
     # Triton's interpreter runs kernels on a CPU for tests; nobody wants it unasked.
-    if name == "triton" and not x.is_cuda:
+    if name in KERNELS and not x.is_cuda:
         return f"needs CUDA tensors, got {x.device.type}."
     return implementation.refuses(x, *args, **kwargs)
