@@ -36,17 +36,22 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     rows = [measure(preset, args.positions, torch.device(args.device)) for preset in args.presets]
-    at = [f"at {position:,}" for position in args.positions]
-    columns = ["preset", *(f"{place}, ms" for place in at), "late / early (quartiles)", *(f"{p}, bytes" for p in at)]
-    print_table("One decoding step and the state", columns, [cells(row) for row in rows])
+    print_table("One decoding step and the state", columns(args.positions), [cells(row) for row in rows])
     write_json(args.json, {"benchmark": "decode", **machine(args.device), "rows": rows})
     print(json.dumps({row["preset"]: row["time_ratio"]["median"] for row in rows}))
+
+
+def columns(positions: list[int]) -> list[str]:
+    """Heads of the table."""
+    at = [f"at {position:,}" for position in positions]
+    return ["preset", *(f"{place}, ms" for place in at), "late / early (quartiles)", *(f"{p}, bytes" for p in at)]
 
 
 def measure(preset: str, positions: list[int], device: torch.device) -> dict[str, Any]:
     """One row: milliseconds per step (median and quartiles) and bytes of the state at each position."""
     torch.manual_seed(0)
-    model = Model.from_preset(preset).to(device).eval()
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model = Model.from_preset(preset).to(device, dtype).eval()
     text = torch.randint(VOCABULARY, (1, max(positions)), device=device)
     states = [read(model, text[:, :position]) for position in positions]
     num_bytes = [state.num_bytes for state in states]

@@ -13,14 +13,19 @@ import tyro
 
 from benchmarks.timing import machine, measure, print_table, write_json
 from fastweight.data import ByteTokenizer, Store, StoreWriter
+from fastweight.effort import forward_flops
 from fastweight.model import Model
 from fastweight.optim import OptimizerConfig
 from fastweight.train import DataConfig, LogConfig, ModelSource, TrainConfig
 from fastweight.train.loop import Trainer
 from fastweight.train.metrics import Metrics
+from fastweight.train.prepare import prepared
 from fastweight.train.report import Report
 from fastweight.train.source import step_batches
 from fastweight.train.tally import Tally
+
+# TFLOP/s: of the layers' matrices alone (see fastweight.effort.forward_flops), not of memories and attention.
+COLUMNS = ["preset", "optimizer", "median ms/step", "quartiles", "tokens/s", "TFLOP/s", "peak GiB"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +37,8 @@ class Options:
     batch_size: int = 8
     device: str = "cpu"
     precision: str = "float32"
+    compile: bool = False
+    activation_checkpointing: bool = False
     seconds: float = 5.0
     json: Path | None = None
 
@@ -54,6 +61,8 @@ def time_steps(preset: str, optimizer: str, options: Options, folder: Path) -> d
         optimizer=OptimizerConfig(name=optimizer),  # type: ignore[arg-type]  # checked by the config
         log=LogConfig(every=10**9),
         precision=options.precision,  # type: ignore[arg-type]  # checked by the config
+        compile=options.compile,
+        activation_checkpointing=options.activation_checkpointing,
         steps=10**9,
     )
     torch.manual_seed(0)
@@ -61,9 +70,11 @@ def time_steps(preset: str, optimizer: str, options: Options, folder: Path) -> d
     metrics = Metrics(folder, config.log, 0, {})
     trainer = Trainer(config, folder, model, store, Tally(), Report(config, quiet=True), metrics)
     steps = step_batches(store.split("train"), config.data, seed=0, start_step=0)
-    result = measure(lambda: trainer.step(next(steps)), options.device, seconds=options.seconds)
+    with prepared(model, config):
+        result = measure(lambda: trainer.step(next(steps)), options.device, seconds=options.seconds)
     metrics.close()
-    return result
+    operations = 3 * forward_flops(model) * options.seq_len * options.batch_size
+    return result | {"parameters": model.num_parameters, "tflops": operations / result["median_ms"] / 1e9}
 
 
 def main(options: Options) -> None:
@@ -74,11 +85,14 @@ def main(options: Options) -> None:
             timing = time_steps(preset, optimizer, options, Path(folder))
         rate = 1e3 * tokens / timing["median_ms"]
         spread = f"{timing['low_ms']:.0f}–{timing['high_ms']:.0f}"
-        rows.append([preset, optimizer, f"{timing['median_ms']:.0f}", spread, f"{rate:,.0f}"])
+        memory = f"{timing['peak_gib']:.1f}" if "peak_gib" in timing else "–"
+        rows.append(
+            [preset, optimizer, f"{timing['median_ms']:.0f}", spread, f"{rate:,.0f}", f"{timing['tflops']:.3g}", memory]
+        )
         records.append({"preset": preset, "optimizer": optimizer, "tokens_per_second": rate, **timing})
     where = machine(options.device)
     title = f"Training, {options.batch_size} × {options.seq_len} tokens per step, {options.precision}, {where}"
-    print_table(title, ["preset", "optimizer", "median ms/step", "quartiles", "tokens/s"], rows)
+    print_table(title, COLUMNS, rows)
     shape = {"seq_len": options.seq_len, "batch_size": options.batch_size, "precision": options.precision}
     write_json(options.json, {"machine": where, **shape, "runs": records})
 
