@@ -70,17 +70,17 @@ def choose(op: str, backend: str, x: Tensor, *args: Any, **kwargs: Any) -> str:
 def call(op: str, backend: str, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     """Run `op` on `args` with autocast off: ops choose their precision themselves. x: decides device and dtype."""
     chosen = _OPS[op][choose(op, backend, x, *args, **kwargs)]
-    if torch.compiler.is_compiling() and not chosen.traceable:
-        return _run_uncompiled(chosen.run, x.device.type, *args, **kwargs)
-    with torch.autocast(x.device.type, enabled=False):
-        return chosen.run(*args, **kwargs)
+    opaque = torch.compiler.is_compiling() and not chosen.traceable
+    return (_run_uncompiled if opaque else _run)(chosen.run, x.device.type, *args, **kwargs)
 
 
-@torch.compiler.disable
-def _run_uncompiled(run: Callable[..., Any], device_type: str, *args: Any, **kwargs: Any) -> Any:
-    """One break of the graph in place of one at each step that looks at numbers."""
+def _run(run: Callable[..., Any], device_type: str, *args: Any, **kwargs: Any) -> Any:
     with torch.autocast(device_type, enabled=False):
         return run(*args, **kwargs)
+
+
+# One break of the graph in place of one at each step that looks at numbers.
+_run_uncompiled: Callable[..., Any] = torch.compiler.disable(_run)
 
 
 def _why_not(implementation: Implementation, name: str, x: Tensor, *args: Any, **kwargs: Any) -> str | None:
