@@ -1,10 +1,14 @@
 """One seed, one thread and one directory of imports for every test."""
 
+import os
 import random
 
 import numpy as np
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before the first kernel is defined: kernels run on the CPU
 
 
 def pytest_addoption(parser):
@@ -30,3 +34,21 @@ def _seeded():
     torch.manual_seed(0)
     np.random.seed(0)  # noqa: NPY002  # libraries under test may use the legacy generator
     random.seed(0)
+
+
+@pytest.fixture
+def poisoned_empty(monkeypatch):
+    """torch.empty and friends full of NaN: what a kernel does not write shows."""
+    for name in ("empty", "empty_like", "empty_strided"):
+        original = getattr(torch, name)
+
+        def poisoned(*args, _original=original, **kwargs):
+            t = _original(*args, **kwargs)
+            return t.fill_(float("nan")) if t.is_floating_point() else t
+
+        monkeypatch.setattr(torch, name, poisoned)
+    monkeypatch.setattr(
+        torch.Tensor,
+        "new_empty",
+        lambda self, *a, **k: torch.empty(*a, **{"dtype": self.dtype, "device": self.device, **k}),
+    )

@@ -52,8 +52,7 @@ def collect_hessians(model: Model, batches: Iterable[Batch | Tensor]) -> Hessian
 
 def _features(model: Model, batch: Batch | Tensor) -> Tensor:
     tokens, cu_seqlens = (batch, None) if isinstance(batch, Tensor) else (batch.tokens, batch.cu_seqlens)
-    ends = None if cu_seqlens is None else cu_seqlens.to(model.device)
-    return model.features(tokens.to(model.device), None, ends)[0]
+    return model.features(tokens.to(model.device), None, cu_seqlens)[0]
 
 
 def _hook(name: str, add):

@@ -3,6 +3,7 @@
 from fastweight.data.batches import IGNORED, Batch, check_batch, loader, read_once
 from fastweight.data.overlap import DocumentOverlap, Overlap, overlap
 from fastweight.data.packing import Bins, Documents
+from fastweight.data.parts import merge
 from fastweight.data.prepare import PrepareProgress, prepare
 from fastweight.data.sampler import Sampler, permute
 from fastweight.data.shard_export import export_shards
@@ -52,6 +53,7 @@ __all__ = [
     "import_shards",
     "load_tokenizer",
     "loader",
+    "merge",
     "open_source",
     "overlap",
     "permute",

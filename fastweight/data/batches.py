@@ -30,9 +30,13 @@ class Batch:
     continues: Tensor | None = None
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
-        """Return the batch on `device`."""
+        """Return the batch on `device`, cu_seqlens excepted: lengths decide on shapes, so they stay with the host."""
         fields = [(field.name, getattr(self, field.name)) for field in dataclasses.fields(self)]
-        moved = {name: x.to(device, non_blocking=non_blocking) for name, x in fields if x is not None}
+        moved = {
+            name: x if name == "cu_seqlens" else x.to(device, non_blocking=non_blocking)
+            for name, x in fields
+            if x is not None
+        }
         return Batch(**moved)
 
     @property
