@@ -15,6 +15,7 @@ from fastweight.data import Store
 from fastweight.evaluate import score, score_and_learn
 from fastweight.golf import packing, scoring, training
 from fastweight.golf.folder import RunFolder
+from fastweight.golf.fresh import read_source
 from fastweight.golf.ledger import read_ledger
 from fastweight.golf.run import evaluate, finish
 from fastweight.golf.training import calibrate, train_within
@@ -53,6 +54,13 @@ def test_golf_p9_a_file_that_was_altered_after_packing_is_not_scored(copied):
     copied.artifact.write_bytes(data)
     with pytest.raises(ValueError, match="is not the file that was packed"):
         evaluate(copied.path, SCORING, quiet=True)
+
+
+def test_golf_p9_the_scorer_itself_refuses_another_file_or_folder(finished):
+    folder = finished[0]
+    for source in (folder.artifact, folder.final_model):
+        with pytest.raises(ValueError, match="is not the one that was to be scored"):
+            read_source(source, "0" * 64)
 
 
 def test_the_scorer_runs_from_the_program_that_is_counted(copied, monkeypatch):
