@@ -101,7 +101,8 @@ def _artifact(packed: dict[str, Any]) -> dict[str, Any]:
     groups = [{name: value for name, value in group.items() if name != "tensors"} for group in report["groups"]]
     largest = sorted(report["tensors"], key=lambda tensor: -tensor["bytes"])[:5]
     return {name: packed[name] for name in kept} | {
-        "counts_program": packed["counts_program"], "weights": report["weights"], "groups": groups,
+        "counts_program": packed["counts_program"], "counted_files": packed["made_from"]["settings"]["program"],
+        "weights": report["weights"], "groups": groups,
         "bits_per_weight": report["bits_per_weight"], "tokenizer_bytes": report["tokenizer_bytes"],
         "head_bytes": report["head_bytes"], "tries": len(packed["tried"]),
         "largest": [{name: tensor[name] for name in ("name", "bytes", "weights")} for tensor in largest],
@@ -122,6 +123,8 @@ def _objections(ledger: Ledger, settings: EvalSettings) -> Iterator[str]:
     artifact, training = ledger["artifact"], ledger["training"]
     if not artifact["counts_program"]:
         yield "the program was not counted"
+    if artifact["counted_files"]:
+        yield "other files than those of the scorer were counted as program"
     if artifact["cap_bytes"] == 0:
         yield "there was no cap on the bytes"
     if training["margin_seconds"] is not None and training["margin_seconds"] < 0:

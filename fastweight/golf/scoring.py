@@ -56,7 +56,9 @@ def evaluate_run(
 def _common(folder: RunFolder, settings: EvalSettings, store: str, quiet: bool) -> dict[str, Any]:
     config = load_run_config(folder.train)
     local = os.environ.get("LOCAL_RANK")
-    device = f"cuda:{local}" if config.device == "auto" and torch.cuda.is_available() and local else config.device
+    device = (
+        f"cuda:{local}" if config.device in ("auto", "cuda") and torch.cuda.is_available() and local else config.device
+    )
     return {
         "program": str(folder.program), "store": store or config.data.store, "split": settings.split,
         "original_bytes": settings.original_bytes, "device": device, "threads": torch.get_num_threads(),

@@ -42,7 +42,8 @@ class PackSettings:
     groups: tuple[str, ...] = MOVED
     """Groups whose clips may move to meet the cap."""
     program: tuple[str, ...] = ()
-    """Files or folders that count as program; by default the modules of this library that scoring needs, packed."""
+    """Files or folders that count as program in place of the scorer, so that the score is not reportable here; by
+    default the modules of this library that scoring needs, packed."""
     count_program: bool = True
     """Whether the program counts against the cap; its bytes are reported in any case."""
 

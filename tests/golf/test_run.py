@@ -16,7 +16,7 @@ from fastweight.evaluate import score, score_and_learn
 from fastweight.golf import packing, scoring, training
 from fastweight.golf.folder import RunFolder
 from fastweight.golf.fresh import read_source
-from fastweight.golf.ledger import read_ledger
+from fastweight.golf.ledger import make_ledger, read_ledger
 from fastweight.golf.run import evaluate, finish
 from fastweight.golf.training import calibrate, train_within
 from fastweight.learn import InPlaceSgd
@@ -172,6 +172,18 @@ def test_a_part_of_the_text_is_marked_as_no_score(finished):
     assert not finished[1]["reportable"]
     assert "a part of the split was scored" in finished[1]["objections"][0]
     assert "NOT REPORTABLE: a part of the split" in finished[0].table.read_text()
+
+
+def test_other_files_in_place_of_the_program_are_no_score(copied, tmp_path, monkeypatch):
+    (tmp_path / "train_gpt.py").write_bytes(b"#" * 1000)
+    other = dataclasses.replace(PACK, program=(str(tmp_path / "train_gpt.py"),), cap_bytes=16_000)
+    with monkeypatch.context() as patch:
+        patch.setattr(scoring, "_score", lambda *_: "not now")
+        with pytest.raises(ValueError, match="not now"):
+            again(copied, other)
+    assert copied.record("packing")["program"]["bytes"] == 1000
+    ledger = make_ledger(copied, [copied.record(name) for name in STAGES], SCORING)
+    assert "other files than those of the scorer were counted as program" in ledger["objections"]
 
 
 def test_the_whole_text_under_a_cap_is_reportable_and_wrong_counts_are_not(copied, store):
