@@ -42,7 +42,7 @@ def _pack(folder: RunFolder, settings: PackSettings, say: Say) -> None:
     hessians = file_digest(folder.hessians) if folder.hessians.is_file() else None
     made_from = {
         "model": model_digest(folder.final_model), "hessians": hessians, "settings": dataclasses.asdict(settings),
-        "program": program, "scorer": file_digest(folder.program),
+        "program_bytes": program["bytes"], "scorer": file_digest(folder.program),
     }  # fmt: skip
     found = folder.finished(PACKING, made_from)
     if found is not None and folder.artifact.is_file() and file_digest(folder.artifact) == found["sha256"]:

@@ -17,6 +17,7 @@ from fastweight import ranks
 
 # Forked from one server that has imported everything: a rank starts in no time.
 CONTEXT = multiprocessing.get_context("forkserver")
+WAIT_SECONDS = 400
 CONTEXT.set_forkserver_preload(["golf.two_ranks"])
 
 
@@ -53,7 +54,7 @@ def finish_as(rank, port, run, trouble, timeout, pipe):
         pipe.send("".join(traceback.format_exception_only(error)).strip())
 
 
-def run_two(run, trouble="none", on=1, other="none", timeout=60.0, wait_for=(0, 1)):
+def run_two(run, trouble="none", on=1, other="none", timeout=3600.0, wait_for=(0, 1)):
     """What each rank of `wait_for` sent, None from one that died; both have ended, or are ended, afterwards."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -78,7 +79,8 @@ def run_two(run, trouble="none", on=1, other="none", timeout=60.0, wait_for=(0, 
 
 
 def _received(end):
-    assert end.poll(90), "a rank neither ended nor failed"
+    # Long before the time-out of the ranks, and long after any honest run, also on a machine with much else to do.
+    assert end.poll(WAIT_SECONDS), "a rank neither ended nor failed"
     try:
         return end.recv()
     except EOFError:
