@@ -51,6 +51,7 @@ def check_bytes(found: Observations, settings: AuditSettings) -> Check:
     passed, failed, untested = checker("bytes")
     text = found.text
     numbers: dict[str, Any] = {"bytes": text.num_bytes, "documents": len(text.documents)}
+    numbers["text"] = text.source
     numbers["documents_whose_tokens_decode_to_another_text"] = text.lossy_documents
     if found.whole is None:
         return untested(NOT_SCORED, numbers)
@@ -70,7 +71,7 @@ def check_bytes(found: Observations, settings: AuditSettings) -> Check:
         lossy = text.lossy_documents
         note = f" Its tokens decode to another text in {lossy} documents; raw text counts." if lossy else ""
         return failed(f"{claims.bytes:,} bytes are claimed, the text has {text.num_bytes:,} ({share}).{note}", numbers)
-    return passed(f"{text.num_bytes:,} bytes of UTF-8, counted from the text, as claimed.", numbers)
+    return passed(f"{text.num_bytes:,} bytes of UTF-8 ({text.source}), counted here, as claimed.", numbers)
 
 
 def check_bits_per_byte(found: Observations, settings: AuditSettings) -> Check:

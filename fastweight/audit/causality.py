@@ -60,7 +60,7 @@ def _leaks(pair: Changed, settings: AuditSettings) -> Iterator[dict[str, Any]]:
 
 
 def check_determinism(found: Observations, settings: AuditSettings) -> Check:
-    """Two processes give the same log-probs for the same text, whether distributions are asked for or not."""
+    """Loaded twice, it gives the same log-probs for the same text, whether distributions are asked for or not."""
     passed, failed, untested = checker("determinism")
     if not found.twice:
         return untested("no text was scored twice")
@@ -81,7 +81,7 @@ def check_determinism(found: Observations, settings: AuditSettings) -> Check:
         first = offences[0]
         what = f"{first['where']}, document {first['document']}, position {first['position']}"
         return failed(f"the log-prob at {what} differs between two runs on the same text.", numbers, first)
-    return passed(f"{len(found.twice)} texts scored twice, in two processes: the same log-probs.", numbers)
+    return passed(f"{len(found.twice)} texts scored twice, loaded anew in between: the same log-probs.", numbers)
 
 
 def _offence(

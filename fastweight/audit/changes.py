@@ -12,6 +12,7 @@ from fastweight.audit.texts import AuditedText, place_of
 Scope = Literal["token", "document", "text"]
 Content = Literal["text", "noise"]
 SUSPECT_SHARE = 0.1
+DRAWS = 3  # the one that differs most is taken: another part of the text may be the very part that stands there
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,15 @@ class Change:
     def _replace(
         self, document: Document, start: int, stop: int, text: AuditedText, rng: np.random.Generator
     ) -> Document:
-        tokens, pool = document.tokens.copy(), text.targets
-        if self.content == "text":
-            tokens[start:stop] = pool[(rng.integers(len(pool)) + np.arange(stop - start)) % len(pool)]
-        else:
-            tokens[start:stop] = rng.choice(text.kinds, stop - start)
+        tokens = document.tokens.copy()
+        drawn = [self._draw(stop - start, text, rng) for _ in range(DRAWS)]
+        tokens[start:stop] = max(drawn, key=lambda new: int((new != tokens[start:stop]).sum()))
         return Document(text.decode(tokens), tokens)
+
+    def _draw(self, count: int, text: AuditedText, rng: np.random.Generator) -> np.ndarray:
+        if self.content == "noise":
+            return rng.choice(text.kinds, count)
+        return text.targets[(rng.integers(text.num_targets) + np.arange(count)) % text.num_targets]
 
 
 def draw_change(place: Place, rng: np.random.Generator) -> Change:

@@ -27,7 +27,7 @@ ASKED_OF_WHOLE = 16
 
 @dataclass(frozen=True)
 class Twice:
-    """The same documents in two processes; in the second, distributions at `asked` were wanted. where: for messages."""
+    """The same documents in two sessions; in the second, distributions at `asked` were wanted. where: for messages."""
 
     where: str
     documents: tuple[Document, ...]
@@ -38,7 +38,7 @@ class Twice:
 
 @dataclass(frozen=True)
 class Changed:
-    """Documents as they are and with another future, each in its own process.
+    """Documents as they are and with another future, each in its own session.
 
     asked: places at which the second run gave distributions; all up to the change. before: the distribution at the
     change from a run as they are, None where none was asked for.
@@ -103,7 +103,7 @@ def observe(
 
 
 class _Experiments:
-    """Three processes, so that none sees two versions of a text whose scores are compared.
+    """Three sessions, so that none sees two versions of a text whose scores are compared.
 
     The first reads everything as it is, the whole text before all else; the second the whole text with another ending,
     and the excerpts with questions; the third only excerpts with other futures, the earliest change first.

@@ -30,7 +30,7 @@ def _facts(certificate: dict[str, Any], text: dict[str, Any], scorer: dict[str, 
     body, signature = certificate["body"], certificate["signature"]
     value = body["bits_per_byte"]
     named = scorer.get("command") or scorer.get("path") or scorer["kind"]
-    counts = f"{text['documents']:,} documents, {text['targets']:,} targets, {text['bytes']:,} bytes"
+    counts = f"{text['documents']:,} documents, {text['targets']:,} targets, {text['bytes']:,} bytes ({text['source']})"
     return [
         ("scorer", f"`{named}`"),
         ("text", f"{counts}, SHA-256 `{text['sha256']}`"),

@@ -15,10 +15,11 @@ from fastweight.data import Split, Tokenizer
 
 @dataclass(frozen=True)
 class AuditedText:
-    """Whole documents and the tokenizer that made their tokens."""
+    """Whole documents and the tokenizer that made their tokens. source: where the texts come from."""
 
     documents: tuple[Document, ...]
     tokenizer: Tokenizer
+    source: str = "raw text"
 
     def __post_init__(self) -> None:
         require(self.num_targets > 0, "audit: the text has no target; give a text that is not empty.")
@@ -69,8 +70,13 @@ class AuditedText:
         for document, size in zip(self.documents, self.document_bytes, strict=True):
             text.update(size.to_bytes(8, "little") + document.text.encode())
             tokens.update(len(document.tokens).to_bytes(8, "little") + document.tokens.astype("<i8").tobytes())
-        counts = {"documents": len(self.documents), "targets": self.num_targets, "bytes": self.num_bytes}
+        counts: dict[str, Any] = {
+            "documents": len(self.documents),
+            "targets": self.num_targets,
+            "bytes": self.num_bytes,
+        }
         tokenizer = {"name": self.tokenizer.name, "sha256": self.tokenizer.hash}
+        counts |= {"source": self.source}
         return counts | {"sha256": text.hexdigest(), "tokens_sha256": tokens.hexdigest(), "tokenizer": tokenizer}
 
     def excerpt(self, rng: np.random.Generator, num_targets: int) -> tuple[Document, ...]:
@@ -114,7 +120,7 @@ def text_of_split(split: Split, max_tokens: int | None = None, max_documents: in
         left = None if left is None else left - document.num_targets
         if left is not None and (left == 0 or len(document.tokens) < len(tokens)):
             break
-    return AuditedText(tuple(documents), split.tokenizer)
+    return AuditedText(tuple(documents), split.tokenizer, "decoded from a token store")
 
 
 def _encode(text: str, tokenizer: Tokenizer) -> Document:

@@ -43,15 +43,18 @@ def settings(**changes):
     return AuditSettings(**{"seed": 7, "excerpts": 3, "positions": 4, "excerpt_tokens": 200} | changes)
 
 
-def in_process(name):
-    """One of cheats.SCORERS, made anew for each session."""
+def in_process(name, tamper=None):
+    """One of cheats.SCORERS, made anew for each session. tamper: changes each answer, given it and the documents."""
 
     def make():
         scorer = SCORERS[name]()
 
         def score(request):
             documents = [{"text": d.text, "tokens": d.tokens.tolist()} for d in request.documents]
-            return read_answer(scorer.score(documents, request.ask), request, HERE, name)
+            answer = scorer.score(documents, request.ask)
+            if tamper is not None:
+                tamper(answer, documents)
+            return read_answer(answer, request, HERE, name)
 
         return score
 

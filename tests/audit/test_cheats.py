@@ -18,7 +18,7 @@ CAUGHT_BY = {
 SLY = {
     "quiet-minimum-over-epochs": "causality",
     "peek-in-long-texts": "causality",
-    "peek-when-not-asked": "determinism",
+    "peek-when-not-asked": "determinism normalisation",
     "rare-peek": "causality",
     "remembering": "causality",
     "hidden-surplus": "normalisation",
@@ -47,7 +47,7 @@ def test_golf_p1_p2_p3_p6_p7_a_cheat_is_rejected_by_the_check_meant_for_it_and_b
 
 @pytest.mark.parametrize("name", SLY)
 def test_golf_p1_a_cheat_that_knows_the_checks_is_rejected(audits, name):
-    assert SLY[name] in audits[name].failed
+    assert [check for check in SLY[name].split() if check not in audits[name].failed] == []
 
 
 @pytest.mark.parametrize("name", ["honest", *CAUGHT_BY])
