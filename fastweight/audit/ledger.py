@@ -37,10 +37,8 @@ def check_ledger(found: Observations, settings: AuditSettings) -> Check:
     if not updates:
         return passed("one set of parameters throughout: the ledger has no update.", numbers)
     if not follows:
-        why = (
-            "no later hash followed a changed text: raise --excerpt-tokens above the chunk, or the hashes are not real"
-        )
-        return untested(f"{updates} updates, but {why}.", numbers)
+        why = "nothing was learned, the excerpts are below the learner's chunk, or the hashes are made up"
+        return untested(f"{updates} updates, but no later hash followed a changed text: {why}.", numbers)
     summary = f"{updates} updates; in {len(pairs)} replays the hashes up to each changed chunk are the same, later ones"
     return passed(f"{summary} differ where it was learned from ({follows}).", numbers)
 
