@@ -11,9 +11,10 @@ import subprocess
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 from fastweight.audit.protocol import MOST_LINE_BYTES, Hello, read_answer, read_hello, read_line, write_request
 from fastweight.audit.scorer import AdapterError, Answer, Request, Session, TimeLimitError
@@ -49,7 +50,7 @@ class Process:
 
     def __init__(self, command: str, seconds: float) -> None:
         self.command, self._closed = command, False
-        self._folder = tempfile.TemporaryDirectory(prefix="fastweight-audit-")
+        self._folder = tempfile.TemporaryDirectory(prefix="fastweight-audit-", ignore_cleanup_errors=True)
         self._errors = Path(self._folder.name) / "stderr"
         with self._errors.open("wb") as errors:
             self._process = subprocess.Popen(
@@ -57,8 +58,11 @@ class Process:
                 env=os.environ | {"TMPDIR": self._folder.name}, start_new_session=True,
             )  # fmt: skip
         self._lines: queue.Queue[bytes] = queue.Queue()
+        assert self._process.stdin is not None
         assert self._process.stdout is not None
-        threading.Thread(target=_read, args=(self._process.stdout, self._lines), daemon=True).start()
+        self._stdin = self._process.stdin
+        self._reader = _start(_read, self._process.stdout, self._lines)
+        self._writer: threading.Thread | None = None
         try:
             self.hello: Hello = read_hello(self._next(time.monotonic() + seconds, "loading", seconds))
         except BaseException:
@@ -75,9 +79,9 @@ class Process:
         if not self._lines.empty():
             raise AdapterError(f"adapter {self.command!r} printed {self._lines.get()[:80]!r} before it was asked.")
         end = time.monotonic() + seconds
-        with tempfile.TemporaryDirectory(dir=self._folder.name) as folder:
+        with tempfile.TemporaryDirectory(dir=self._folder.name, ignore_cleanup_errors=True) as folder:
             line = write_request(request, self.hello, Path(folder))
-            threading.Thread(target=self._write, args=(line,), daemon=True).start()
+            self._writer = _start(self._write, line)
             found = self._next(end, f"{request.num_targets} targets", seconds)
             return read_answer(found, request, Path(folder), self.command)
 
@@ -89,10 +93,13 @@ class Process:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
+        # A daemon that left the group may hold the pipes open for ever; closing them would wait for it.
+        for thread in (self._reader, self._writer):
+            if thread is not None:
+                thread.join(GRACE_SECONDS)
+        if self._writer is None or not self._writer.is_alive():
             with contextlib.suppress(OSError):
-                assert pipe is not None
-                pipe.close()
+                self._stdin.close()
         self._folder.cleanup()
 
     def _next(self, end: float, what: str, seconds: float) -> dict[str, Any]:
@@ -110,9 +117,8 @@ class Process:
     def _write(self, line: bytes) -> None:
         # A process that has died is noticed where its answer is awaited.
         with contextlib.suppress(OSError, ValueError):
-            assert self._process.stdin is not None
-            self._process.stdin.write(line)
-            self._process.stdin.flush()
+            self._stdin.write(line)
+            self._stdin.flush()
 
     def _last_words(self) -> str:
         """The end of stderr, once the process is gone."""
@@ -123,9 +129,15 @@ class Process:
         return f"Exit code {code}; its stderr ends with: {text[-TAIL_CHARACTERS:] or 'nothing'}"
 
 
-def _read(stream: BinaryIO, lines: "queue.Queue[bytes]") -> None:
+def _start(target: Callable[..., None], *arguments: Any) -> threading.Thread:
+    thread = threading.Thread(target=target, args=arguments, daemon=True)
+    thread.start()
+    return thread
+
+
+def _read(stream: IO[bytes], lines: "queue.Queue[bytes]") -> None:
     """Pass lines on; an empty one is the end."""
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError), stream:
         while line := stream.readline(MOST_LINE_BYTES):
             lines.put(line)
     lines.put(b"")
