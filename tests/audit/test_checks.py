@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from audit.audit_cases import in_process, settings, text
 
-from fastweight.audit import Answer, CallableScorer, Event, Place, Request, Span, audit
+from fastweight.audit import Answer, CallableScorer, Event, Place, Request, Span, audit, text_of_strings
 from fastweight.audit.changes import Change, draw_places
+from fastweight.data import ByteTokenizer
 
 QUICK = {"excerpts": 1, "positions": 3, "excerpt_tokens": 90}
 SMALL = (200, 0, 90)
@@ -197,3 +198,14 @@ def test_golf_p1_each_session_sees_one_version_of_a_text_and_later_changes_come_
 
 def texts(request):
     return [document.tokens.tolist() for document in request.documents]
+
+
+def test_a_rare_token_that_is_known_is_more_suspicious_than_a_common_one_that_is_sure():
+    audited = text_of_strings(["a" * 190 + "qwertyuiop"], ByteTokenizer())
+    log_probs = np.append(np.zeros(190), np.full(10, -1.0))
+    found = {
+        place.position
+        for seed in range(80)
+        for place in draw_places(audited.documents, log_probs, (), audited, (), 3, np.random.default_rng(seed))
+    }
+    assert len(found & set(range(191, 201))) >= 8
