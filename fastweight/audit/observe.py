@@ -63,7 +63,7 @@ class Changed:
 class Observations:
     """whole: the answer to the whole text. stopped: which time limit ended the audit early, empty if none did.
 
-    forwarded: targets that were scored in all experiments together.
+    targets_scored: in all experiments together.
     """
 
     text: AuditedText
