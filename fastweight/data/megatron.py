@@ -58,7 +58,7 @@ def read_index(path: Path, data_bytes: int) -> Index:
     last = offsets + lengths.astype(np.int64) * index.dtype.itemsize
     inside = not sequences or (lengths.min() >= 0 and offsets.min() >= 0 and last.max() <= data_bytes)
     require(
-        bool(inside), f"{path}: sequences lie outside the {data_bytes} bytes of data. Do the two files belong together?"
+        bool(inside), f"{path}: sequences lie outside the {data_bytes} bytes of data. Do the files belong together?"
     )
     rises = bounds >= 1 and ends[0] == 0 and ends[-1] == sequences and bool((np.diff(ends) >= 0).all())
     require(rises, f"{path}: document bounds do not rise from 0 to the {sequences} sequences. Copy it again.")

@@ -87,7 +87,7 @@ def damaged(change):
         (damaged(lambda raw: raw[:-1]), "truncated"),
         (damaged(lambda raw: raw[:34] + struct.pack("<i", 10**6) + raw[38:]), "outside the"),
         (damaged(lambda raw: raw[:-8] + struct.pack("<q", 0)), "do not rise"),
-        (lambda prefix: prefix.with_suffix(".bin").write_bytes(b"a"), "Do the two files belong together"),
+        (lambda prefix: prefix.with_suffix(".bin").write_bytes(b"a"), "Do the files belong together"),
         (lambda prefix: prefix.with_suffix(".bin").unlink(), "set.bin not found"),
     ],
 )
