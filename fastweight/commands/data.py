@@ -37,8 +37,9 @@ class Prepare:
     """Tokenize text into a token store. Run the same command again after an interruption: it continues."""
 
     source: str
-    """python-stdlib (the interpreter's own library), a file, folder or glob of text, jsonl or parquet, or hf:NAME.
-    text:PATH reads files as text whatever their suffix."""
+    """python-stdlib (the interpreter's own library); a file, folder or glob of text, jsonl or parquet, here or by URL
+    (s3://, gs://, hf://); dclm, fineweb, fineweb-edu (also fineweb-10bt, fineweb-edu-10bt), or dclm:PATH for a copy;
+    hf:NAME. text:PATH reads files as text whatever their suffix."""
     out: Path
     """Folder of the new store."""
     tokenizer: str = "bytes"
