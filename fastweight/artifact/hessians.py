@@ -41,7 +41,7 @@ def collect_hessians(model: Model, batches: Iterable[Batch | Tensor]) -> Hessian
         for batch in batches:
             tokens, cu_seqlens = (batch, None) if isinstance(batch, Tensor) else (batch.tokens, batch.cu_seqlens)
             tokens = tokens.to(model.device)
-            features, _ = model.features(tokens, None, None if cu_seqlens is None else cu_seqlens.to(model.device))
+            features, _ = model.features(tokens, None, cu_seqlens)
             add(output, features)
     finally:
         model.train(training)
