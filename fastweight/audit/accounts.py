@@ -90,7 +90,7 @@ def check_bits_per_byte(found: Observations, settings: AuditSettings) -> Check:
     if claims.bits_per_byte is not None and abs(claims.bits_per_byte - own) > settings.claim:
         share = f"{claims.bits_per_byte - own:+.6f}"
         return failed(f"{claims.bits_per_byte:.6f} are claimed, recomputed: {own:.6f} ({share}).", numbers)
-    return passed(f"{own:.6f}, recomputed from the log-probs and the raw text, as claimed.", numbers)
+    return passed(f"{own:.6f}, recomputed from the log-probs and the bytes counted here, as claimed.", numbers)
 
 
 def bits_per_byte(found: Observations) -> float:

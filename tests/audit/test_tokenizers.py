@@ -16,7 +16,7 @@ TOKENIZERS = {
     "bpe": lambda: BPETokenizer.train(TEXTS, 300),
     **{name: lambda options=options: SentencePieceTokenizer(trained(**options)) for name, options in MODELS.items()},
 }
-QUICK = {"excerpts": 2, "positions": 6, "excerpt_tokens": 30}
+QUICK = {"excerpts": 1, "positions": 6, "excerpt_tokens": 30}
 
 
 @pytest.fixture(scope="module", params=TOKENIZERS)
@@ -29,7 +29,7 @@ def scorer(tokenizer):
     return dataclasses.replace(of_model("in-place cached", lambda: model), tokenizer=tokenizer)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_golf_p7_our_scorer_claims_the_bytes_of_the_raw_text_with_any_tokenizer(tokenizer, seed):
     found = audit(scorer(tokenizer), text_of_strings(RAW, tokenizer), settings(**QUICK, seed=seed))
     assert found.failed == []
