@@ -16,6 +16,7 @@ COMMANDS = {
     "data": ("data", "prepare, verify and describe token stores"),
     "train": ("train", "train a model by a recipe, or continue a run"),
     "eval": ("evaluate", "bits per byte and loss by position, with memory on, frozen and as sliding windows"),
+    "audit": ("audit", "test a score by experiment (any scorer), write a certificate; verify one"),
     "generate": ("generate", "continue a text; keep what was read in a file and go on later"),
     "convert": ("conversion", "give a pretrained Llama, Qwen, Gemma … a memory, train it, compare it honestly"),
     "report": ("conversion", "print the report of a conversion"),
