@@ -53,8 +53,8 @@ def usage() -> str:
             "  fastweight eval runs/first data/stdlib --max-tokens 20000",
             '  fastweight generate runs/first --prompt "def main(" --max-tokens 200',
             "",
-            "Results go to stdout (the last line is JSON), progress to stderr. Exit codes: 0 done, 2 wrong input,",
-            "130 interrupted.",
+            "Results go to stdout (the last line is JSON), progress to stderr. Exit codes: 0 done, 1 rejected",
+            "by an audit, 2 wrong input, 130 interrupted.",
         ]
     )
 

@@ -21,7 +21,7 @@ LAYERS = [
     {"evaluate", "plots"},
     {"train"},
     {"recipes", "hf", "doctor"},
-    {"demo", "report"},
+    {"demo", "report", "audit"},
     {"conversion", "convert_demo"},
     {"tptt", "commands", "cli", "__main__"},
 ]
