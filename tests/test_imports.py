@@ -17,11 +17,11 @@ LAYERS = [
     {"ops", "data", "optim", "layers", "residual", "init"},
     {"mixers", "in_place"},
     {"model", "model_config", "block", "presets", "golf_presets", "effort"},
-    {"learn", "artifact", "convert", "stepping", "generate", "accuracy", "backends"},
+    {"learn", "artifact", "convert", "grow", "stepping", "generate", "accuracy", "backends"},
     {"evaluate", "plots"},
     {"train"},
     {"recipes", "hf", "doctor"},
-    {"demo", "report"},
+    {"demo", "report", "audit"},
     {"conversion", "convert_demo", "golf"},
     {"tptt", "commands", "cli", "__main__"},
 ]

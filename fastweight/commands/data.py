@@ -16,13 +16,14 @@ USAGE = """usage: fastweight data COMMAND [OPTIONS]
 A token store is a folder with the tokens of a corpus, ready to train on and to score.
 
 commands:
-  prepare        tokenize text into a store; run again after an interruption, it continues
-  merge          one store from the parts that several machines prepared
-  verify         read every byte of a store and compare it with its checksums
-  info           what a store holds
-  import-shards  a store from contest shards (.bin)
-  export-shards  contest shards from a store
-  overlap        does the training text hold text of the held-out one?
+  prepare          tokenize text into a store; run again after an interruption, it continues
+  merge            one store from the parts that several machines prepared
+  verify           read every byte of a store and compare it with its checksums
+  info             what a store holds
+  import-shards    a store from contest shards (.bin)
+  import-megatron  a store from a Megatron data set (.bin and .idx)
+  export-shards    contest shards from a store
+  overlap          does the training text hold text of the held-out one?
 
 examples:
   fastweight data prepare --source python-stdlib --tokenizer bytes --out data/stdlib
@@ -36,8 +37,9 @@ class Prepare:
     """Tokenize text into a token store. Run the same command again after an interruption: it continues."""
 
     source: str
-    """python-stdlib (the interpreter's own library), a file, folder or glob of text, jsonl or parquet, or hf:NAME.
-    text:PATH reads files as text whatever their suffix."""
+    """python-stdlib (the interpreter's own library); a file, folder or glob of text, jsonl or parquet, here or by URL
+    (s3://, gs://, hf://); dclm, fineweb, fineweb-edu (also fineweb-10bt, fineweb-edu-10bt), or dclm:PATH for a copy;
+    hf:NAME. text:PATH reads files as text whatever their suffix."""
     out: Path
     """Folder of the new store."""
     tokenizer: str = "bytes"
@@ -99,6 +101,7 @@ def main(name: str, arguments: list[str]) -> int | None:
         "verify": verify,
         "info": info,
         "import-shards": data_shards.import_shards,
+        "import-megatron": data_shards.import_megatron,
         "export-shards": data_shards.export_shards,
         "overlap": data_shards.overlap,
     }

@@ -48,7 +48,9 @@ def test_every_file_is_in_one_part_and_no_part_is_empty(sizes, data):
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
 def test_any_number_of_workers_makes_the_same_store(tmp_path, corpus, tokenizer, monkeypatch):
-    monkeypatch.setattr(sys.modules["fastweight.data.prepare"], "_BATCH_CHARACTERS", 5000)  # many batches, so that workers overtake
+    monkeypatch.setattr(
+        sys.modules["fastweight.data.prepare"], "_BATCH_CHARACTERS", 5000
+    )  # many batches, so that workers overtake
     for workers in (1, 2):
         prepare(corpus, tokenizer, tmp_path / str(workers), bpe_vocab_size=280, shard_tokens=9000, workers=workers)
     assert contents(tmp_path / "2") == contents(tmp_path / "1")
