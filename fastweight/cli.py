@@ -20,6 +20,7 @@ COMMANDS = {
     "generate": ("generate", "continue a text; keep what was read in a file and go on later"),
     "convert": ("conversion", "give a pretrained Llama, Qwen, Gemma … a memory, train it, compare it honestly"),
     "report": ("conversion", "print the report of a conversion"),
+    "golf": ("golf", "contest runs: train on the clock, pack under a cap, score the file, account for every step"),
     "import": ("convert", "published checkpoint → model folder"),
     "export": ("convert", "model folder → published checkpoint"),
     "grow": ("grow", "make a model deeper without changing what it computes"),
