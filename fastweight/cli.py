@@ -15,6 +15,7 @@ COMMANDS = {
     "convert-demo": ("convert_demo", "give SmolLM2-135M a memory here (a quarter of an hour, CPU is enough)"),
     "data": ("data", "prepare, verify and describe token stores"),
     "train": ("train", "train a model by a recipe, or continue a run"),
+    "diloco": ("diloco", "train with workers that come and go and meet in a storage folder"),
     "eval": ("evaluate", "bits per byte and loss by position, with memory on, frozen and as sliding windows"),
     "generate": ("generate", "continue a text; keep what was read in a file and go on later"),
     "convert": ("conversion", "give a pretrained Llama, Qwen, Gemma … a memory, train it, compare it honestly"),

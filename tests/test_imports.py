@@ -20,7 +20,7 @@ LAYERS = [
     {"learn", "artifact", "convert", "generate", "accuracy", "backends"},
     {"evaluate", "plots"},
     {"train"},
-    {"recipes", "hf", "doctor"},
+    {"diloco", "recipes", "hf", "doctor"},
     {"demo", "report"},
     {"conversion", "convert_demo"},
     {"tptt", "commands", "cli", "__main__"},
