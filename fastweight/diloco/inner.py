@@ -55,7 +55,7 @@ class Inner:
         self.optimizer.zero_grad()
         require(
             self.bad_row < self.config.max_bad_steps,
-            f"{self.bad_row} inner steps in a row were not finite, the last was {number}. Lower optimizer.lr or outer.lr.",
+            f"{self.bad_row} inner steps in a row, up to {number}, were not finite. Lower optimizer.lr or outer.lr.",
         )
         return Made(nats, targets, sum(batch.tokens.numel() for batch in batches))
 

@@ -100,6 +100,11 @@ class Learner:
             return self._work()
         return self._idle()
 
+    @property
+    def at_work(self) -> bool:
+        """Whether the next thing to do is an inner step, not a look at the folder."""
+        return self.phase == "working" and not self._blocked()
+
     def beat(self) -> None:
         """Show that this worker lives."""
         self._beats += 1
@@ -235,8 +240,7 @@ class Learner:
     def _work(self) -> Did:
         lease, batch_size = self.lease, self.run.train.data.batch_size
         assert lease is not None
-        length = lease.count // batch_size
-        if self._awaited is not None and self._done >= min(length, self.run.diloco.overlap_steps):
+        if self._blocked():
             return self._wait_for_merge()
         made = self.inner.step(lease.first // batch_size + self._done)
         self._done, self.steps = self._done + 1, self.steps + 1
@@ -244,10 +248,16 @@ class Learner:
         if math.isfinite(made.nats):
             self._sum, self._targets = self._sum + made.nats, self._targets + made.targets
         self._measure()
-        if self._done < length or self._awaited is not None:
+        if self._done * batch_size < lease.count or self._awaited is not None:
             return "stepped"
         self._encode(lease)
         return "encoded"
+
+    def _blocked(self) -> bool:
+        """Whether this lease cannot go on before the merge of the last push has been taken over."""
+        assert self.lease is not None
+        length = self.lease.count // self.run.train.data.batch_size
+        return self._awaited is not None and self._done >= min(length, self.run.diloco.overlap_steps)
 
     def _wait_for_merge(self) -> Did:
         order = self._order()

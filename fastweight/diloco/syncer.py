@@ -77,6 +77,11 @@ class Syncer:
         """Every sample was counted, and the workers were told."""
         return self.state.ledger.finished
 
+    @property
+    def due(self) -> float | None:
+        """When on this process's clock the first grace time ends; None if none runs."""
+        return min((since + self.run.diloco.grace_seconds for since in self._quorum_since.values()), default=None)
+
     def poll(self) -> bool:
         """Look once, decide, and do. Returns whether anything was decided."""
         before = self.log.number
@@ -199,7 +204,7 @@ class Syncer:
         if ledger.expected(fragment):
             if not config.quorum or len(waiting) < config.quorum:
                 return
-            if now - self._quorum_since.setdefault(fragment, now) < config.grace_seconds:
+            if now < self._quorum_since.setdefault(fragment, now) + config.grace_seconds:
                 return
         self._quorum_since.pop(fragment, None)
         ages = [ledger.versions[fragment] - push.version for push in waiting]
