@@ -1,5 +1,7 @@
 """Small asynchronous runs in memory, driven by hand, and a plain DiLoCo to compare them with."""
 
+import json
+
 import torch
 from training_cases import attention_model, tiny_config
 
@@ -38,12 +40,10 @@ class Party:
         return Syncer(storage, self.run, lock, keys=self.keys, clock=self.clock)
 
     def new_learner(self, name, *, incarnation="first", storage=None, run=None, **options):
-        key = self.keys[name] if self.keys else None
+        key = self.keys.get(name) if self.keys else None
         options = {"key": key, "beat_seconds": 0.0, "device": "cpu", **options}
         storage = storage or Storage(self.url)
-        return Learner(
-            storage, run or self.run, name, self.store, clock=self.clock, incarnation=incarnation, **options
-        )
+        return Learner(storage, run or self.run, name, self.store, clock=self.clock, incarnation=incarnation, **options)
 
     def sleep(self, seconds):
         self.clock.now += seconds
@@ -76,6 +76,7 @@ class Party:
 
     def until_push(self, name="w0"):
         """Until the worker has a push ready that is not written yet; returns it."""
+        self.until(lambda: self.ledger.last_lease >= len(self.learners))
         self.until(lambda: self.learners[name].phase == "ready", name)
         return self.learners[name].outgoing
 
@@ -109,3 +110,9 @@ def _step(model, optimizer, batches, train, n):
     optimizer.set_factor(schedule_factor(train.schedule, n, train.steps, train.optimizer.lr))
     optimizer.step()
     optimizer.zero_grad()
+
+
+def entries(url):
+    """The entries of the log in `url`."""
+    storage = Storage(url)
+    return [json.loads(storage.read(f"log/{name}"))["entry"] for name in storage.names("log")]

@@ -42,10 +42,11 @@ class Log:
         while (data := self.storage.read_if_there(self._name(self.number + 1))) is not None:
             name = self._name(self.number + 1)
             record = from_bytes(data, f"{self.storage.url}: {name}")
-            fits = record.get("number") == self.number + 1 and record.get("previous") == self.last
+            seal = record.pop("sha256", None)
+            follows = record.get("number") == self.number + 1 and record.get("previous") == self.last
             require(
-                fits,
-                f"{self.storage.url}: {name} does not follow the entry before it. The log was changed; restore it.",
+                follows and seal == digest(to_bytes(record)),
+                f"{self.storage.url}: {name} was changed, or does not follow the entry before it. Restore it.",
             )
             self.number, self.last = self.number + 1, digest(data)
             yield record["entry"]
@@ -53,7 +54,7 @@ class Log:
     def append(self, entry: Entry, owner: str) -> None:
         """Write the next entry for good. Raises OccupiedError if another syncer has written it."""
         record = {"number": self.number + 1, "previous": self.last, "owner": owner, "entry": entry}
-        name, data = self._name(self.number + 1), to_bytes(record)
+        name, data = self._name(self.number + 1), to_bytes(record | {"sha256": digest(to_bytes(record))})
         # The answer to an earlier attempt may have been lost: then the entry is there, and it is this one.
         if not self.storage.create(name, data) and self.storage.read(name) != data:
             raise OccupiedError(f"{self.storage.url}: {name} was written by another syncer. This one ends here.")

@@ -52,7 +52,7 @@ class World:
 
 @dataclass
 class Simulated:
-    """What came out. curve: (seconds, samples counted, held-out loss in nats) after merges. model: merged at the end."""
+    """What came out. curve: (seconds, samples counted, held-out loss in nats) after merges. model: the merged one."""
 
     run: Run
     model: Model

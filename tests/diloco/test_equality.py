@@ -52,7 +52,9 @@ def test_two_fragments_that_nobody_waits_for_hold_all_parameters(store, folder):
 
 def test_a_simulation_gives_the_same_bits_every_time(store):
     def once():
-        diloco = DilocoConfig(lease_steps=3, quorum=2, grace_seconds=0.4, dylu=True, min_steps=1, up="int4", down="int8")
+        diloco = DilocoConfig(
+            lease_steps=3, quorum=2, grace_seconds=0.4, dylu=True, min_steps=1, up="int4", down="int8"
+        )
         world = World(mbit_per_second=2.0)
         return simulate(attention_model(), store, tiny_config("x", steps=36), diloco, world)
 
