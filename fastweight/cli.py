@@ -16,6 +16,8 @@ COMMANDS = {
     "data": ("data", "prepare, verify and describe token stores"),
     "train": ("train", "train a model by a recipe, or continue a run"),
     "diloco": ("diloco", "train with workers that come and go and meet in a storage folder"),
+    "simulate": ("simulate", "rehearse that on a simulated clock: loss against time for workers of unequal speed"),
+    "chaos": ("chaos", "real worker processes here, killed, slowed and cut off while they train, with a report"),
     "eval": ("evaluate", "bits per byte and loss by position, with memory on, frozen and as sliding windows"),
     "generate": ("generate", "continue a text; keep what was read in a file and go on later"),
     "convert": ("conversion", "give a pretrained Llama, Qwen, Gemma … a memory, train it, compare it honestly"),

@@ -118,6 +118,8 @@ class Learner:
             data=self.data,
             seconds_per_step=self.seconds_per_step,
             steps=self.steps,
+            bytes_read=self.storage.bytes_read,
+            bytes_written=self.storage.bytes_written,
         )
         write_beat(self.storage, beat, self.key)
         self._beaten = self.clock()

@@ -43,7 +43,7 @@ class Worker:
 
     incarnation: names the process; a restarted worker has another. turn: the fragment that its next lease is for.
     lease: the open one, 0 for none. answered, outcome: its last lease that was settled, and how. again: faulty uploads
-    of the open lease. rejects: leases in a row that were settled by a refusal. refused: why it gets none any more.
+    of the open lease. rejects: leases in a row that ended with a faulty push. refused: why it gets none any more.
     """
 
     incarnation: str
@@ -177,7 +177,7 @@ class Ledger:
         lease = self.leases[str(entry["lease"])]
         worker = self.workers[lease.worker]
         if entry["final"] or worker.again + 1 >= self.max_rejects:
-            worker.rejects += 1
+            worker.rejects += entry["faulty"]
             self._void(lease.id, entry["reason"])
         else:
             worker.again += 1

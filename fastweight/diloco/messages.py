@@ -46,7 +46,10 @@ def check_worker_name(name: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Beat:
-    """A sign of life. count: rises; incarnation: names the process. seconds_per_step: 0 before it is known."""
+    """A sign of life. count: rises; incarnation: names the process. seconds_per_step: 0 before it is known.
+
+    steps, bytes_read, bytes_written: what this process has done and moved so far.
+    """
 
     worker: str
     incarnation: str
@@ -56,6 +59,8 @@ class Beat:
     data: str
     seconds_per_step: float = 0.0
     steps: int = 0
+    bytes_read: int = 0
+    bytes_written: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,12 +114,14 @@ def write_beat(storage: Storage, beat: Beat, key: bytes | None) -> None:
     storage.write(f"{WORKERS}/{beat.worker}/beat.json", to_bytes(sign(asdict(beat), key)))
 
 
-def read_beat(storage: Storage, worker: str, key: bytes | None) -> Beat | None:
-    """A worker's sign of life, None if there is none. Raises ValueError if it is not by this worker's key."""
+def raw_beat(storage: Storage, worker: str) -> bytes | None:
+    """A worker's sign of life as it lies there, None if there is none. Raises ValueError if it is too long."""
+    return storage.read_if_there(f"{WORKERS}/{worker}/beat.json", RECORD_LIMIT)
+
+
+def parse_beat(data: bytes, worker: str, key: bytes | None) -> Beat:
+    """Read a sign of life. Raises ValueError if it is damaged or not by this worker's key."""
     name = f"{WORKERS}/{worker}/beat.json"
-    data = storage.read_if_there(name, RECORD_LIMIT)
-    if data is None:
-        return None
     beat: Beat = from_dict(Beat, _checked(data, key, name))
     require(beat.worker == worker, f"{name}: it was written by worker {beat.worker!r}.")
     return beat
@@ -173,6 +180,10 @@ class UnreadableError(ValueError):
     """A push that does not prove that it is its worker's, or did not arrive whole; it may be sent again."""
 
 
+class StaleError(ValueError):
+    """A push that started too long ago: no fault of its worker."""
+
+
 def read_push(
     storage: Storage, worker: str, lease: int, attempt: int, key: bytes | None, limit: Callable[[], int]
 ) -> Outgoing:
@@ -192,7 +203,7 @@ def read_push(
 
 
 def decode_push(pushed: Outgoing, lease: Lease, wanted: Wanted) -> Tensor:
-    """The pseudo-gradient of a push. Raises ValueError, naming the reason, if it must not be merged."""
+    """The pseudo-gradient of a push. Raises ValueError, naming the reason, if it must not be merged; see StaleError."""
     e = pushed.envelope
     require(e.run == wanted.run, f"the push is for run {e.run}, not for this one.")
     require(e.layout == wanted.layout, "the push is of another model (its parameters lie elsewhere).")
@@ -202,7 +213,8 @@ def decode_push(pushed: Outgoing, lease: Lease, wanted: Wanted) -> Tensor:
     require(e.tokens > 0, f"the push counts {e.tokens} tokens.")
     age = wanted.versions[e.fragment] - e.version
     require(age >= 0, f"the push started from version {e.version}, which does not exist yet.")
-    require(age <= wanted.max_age, f"the push is {age} merges old, at most {wanted.max_age} are taken.")
+    if age > wanted.max_age:
+        raise StaleError(f"the push is {age} merges old, at most {wanted.max_age} are taken.")
     gradient = codec(e.codec).decode(unpack(pushed.data, "the push"), wanted.sizes[e.fragment])
     require(is_finite(gradient), "the push holds numbers that are not finite.")
     return gradient

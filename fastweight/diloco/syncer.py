@@ -19,12 +19,14 @@ from fastweight.diloco.messages import (
     WORKERS,
     Beat,
     Order,
+    StaleError,
     UnreadableError,
     Wanted,
     check_worker_name,
     decode_push,
     listed_pushes,
-    read_beat,
+    parse_beat,
+    raw_beat,
     read_push,
     size_limit,
     write_order,
@@ -62,6 +64,7 @@ class Syncer:
         self._gradients: dict[int, Tensor] = {}
         self._merged_before: set[int] = set()
         self._merged: set[int] = set()
+        self._beats: dict[str, tuple[bytes, Beat]] = {}
         self._heard: dict[str, tuple[tuple[str, int], float]] = {}
         self._speeds: dict[str, float] = {}
         self._quorum_since: dict[int, float] = {}
@@ -99,13 +102,23 @@ class Syncer:
     def _hear(self) -> None:
         for worker in self.storage.names(WORKERS):
             try:
-                check_worker_name(worker)
-                beat = read_beat(self.storage, worker, self._key(worker))
+                beat = self._latest_beat(worker)
             except ValueError as error:
                 self._ignore(f"a beat of {worker}: {error}")
                 continue
             if beat is not None:
                 self._hear_one(worker, beat)
+
+    def _latest_beat(self, worker: str) -> Beat | None:
+        """A worker's sign of life; it is only parsed when it has changed."""
+        check_worker_name(worker)
+        key, data = self._key(worker), raw_beat(self.storage, worker)
+        if data is None:
+            return None
+        before = self._beats.get(worker)
+        if before is None or before[0] != data:
+            self._beats[worker] = (data, parse_beat(data, worker, key))
+        return self._beats[worker][1]
 
     def _hear_one(self, worker: str, beat: Beat) -> None:
         now, mark = self.clock(), (beat.incarnation, beat.count)
@@ -170,8 +183,8 @@ class Syncer:
             )
             gradient = decode_push(pushed, lease, self._wanted())
         except ValueError as error:
-            final = not isinstance(error, UnreadableError)
-            self._decide({"kind": REJECT, "lease": number, "reason": str(error), "final": final})
+            kinds = {"final": not isinstance(error, UnreadableError), "faulty": not isinstance(error, StaleError)}
+            self._decide({"kind": REJECT, "lease": number, "reason": str(error).rstrip("."), **kinds})
             return
         # A copy that no worker can change: merges must be repeatable.
         self.storage.write(_accepted(number), pushed.data)
