@@ -30,9 +30,9 @@ class Simulate:
     """Bandwidth of each worker in each direction; 0: objects move in no time."""
     policies: tuple[str, ...] = ()
     """synchronous, naive, delayed-dylu, quorum, quorum-bf16, quorum-int8, quorum-int4, quorum-topk2; none: all."""
-    steps: int = 960
+    steps: int = 480
     """Inner steps of all workers together."""
-    lease_steps: int = 20
+    lease_steps: int = 12
     """Inner steps between two pushes of a worker."""
     seeds: int = 1
     """Repetitions with other weights and another order of the data."""

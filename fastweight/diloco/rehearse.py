@@ -36,12 +36,12 @@ class Rehearsal:
 
     world: World = field(default_factory=lambda: World(mbit_per_second=1.0))
     policies: tuple[str, ...] = ()
-    steps: int = 960
-    lease_steps: int = 20
+    steps: int = 480
+    lease_steps: int = 12
     seq_len: int = 64
     batch_size: int = 4
     lr: float = 4e-3
-    heldout_tokens: int = 4096
+    heldout_tokens: int = 2048
     seeds: int = 1
 
     def __post_init__(self) -> None:
