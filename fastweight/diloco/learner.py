@@ -4,6 +4,7 @@
 sends, it writes into the folder; nothing ever connects to it.
 """
 
+import contextlib
 import math
 import secrets
 import time
@@ -227,8 +228,10 @@ class Learner:
         fragment = self._awaited.fragment
         if not self._load(order, range(fragment, fragment + 1)):
             return False
-        self._remove_push(self._awaited.id)
-        self._awaited = self.outgoing = None
+        lease, self._awaited, self.outgoing = self._awaited.id, None, None
+        # What cannot be removed now does no harm.
+        with contextlib.suppress(StorageError):
+            self._remove_push(lease)
         return True
 
     def _remove_push(self, lease: int) -> None:

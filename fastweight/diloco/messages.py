@@ -6,7 +6,6 @@ are signed. Everything that comes from a worker is checked before it is used, an
 """
 
 import re
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -124,6 +123,7 @@ def parse_beat(data: bytes, worker: str, key: bytes | None) -> Beat:
     name = f"{WORKERS}/{worker}/beat.json"
     beat: Beat = from_dict(Beat, _checked(data, key, name))
     require(beat.worker == worker, f"{name}: it was written by worker {beat.worker!r}.")
+    require(0 <= beat.seconds_per_step < 1e9, f"{name}: {beat.seconds_per_step} seconds per step are not possible.")
     return beat
 
 
@@ -166,7 +166,7 @@ def listed_pushes(storage: Storage, worker: str) -> list[tuple[int, int]]:
 
 
 class Wanted(NamedTuple):
-    """What a push must agree with. sizes: entries of each fragment. limit: most bytes of its tensors."""
+    """What a push must agree with. sizes: entries of each fragment."""
 
     run: str
     layout: str
@@ -174,6 +174,7 @@ class Wanted(NamedTuple):
     sizes: list[int]
     versions: list[int]
     max_age: int
+    max_tokens: int
 
 
 class UnreadableError(ValueError):
@@ -184,9 +185,7 @@ class StaleError(ValueError):
     """A push that started too long ago: no fault of its worker."""
 
 
-def read_push(
-    storage: Storage, worker: str, lease: int, attempt: int, key: bytes | None, limit: Callable[[], int]
-) -> Outgoing:
+def read_push(storage: Storage, worker: str, lease: int, attempt: int, key: bytes | None, limit: int) -> Outgoing:
     """Read a push. Raises UnreadableError unless it is whole and its worker's. limit: the most bytes of its tensors."""
     base = push_name(worker, lease, attempt)
     try:
@@ -194,7 +193,7 @@ def read_push(
         envelope: Envelope = from_dict(Envelope, _checked(data, key, base))
         own = (envelope.worker, envelope.lease, envelope.attempt) == (worker, lease, attempt)
         require(own, f"{base}: the envelope is that of another push.")
-        tensors = storage.read(f"{base}.safetensors", limit())
+        tensors = storage.read(f"{base}.safetensors", limit)
         whole = (len(tensors), digest(tensors)) == (envelope.size, envelope.sha256)
         require(whole, f"{base}: {len(tensors)} bytes arrived that are not the {envelope.size} bytes that were sent.")
     except (ValueError, FileNotFoundError) as error:
@@ -210,7 +209,8 @@ def decode_push(pushed: Outgoing, lease: Lease, wanted: Wanted) -> Tensor:
     require(e.incarnation == lease.incarnation, "the push is of another process of that name.")
     require(e.fragment == lease.fragment, f"the push has fragment {e.fragment}, the lease is for {lease.fragment}.")
     require(e.codec == wanted.codec, f"the push has codec {e.codec!r}, the run has {wanted.codec!r}.")
-    require(e.tokens > 0, f"the push counts {e.tokens} tokens.")
+    plausible = 0 < e.tokens <= wanted.max_tokens
+    require(plausible, f"the push counts {e.tokens} tokens, 1 to {wanted.max_tokens} are possible.")
     age = wanted.versions[e.fragment] - e.version
     require(age >= 0, f"the push started from version {e.version}, which does not exist yet.")
     if age > wanted.max_age:

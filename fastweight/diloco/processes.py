@@ -78,7 +78,7 @@ class _Patience:
         except StorageError as error:
             now = time.monotonic()
             self.failing = self.failing or now
-            if now - self.failing >= self.seconds or isinstance(error.__cause__, PermissionError):
+            if now - self.failing >= self.seconds or error.lasting:
                 raise
             self.say(f"{error} Trying again.")
             return None

@@ -109,6 +109,7 @@ POLICIES: dict[str, Callable[[Rehearsal], DilocoConfig]] = {
     "naive": _naive,
     "delayed-dylu": _delayed,
     "quorum": _quorum,
+    "quorum-mean": lambda plan: _quorum(plan, outer=OuterConfig(kind="sgd", lr=1.0)),
     "quorum-bf16": lambda plan: _quorum(plan, up="bf16", down="bf16"),
     "quorum-int8": lambda plan: _quorum(plan, up="int8", down="int8"),
     "quorum-int4": lambda plan: _quorum(plan, up="int4", down="int4"),

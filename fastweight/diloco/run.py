@@ -95,7 +95,7 @@ def create_run(
 
     Raises FileExistsError if the folder holds a run, ValueError for settings that cannot go together.
     """
-    if storage.names("") and storage.read_if_there(RECORD) is not None:
+    if storage.read_if_there(RECORD) is not None:
         raise FileExistsError(f"{storage.url} already holds a run. Choose another folder.")
     _check(train, model, store)
     storage.check_writable("log")

@@ -3,6 +3,7 @@
 import hashlib
 import hmac
 import json
+import math
 import secrets
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -27,11 +28,17 @@ def to_bytes(record: Mapping[str, Any]) -> bytes:
 def from_bytes(data: bytes, what: str) -> dict[str, Any]:
     """Read a record. Raises ValueError naming `what` if it is not a JSON object."""
     try:
-        record = json.loads(data)
+        record = json.loads(data, parse_float=_finite, parse_constant=_finite)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{what} is not JSON ({error}).") from error
     require(isinstance(record, dict), f"{what} is not a JSON object.")
     return record
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    require(math.isfinite(value), f"{text} is not finite")
+    return value
 
 
 def digest(data: bytes) -> str:

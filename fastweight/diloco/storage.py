@@ -24,7 +24,9 @@ ANSWERS = (FileNotFoundError, FileExistsError)
 
 
 class StorageError(OSError):
-    """The folder cannot be read or written; says which object and what was tried."""
+    """The folder cannot be read or written; says which object and what was tried. lasting: waiting will not help."""
+
+    lasting = False
 
 
 class Storage:
@@ -143,8 +145,11 @@ class Storage:
             except ANSWERS:
                 raise
             except Exception as error:
-                if attempt == self.attempts or isinstance(error, LASTING) or _is_lasting(error):
-                    raise self._failed(what, name, attempt, error) from error
+                lasting = isinstance(error, LASTING) or _is_lasting(error)
+                if attempt == self.attempts or lasting:
+                    failure = self._failed(what, name, attempt, error)
+                    failure.lasting = lasting
+                    raise failure from error
             self._sleep(wait)
             wait *= 2
         raise AssertionError("attempts is at least 1")

@@ -6,6 +6,7 @@ grace and on death.
 """
 
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 
 from torch import Tensor
@@ -70,7 +71,10 @@ class Syncer:
         self._quorum_since: dict[int, float] = {}
         self._answers: dict[str, Order] = {}
         self._seen: set[tuple[str, int, int]] = set()
-        self.ignored: list[str] = []
+        # What was decided and is not done yet, because the storage failed in between.
+        self._undone: Entry | None = None
+        self._untold: Merged | None = None
+        self.ignored: deque[str] = deque(maxlen=100)
         lock.acquire()
         storage.check_writable("log")
         self.state, self.log = restore(storage, run.diloco, self._gradient, self._tell)
@@ -89,6 +93,7 @@ class Syncer:
         """Look once, decide, and do. Returns whether anything was decided."""
         before = self.log.number
         self.lock.beat()
+        self._carry_out()
         self._hear()
         self._collect()
         for fragment in range(self.run.diloco.fragments):
@@ -174,29 +179,32 @@ class Syncer:
             if str(number) not in self.state.ledger.pushes:
                 self._ignore(f"a push of {worker} for lease {number}, which it does not hold (late, or sent twice)")
             return
-        if attempt != self.state.ledger.workers[worker].again:
-            return
-        self._seen.add((worker, number, attempt))
+        if attempt == self.state.ledger.workers[worker].again:
+            self._decide(self._judged(lease, attempt))
+            self._seen.add((worker, number, attempt))
+
+    def _judged(self, lease: Lease, attempt: int) -> Entry:
+        """The entry about a push: it is accepted, and the syncer has a copy, or it is rejected."""
         try:
-            pushed = read_push(
-                self.storage, worker, number, attempt, self._key(worker), lambda: self._limits[lease.fragment]
-            )
+            limit = self._limits[lease.fragment]
+            pushed = read_push(self.storage, lease.worker, lease.id, attempt, self._key(lease.worker), limit)
             gradient = decode_push(pushed, lease, self._wanted())
         except ValueError as error:
             kinds = {"final": not isinstance(error, UnreadableError), "faulty": not isinstance(error, StaleError)}
-            self._decide({"kind": REJECT, "lease": number, "reason": str(error).rstrip("."), **kinds})
-            return
+            return {"kind": REJECT, "lease": lease.id, "reason": str(error).rstrip("."), **kinds}
         # A copy that no worker can change: merges must be repeatable.
-        self.storage.write(_accepted(number), pushed.data)
-        self._gradients[number] = gradient
+        self.storage.write(_accepted(lease.id), pushed.data)
+        self._gradients[lease.id] = gradient
         e = pushed.envelope
-        entry = {"kind": PUSH, "lease": number, "sha256": e.sha256, "version": e.version}
-        self._decide(entry | {"tokens": e.tokens, "size": e.size, "loss_nats": e.loss_nats})
+        about = {"sha256": e.sha256, "version": e.version, "tokens": e.tokens, "size": e.size, "loss_nats": e.loss_nats}
+        return {"kind": PUSH, "lease": lease.id, **about}
 
     def _wanted(self) -> Wanted:
-        run = self.run
+        run, config, data = self.run, self.run.diloco, self.run.train.data
+        # One lease per fragment, and as many again for a worker that was away.
+        tokens = 2 * config.fragments * config.lease_steps * data.batch_size * data.seq_len
         versions = self.state.ledger.versions
-        return Wanted(run.id, run.layout, run.diloco.up, self.layout.sizes, versions, run.diloco.max_age)
+        return Wanted(run.id, run.layout, config.up, self.layout.sizes, versions, config.max_age, tokens)
 
     def _gradient(self, push: Push) -> Tensor:
         """The pseudo-gradient of an accepted push; from the folder if this process has not decoded it."""
@@ -286,11 +294,19 @@ class Syncer:
 
     def _decide(self, entry: Entry) -> None:
         """Write an entry, then do what follows from it."""
-        self.log.append(entry, self.lock.owner)
-        self.say(_describe(entry))
-        merged = self.state.apply(entry, self._gradient)
-        if merged is not None:
-            self._tell(self.state, merged)
+        self._undone = entry
+        self._carry_out()
+
+    def _carry_out(self) -> None:
+        """Do what was decided, from where the storage failed."""
+        if self._undone is not None:
+            self.log.append(self._undone, self.lock.owner)
+            self._untold = self.state.apply(self._undone, self._gradient)
+            self.say(_describe(self._undone))
+            self._undone = None
+        if self._untold is not None:
+            self._tell(self.state, self._untold)
+            self._untold = None
             if self.state.ledger.merges % self.run.diloco.snapshot_every == 0 or self.state.ledger.finished:
                 self._save()
 

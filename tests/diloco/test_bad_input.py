@@ -104,6 +104,7 @@ REASONS = {
     "another codec": ({"codec": "int8"}, "has codec 'int8'"),
     "a version to come": ({"version": 5}, "version 5, which does not exist"),
     "no tokens": ({"tokens": 0}, "0 tokens"),
+    "too many tokens": ({"tokens": 10**400}, "are possible"),
 }
 
 
@@ -222,6 +223,20 @@ def test_a_beat_with_a_forged_signature_is_not_heard(store, folder):
     party.learners["w0"].key = b"y" * 32
     party.until(lambda: party.syncer.ignored)
     assert "w0" not in party.ledger.workers
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "1e999", "1" + "0" * 400, "-1.0"])
+def test_a_number_that_cannot_be_in_a_beat_is_ignored_and_the_syncer_goes_on(store, folder, number):
+    party = Party(folder, store, dylu=True, min_steps=1)
+    party.turn()
+    storage = Storage(folder)
+    beat = storage.read(f"{WORKERS}/w0/beat.json").replace(
+        b'"seconds_per_step":0.0', b'"seconds_per_step":' + number.encode()
+    )
+    storage.write(f"{WORKERS}/w0/beat.json", beat)
+    party.syncer.poll()
+    assert len(party.syncer.ignored) == 1
+    party.play()
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"worker": "w7"}', "\x00" * 40_000])

@@ -1,12 +1,13 @@
 """Who is killed, when, and what is then different: nothing."""
 
+import contextlib
 import random
 
 import pytest
 import torch
 from diloco_cases import Party, entries
 
-from fastweight.diloco import OccupiedError, Storage, read_state
+from fastweight.diloco import OccupiedError, Storage, StorageError, read_state
 from fastweight.diloco.simulate import memory_folder
 
 
@@ -188,3 +189,41 @@ def test_whatever_happens_in_whatever_order_every_sample_counts_once(store, fold
     assert len(merged) == len(set(merged))
     samples = sum(e["count"] for e in entries(folder) if e["kind"] == "lease" and e["id"] in set(merged))
     assert samples == party.run.total_samples
+
+
+class Shaky(Storage):
+    """Fails one time in ten, before or after the deed."""
+
+    def __init__(self, url, seed):
+        super().__init__(url)
+        self.rng = random.Random(seed)
+
+    def _try(self, what, name, act):
+        event = self.rng.random()
+        if event < 0.05:
+            raise StorageError("down before")
+        result = super()._try(what, name, act)
+        if event > 0.95:
+            raise StorageError("down after")
+        return result
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_storage_that_fails_now_and_then_changes_no_bit(store, seed):
+    def play(storage_of):
+        with memory_folder() as url:
+            party = Party(url, store, up="int8", down="int8", full_every=2, snapshot_every=2)
+            for n, owner in enumerate([party.syncer, *party.learners.values()]):
+                owner.storage = owner.bases.storage = storage_of(url, seed * 10 + n)
+            party.syncer.log.storage = party.syncer.lock.storage = party.syncer.storage
+            for _ in range(2000):
+                if party.syncer.finished:
+                    break
+                for act in (*(learner.advance for learner in party.learners.values()), party.syncer.poll):
+                    with contextlib.suppress(StorageError):
+                        act()
+                party.clock.now += 0.01
+            assert party.ledger.counted == [[0, party.run.total_samples]]
+            return party.weights()[0]
+
+    assert torch.equal(play(Shaky), play(lambda url, seed: Storage(url)))
