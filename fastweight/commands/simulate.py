@@ -29,8 +29,8 @@ class Simulate:
     mbit_per_second: float = 1.0
     """Bandwidth of each worker in each direction; 0: objects move in no time."""
     policies: tuple[str, ...] = ()
-    """synchronous, naive, delayed-dylu, quorum, quorum-mean, quorum-bf16, quorum-int8, quorum-int4, quorum-topk2; none
-    named: all."""
+    """synchronous, synchronous-mean, naive, delayed-dylu, quorum, quorum-mean, quorum-bf16, quorum-int8, quorum-int4,
+    quorum-topk2; none named: all."""
     steps: int = 480
     """Inner steps of all workers together."""
     lease_steps: int = 12

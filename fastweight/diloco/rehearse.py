@@ -24,6 +24,7 @@ from fastweight.optim import OptimizerConfig, ScheduleConfig
 from fastweight.train import DataConfig, LogConfig, TrainConfig
 
 Say = Callable[[str], None]
+MEAN = OuterConfig(kind="sgd", lr=1.0)
 PICTURE, RESULT = "loss_by_time.png", "result.json"
 
 
@@ -100,16 +101,16 @@ def _delayed(plan: Rehearsal) -> DilocoConfig:
 
 
 def _sparse(plan: Rehearsal) -> DilocoConfig:
-    outer = OuterConfig(kind="sgd", lr=1.0)
-    return _quorum(plan, up="topk2", down="int8", error_decay=0.95, outer=outer)
+    return _quorum(plan, up="topk2", down="int8", error_decay=0.95, outer=MEAN)
 
 
 POLICIES: dict[str, Callable[[Rehearsal], DilocoConfig]] = {
     "synchronous": lambda plan: DilocoConfig(lease_steps=plan.lease_steps),
+    "synchronous-mean": lambda plan: DilocoConfig(lease_steps=plan.lease_steps, outer=MEAN),
     "naive": _naive,
     "delayed-dylu": _delayed,
     "quorum": _quorum,
-    "quorum-mean": lambda plan: _quorum(plan, outer=OuterConfig(kind="sgd", lr=1.0)),
+    "quorum-mean": lambda plan: _quorum(plan, outer=MEAN),
     "quorum-bf16": lambda plan: _quorum(plan, up="bf16", down="bf16"),
     "quorum-int8": lambda plan: _quorum(plan, up="int8", down="int8"),
     "quorum-int4": lambda plan: _quorum(plan, up="int4", down="int4"),

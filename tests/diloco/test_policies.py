@@ -92,13 +92,13 @@ def merged_by_hand(config, pushes):
 
 def test_a_merge_weighs_pushes_by_tokens_and_age():
     config = DilocoConfig(outer=OuterConfig(kind="sgd", lr=1.0), age_weight="inverse_sqrt")
-    got = merged_by_hand(config, [(100, 0, 2.0), (300, 3, 4.0)])
-    assert got == pytest.approx(-(0.25 * 2.0 + 0.75 * 0.5 * 4.0))
+    got = merged_by_hand(config, [(100, 0, 2.0), (300, 3, 6.0)])
+    assert got == pytest.approx(-(0.25 * 2.0 + 0.75 * 0.5 * 6.0))
 
 
 def test_without_age_weights_a_merge_is_the_mean_over_tokens():
     config = DilocoConfig(outer=OuterConfig(kind="sgd", lr=1.0), age_weight="none")
-    assert merged_by_hand(config, [(100, 0, 2.0), (300, 3, 4.0)]) == pytest.approx(-(0.25 * 2.0 + 0.75 * 4.0))
+    assert merged_by_hand(config, [(100, 0, 2.0), (300, 3, 6.0)]) == pytest.approx(-(0.25 * 2.0 + 0.75 * 6.0))
 
 
 def test_the_ledger_refuses_to_count_a_sample_twice():
