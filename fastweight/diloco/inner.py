@@ -16,6 +16,7 @@ from fastweight.optim import Optimizer, schedule_factor, weight_decay_factor
 from fastweight.train import TrainConfig
 from fastweight.train.loss import count
 from fastweight.train.objectives import make_objective
+from fastweight.train.rounding import rounded
 from fastweight.train.source import step_batches
 
 
@@ -36,6 +37,11 @@ class Inner:
         self.objective = make_objective(model, config)
         self.optimizer = Optimizer(model, config.optimizer)
         self.bad_row = 0
+        model.train()
+        model.checkpointing = config.activation_checkpointing
+        if config.compile:
+            for block in model.blocks:
+                block.compile()
         self._batches: Iterator[list[Batch]] = iter(())
 
     def start(self, number: int) -> None:
@@ -46,7 +52,8 @@ class Inner:
         """Make step `number`, the next one. Raises ValueError after too many steps in a row that are not finite."""
         batches = next(self._batches)
         targets = count(batches).targets
-        nats, norm = self._gradients(batches, max(1, targets))
+        with rounded(self.model, self.config.rounding, number / self.config.steps):
+            nats, norm = self._gradients(batches, max(1, targets))
         if math.isfinite(nats) and math.isfinite(norm):
             self._apply(number)
             self.bad_row = 0

@@ -65,7 +65,7 @@ class Learner:
         self.clock, self.beat_seconds, self.say = clock, beat_seconds, say
         self.incarnation = incarnation or secrets.token_hex(8)
         self.data = data_fingerprint(store)
-        model = run.empty_model().to(pick_device(device)).train()
+        model = run.empty_model().to(pick_device(device))
         self.layout = run.layout_of(model)
         self.inner = Inner(model, store, run.train)
         self.bases = run.bases(storage, self.layout)

@@ -20,6 +20,8 @@ from fastweight.diloco.state import State
 from fastweight.diloco.storage import Storage
 from fastweight.model import Model, ModelConfig, load
 from fastweight.train import TrainConfig
+from fastweight.train.prepare import check_parts
+from fastweight.train.source import make_view
 
 RECORD, FORMAT, VERSION = "run.json", "fastweight-diloco", 1
 
@@ -169,6 +171,8 @@ def _check(train: TrainConfig, model: Model, store: Store) -> None:
     require(train.averaging.kind == "none", "diloco: averaging is not supported; the outer optimiser averages.")
     require(train.mag is None and not train.loops.moves, "diloco: mag and loop schedules are not supported.")
     require(not train.inner_rate.steps and not train.max_seconds, "diloco: set inner_rate.steps and max_seconds to 0.")
+    check_parts(model, train)
+    make_view(store.split("train"), train.data, train.seed)
     need, have = store.tokenizer.vocab_size, model.config.vocab_size
     require(have >= need, f"diloco: the model's vocabulary has {have} entries, the data's tokenizer needs {need}.")
     held = {name for name, _ in model.named_parameters(remove_duplicate=False)}
