@@ -1,10 +1,10 @@
-# make demo: see it work · make convert-demo: a pretrained model learns to remember · make golf-demo: a small model in a small file, scored · make test: all tests · make check: format, lint, types · make bench: CPU timings
+# make demo: see it work · make convert-demo: a pretrained model learns to remember · make golf-demo: a small model in a small file, scored · make chaos-demo: workers are killed while they train · make test: all tests · make check: format, lint, types · make bench: CPU timings
 PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYTHONPATH :=
 
-.PHONY: setup demo convert-demo golf-demo test check format bench clean
+.PHONY: setup demo convert-demo golf-demo chaos-demo test check format bench clean
 
 setup: .venv/.installed
 
@@ -24,6 +24,10 @@ convert-demo: setup
 golf-demo: setup
 	$(BIN)/fastweight golf demo --out golf-demo
 
+chaos-demo: setup
+	rm -rf chaos-demo
+	$(BIN)/fastweight chaos --kill 1@200 syncer@6 --slow 2x3 --cut 3@150+8 --out chaos-demo
+
 test: setup
 	$(BIN)/python -m pytest -n 2
 
@@ -41,4 +45,4 @@ bench: setup
 	$(BIN)/python -m benchmarks.ops --json benchmarks/results/ops-cpu.json
 
 clean:
-	rm -rf .venv demo convert-demo golf-demo build dist *.egg-info
+	rm -rf .venv demo convert-demo golf-demo chaos-demo build dist *.egg-info

@@ -20,7 +20,7 @@ LAYERS = [
     {"learn", "artifact", "convert", "grow", "stepping", "generate", "accuracy", "backends"},
     {"evaluate", "plots"},
     {"train"},
-    {"recipes", "hf", "doctor"},
+    {"diloco", "recipes", "hf", "doctor"},
     {"demo", "report", "audit"},
     {"conversion", "convert_demo", "golf"},
     {"tptt", "commands", "cli", "__main__"},

@@ -1,0 +1,229 @@
+"""Who is killed, when, and what is then different: nothing."""
+
+import contextlib
+import random
+
+import pytest
+import torch
+from diloco_cases import Party, entries
+
+from fastweight.diloco import OccupiedError, Storage, StorageError, read_state
+from fastweight.diloco.simulate import memory_folder
+
+
+class Crash(BaseException):
+    """The process is gone; nothing can catch it."""
+
+
+class Fragile(Storage):
+    """Dies at the n-th change of the folder, before or after it is done."""
+
+    def __init__(self, url, at, *, after):
+        super().__init__(url)
+        self.at, self.after, self.count = at, after, 0
+
+    def _try(self, what, name, act):
+        if what in ("read", "list"):
+            return super()._try(what, name, act)
+        self.count += 1
+        if self.count == self.at and not self.after:
+            raise Crash
+        result = super()._try(what, name, act)
+        if self.count == self.at:
+            raise Crash
+        return result
+
+
+SMALL = {"steps": 12, "lease_steps": 2, "snapshot_every": 2, "full_every": 2, "up": "int8"}
+
+
+def play_with_a_crash(store, at, *, after, **changes):
+    """Kill the syncer at its change number `at`; returns the final weights, and whether it came to that."""
+    crashed = False
+    with memory_folder() as url:
+        party = Party(url, store, **SMALL, **changes)
+        party.syncer.lock.release()
+        try:
+            party.syncer = party.new_syncer(Fragile(url, at, after=after))
+        except Crash:
+            crashed, party.syncer = True, party.new_syncer()
+        for _ in range(200):
+            if party.syncer.finished:
+                break
+            try:
+                party.turn()
+            except Crash:
+                crashed, party.syncer = True, party.new_syncer()
+        assert party.ledger.counted == [[0, party.run.total_samples]]
+        return party.weights(), crashed
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("changes", [{}, {"down": "int4", "fragments": 2}], ids=["plain", "coded"])
+def test_a_syncer_killed_at_any_moment_and_restarted_ends_with_the_same_bits(store, after, changes):
+    want, _ = play_with_a_crash(store, 0, after=after, **changes)
+    at = crashes = 1
+    while True:
+        got, crashed = play_with_a_crash(store, at, after=after, **changes)
+        if not crashed:
+            break
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True)), f"killed at change {at}"
+        at, crashes = at + 3, crashes + 1
+    assert crashes > 15
+
+
+def test_a_reader_beside_the_syncer_computes_its_state_from_the_folder_alone(store, folder):
+    party = Party(folder, store, snapshot_every=100)
+    party.until(lambda: party.ledger.merges == 3)
+    _, state = read_state(Storage(folder))
+    assert state.ledger == party.ledger
+    assert torch.equal(state.fragments[0].weights, party.weights()[0])
+
+
+def test_without_its_newest_snapshot_the_state_is_the_same(store, folder):
+    party = Party(folder, store, snapshot_every=2)
+    party.until(lambda: party.ledger.merges == 4)
+    storage = Storage(folder)
+    newest = storage.names("state")[-1]
+    storage.write(f"state/{newest}", b"cut sh")
+    _, state = read_state(storage)
+    assert torch.equal(state.fragments[0].weights, party.weights()[0])
+
+
+def test_a_worker_killed_in_its_lease_is_replaced_and_every_sample_counts_once(store, folder):
+    party = Party(folder, store)
+    party.until(lambda: party.learners["w0"].steps == 6)
+    party.learners["w0"] = party.new_learner("w0", incarnation="second")
+    party.play()
+    assert party.ledger.voided == 1
+    assert party.ledger.counted == [[0, party.run.total_samples]]
+
+
+def test_a_silent_worker_loses_its_lease_to_the_others_and_its_late_push_does_not_count(store, folder):
+    party = Party(folder, store, dead_seconds=5.0)
+    late = party.until_push("w0")
+    party.clock.now += 10.0
+    party.until(lambda: party.ledger.voided == 1, "w1")
+    party.until(lambda: party.syncer.finished or party.ledger.merges > 1, "w1")
+    assert party.learners["w0"].outgoing is late
+    party.play()
+    assert party.learners["w0"].steps > 4, "it came back and worked on"
+    assert party.ledger.counted == [[0, party.run.total_samples]]
+    merged = [lease for entry in entries(folder) if entry["kind"] == "merge" for lease in entry["leases"]]
+    assert late.envelope.lease not in merged
+
+
+def test_a_returned_range_is_given_out_before_new_samples(store, folder):
+    party = Party(folder, store, dead_seconds=5.0)
+    party.until_push("w0")
+    lost = party.learners["w0"].lease
+    party.clock.now += 10.0
+    party.until(lambda: party.ledger.last_lease == 3, "w1")
+    again = next(entry for entry in entries(folder) if entry["kind"] == "lease" and entry["id"] == 3)
+    assert (again["first"], again["count"], again["worker"]) == (lost.first, lost.count, "w1")
+
+
+def test_a_second_syncer_is_refused_while_the_first_one_lives(store, folder):
+    party = Party(folder, store)
+
+    def sleep(seconds):
+        party.clock.now += seconds
+        party.syncer.poll()
+
+    party.sleep = sleep
+    with pytest.raises(OccupiedError, match="another syncer"):
+        party.new_syncer()
+
+
+def test_a_frozen_syncer_that_wakes_up_after_another_took_over_writes_no_entry(store, folder):
+    party = Party(folder, store)
+    frozen = party.syncer
+    frozen.lock.seconds = 1e9  # it does not look at its lock: the log alone must stop it
+    party.syncer = party.new_syncer()
+    party.until(lambda: party.ledger.merges == 1)
+    before = entries(folder)
+    with pytest.raises(OccupiedError, match="another syncer"):
+        frozen.poll()
+    assert entries(folder) == before
+
+
+def test_workers_whose_clocks_are_hours_apart_give_the_same_bits(store):
+    def once(*skews):
+        with memory_folder() as url:
+            party = Party(url, store)
+            for learner, skew in zip(party.learners.values(), skews, strict=True):
+                learner.clock = lambda skew=skew: party.clock.now + skew
+            return party.play()[0]
+
+    assert torch.equal(once(0.0, 0.0), once(7200.0, -86400.0))
+
+
+def test_the_second_process_of_a_name_takes_it_over_and_the_first_one_ends(store, folder):
+    party = Party(folder, store)
+    party.until(lambda: party.learners["w0"].steps == 1)
+    first, party.learners["w0"] = party.learners["w0"], party.new_learner("w0", incarnation="second")
+    party.turn()
+    first.phase = "idle"
+    with pytest.raises(OccupiedError, match="another process works as 'w0'"):
+        first.advance()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_whatever_happens_in_whatever_order_every_sample_counts_once(store, folder, seed):
+    rng = random.Random(seed)
+    policy = rng.choice([{}, {"quorum": 1}, {"quorum": 2, "grace_seconds": 0.3}, {"fragments": 2, "overlap_steps": 1}])
+    party = Party(folder, store, workers=3, steps=40, lease_steps=3, dead_seconds=2.0, max_age=2, **policy)
+    for number in range(4000):
+        if party.syncer.finished:
+            break
+        name, event = rng.choice(list(party.learners)), rng.random()
+        if event < 0.03:
+            party.learners[name] = party.new_learner(name, incarnation=str(number))
+        elif event < 0.05:
+            party.clock.now += 3.0
+        elif event < 0.07:
+            party.syncer = party.new_syncer()
+        party.turn(name)
+    assert party.ledger.counted == [[0, party.run.total_samples]]
+    merged = [lease for entry in entries(folder) if entry["kind"] == "merge" for lease in entry["leases"]]
+    assert len(merged) == len(set(merged))
+    samples = sum(e["count"] for e in entries(folder) if e["kind"] == "lease" and e["id"] in set(merged))
+    assert samples == party.run.total_samples
+
+
+class Shaky(Storage):
+    """Fails one time in ten, before or after the deed."""
+
+    def __init__(self, url, seed):
+        super().__init__(url)
+        self.rng = random.Random(seed)
+
+    def _try(self, what, name, act):
+        event = self.rng.random()
+        if event < 0.05:
+            raise StorageError("down before")
+        result = super()._try(what, name, act)
+        if event > 0.95:
+            raise StorageError("down after")
+        return result
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_storage_that_fails_now_and_then_changes_no_bit(store, seed):
+    def play(storage_of):
+        with memory_folder() as url:
+            party = Party(url, store, up="int8", down="int8", full_every=2, snapshot_every=2)
+            for n, owner in enumerate([party.syncer, *party.learners.values()]):
+                owner.storage = owner.bases.storage = storage_of(url, seed * 10 + n)
+            party.syncer.log.storage = party.syncer.lock.storage = party.syncer.storage
+            for _ in range(2000):
+                if party.syncer.finished:
+                    break
+                for act in (*(learner.advance for learner in party.learners.values()), party.syncer.poll):
+                    with contextlib.suppress(StorageError):
+                        act()
+                party.clock.now += 0.01
+            assert party.ledger.counted == [[0, party.run.total_samples]]
+            return party.weights()[0]
+
+    assert torch.equal(play(Shaky), play(lambda url, seed: Storage(url)))
