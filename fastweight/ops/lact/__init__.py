@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastweight.configs import near_names
 from fastweight.ops import dispatch
+from fastweight.ops.lact.positions import remember
 from fastweight.state import Faults, register_state
 
 MUON = ("none", "separate", "joint")
@@ -157,6 +158,7 @@ def init_lact(
         buffer(dim, dtype=keys), buffer(dim, dtype=keys), buffer(3, lr_dim), buffer() if momentum else None
     )
     position = torch.zeros(num_sequences, dtype=torch.int64, device=w1.device)
+    remember(position, [0] * num_sequences)
     return LactState(memory, pending, position, Faults.none(num_sequences, w1.device))
 
 
@@ -213,6 +215,6 @@ def _check_shapes(
             raise ValueError(f"lact: {name} must be {list(shape)} to fit q {list(q.shape)}, got {list(tensor.shape)}.")
 
 
-from fastweight.ops.lact import chunked, naive  # noqa: E402, F401  # they register themselves
+from fastweight.ops.lact import chunked, naive, triton  # noqa: E402, F401  # they register themselves
 
 __all__ = ["LactMemory", "LactPending", "LactState", "LactWeights", "Rule", "init_lact", "lact", "num_pending"]
