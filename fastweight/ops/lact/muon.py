@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastweight.ops.lact import Rule
+from fastweight.ops.lact.grid import Shape
 from fastweight.ops.lact.newton_schulz import COEFFICIENTS, iterate, iterate_gradient, start, start_gradient
 
 
@@ -51,6 +52,9 @@ def gather(flat: Tensor, group: Group) -> Tensor:
 
 def scatter(batches: list[Tensor], found: tuple[Group, ...]) -> Tensor:
     """The inverse of `gather` over all groups: [rows, H, L]."""
+    shapes = found[0].shapes
+    if len(found) == 1 and len(set(shapes)) == 1 and shapes[0][0] <= shapes[0][1]:
+        return batches[0].flatten(-3)
     parts = []
     for batch, group in zip(batches, found, strict=True):
         for x, (rows, columns) in zip(batch.unbind(-3), group.shapes, strict=True):
@@ -58,9 +62,9 @@ def scatter(batches: list[Tensor], found: tuple[Group, ...]) -> Tensor:
     return torch.cat(parts, -1)
 
 
-def orthogonalise(flat: Tensor, rule: Rule, dim: int, hidden: int, trail: Tensor | None) -> Tensor:
+def orthogonalise(flat: Tensor, rule: Rule, shape: Shape, trail: Tensor | None) -> Tensor:
     """The direction with singular values near one, [rows, H, L]. trail: [5, rows, H, L], gets the iterates X₀ to X₄."""
-    found, done = groups(rule, dim, hidden), []
+    found, done = groups(rule, shape.dim, shape.hidden), []
     for group in found:
         x = start(gather(flat, group), rule.muon_dtype)[0]
         for i, coefficients in enumerate(COEFFICIENTS):
@@ -71,9 +75,9 @@ def orthogonalise(flat: Tensor, rule: Rule, dim: int, hidden: int, trail: Tensor
     return scatter(done, found)
 
 
-def orthogonalise_gradient(flat: Tensor, trail: Tensor, grad: Tensor, rule: Rule, dim: int, hidden: int) -> Tensor:
+def orthogonalise_gradient(flat: Tensor, trail: Tensor, grad: Tensor, rule: Rule, shape: Shape) -> Tensor:
     """The gradient of the direction `flat` from that of its orthogonalised form."""
-    found, done = groups(rule, dim, hidden), []
+    found, done = groups(rule, shape.dim, shape.hidden), []
     for group in found:
         g = gather(grad, group).to(trail.dtype)
         for x, coefficients in zip(reversed(trail.unbind(0)), reversed(COEFFICIENTS), strict=True):

@@ -4,21 +4,66 @@ Z stands for any leading dimensions (sequences, heads). Products run in the dtyp
 everything that is kept between chunks in the dtype of the state ("wide": float32, or float64 in tests).
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from fastweight.ops.lact import RENORM_EPS
+from fastweight.ops.lact.grid import Carry, Shape
+from fastweight.ops.lact.muon import orthogonalise, orthogonalise_gradient
 
 
-def wide_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a @ b with operands as they are, summed and returned in the state's dtype. a: [Z, m, k], b: [Z, k, n]."""
-    if a.dtype == dtype:
+class Pieces(NamedTuple):
+    """One implementation of each piece; the functions below say what they do."""
+
+    swiglu: Callable[..., Tensor]
+    swiglu_gradient: Callable[..., tuple[Tensor, Tensor]]
+    swiglu_second: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    hidden_second: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    move: Callable[..., Tensor]
+    add_rows: Callable[..., None]
+    settle: Callable[..., tuple[Tensor, Tensor]]
+    unsettle: Callable[..., tuple[Tensor, Tensor]]
+    unmove: Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]
+    orthogonalise: Callable[..., Tensor]
+    orthogonalise_gradient: Callable[..., Tensor]
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in b's dtype. Where that is wider than a's, b is multiplied in two parts that a's dtype can hold."""
+    if a.dtype == b.dtype:
+        return a @ b
+    high, low = wide_product(a, torch.cat(_split(b, a.dtype), -1), b.dtype).chunk(2, -1)
+    return high + low
+
+
+def token_sum(a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:
+    """Σ over tokens of a bᵀ, kept wide: [Z, C, m], [Z, C, n] → [Z, m, n]. A wider one is multiplied in two parts."""
+    if a.dtype == b.dtype:
+        return wide_product(a.mT, b, wide)
+    if a.dtype == wide:
+        high, low = wide_product(torch.cat(_split(a, b.dtype), -1).mT, b, wide).chunk(2, -2)
+    else:
+        high, low = wide_product(a.mT, torch.cat(_split(b, a.dtype), -1), wide).chunk(2, -1)
+    return high + low
+
+
+def wide_product(a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:
+    """a @ b, operands of one dtype as they are, summed and returned in the dtype `wide`."""
+    if a.dtype == wide:
         return a @ b
     if a.is_cuda:
-        both = torch.bmm(a.flatten(0, -3), b.flatten(0, -3), out_dtype=dtype)
-        return both.unflatten(0, a.shape[:-2])
-    return a.to(dtype) @ b.to(dtype)
+        return torch.bmm(a.flatten(0, -3), b.flatten(0, -3), out_dtype=wide).unflatten(0, a.shape[:-2])
+    return a.to(wide) @ b.to(wide)
+
+
+def _split(t: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """t = high + low, each of `dtype`, up to the square of its rounding error."""
+    high = t.to(dtype)
+    return high, (t - high).to(dtype)
 
 
 def swiglu(both: Tensor) -> Tensor:
@@ -42,32 +87,28 @@ def swiglu_gradient(both: Tensor, g: Tensor, lr: Tensor | None) -> tuple[Tensor,
     return torch.cat([ga, gu], -1).to(both.dtype), (r1 * (silu * u)).to(g.dtype)
 
 
-def swiglu_second(
-    both: Tensor, grad_both: Tensor, g: Tensor, grad_hidden: Tensor, lr: Tensor, good: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def swiglu_second(left: Tensor, right: Tensor, lr: Tensor, good: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The derivative of `swiglu_gradient`, zero in rows that are not `good`.
 
-    grad_both: [P0 | P2], [Z, C, 2F] and grad_hidden: [Z, C, F], gradients of its two results *before* rates. lr: as
-    above, or [Z, 3, C, F] with rates per channel. good: bool, of Z's first dimension.
-    Returns ([lr0 ∂a | lr2 ∂u], lr1 hidden) once more, the gradients of [a | u] and of g, and of the rates, lr's shape.
+    left: [P0 | P2 | a | u], [Z, C, 4F] and right: [Q | g], [Z, C, 2F], where P0, P2, Q are the gradients of its results
+    (∂a, ∂u, hidden) *before* rates. lr: as above, or [Z, 3, C, F] with rates per channel. good: bool, of Z's first
+    dimension. Returns ([lr0 ∂a | lr2 ∂u | gradient of a | of u], [lr1 hidden | gradient of g], gradient of lr).
     """
-    x, y = _up(both).chunk(2, -1)
-    p0, p2 = _up(grad_both).chunk(2, -1)
-    h, q = _up(g), _up(grad_hidden)
+    p0, p2, x, y = _up(left).chunk(4, -1)
+    q, h = _up(right).chunk(2, -1)
     r0, r1, r2 = lr.unbind(-3)
     s = x.sigmoid()
     silu = x * s
     slope = s + silu * (1 - s)
     curve = s * (1 - s) * (2 + x - 2 * silu)
-    first = torch.cat([r0 * (h * y * slope), r2 * (h * silu)], -1)
-    hidden = r1 * (silu * y)
     gx = (r2 * p2 * h + r1 * q * y) * slope + r0 * p0 * h * y * curve
     gy = r0 * p0 * h * slope + r1 * q * silu
     gh = r0 * p0 * y * slope + r2 * p2 * silu
     rates = torch.stack([p0 * h * y * slope, q * y * silu, p2 * h * silu], -3)
     rates = rates if lr.shape[-1] > 1 else rates.sum(-1, keepdim=True)
-    low = [only(good, t).to(both.dtype) for t in (first, hidden, torch.cat([gx, gy], -1), gh)]
-    return low[0], low[1], low[2], low[3], only(good, rates)
+    left = torch.cat([r0 * (h * y * slope), r2 * (h * silu), gx, gy], -1).to(left.dtype)
+    right = torch.cat([r1 * (silu * y), gh], -1).to(right.dtype)
+    return only(good, left), only(good, right), only(good, rates)
 
 
 def hidden_second(both: Tensor, grad_hidden: Tensor, lr: Tensor, good: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -83,24 +124,82 @@ def hidden_second(both: Tensor, grad_hidden: Tensor, lr: Tensor, good: Tensor) -
     return hidden, inner, only(good, rates)
 
 
-def only(good: Tensor, t: Tensor) -> Tensor:
-    """t [rows, …], zero in rows that are not good [rows]."""
-    return t.masked_fill(~good.view(-1, *[1] * (t.dim() - 1)), 0)
+def move(
+    direction: tuple[Tensor | None, Tensor], momentum: Tensor | None, beta: Tensor | None, moved: Tensor
+) -> Tensor:
+    """Fill moved [rows, H, L] = direction + beta momentum, flat. Returns its squares' sum [rows]."""
+    parts = [t.flatten(-2) for t in direction if t is not None]
+    torch.cat(parts, -1, out=moved) if moved.is_contiguous() else moved.copy_(torch.cat(parts, -1))
+    if momentum is not None and beta is not None:
+        moved.addcmul_(beta[..., None], momentum)
+    return moved.square().sum((1, 2))
 
 
-def rescale(raw: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """(raw with rows of norm `target`, norms of its rows). raw: [Z, rows, columns], target: [Z, rows]."""
-    norm = torch.linalg.vector_norm(raw, dim=-1)
-    return raw * (target / (norm + RENORM_EPS))[..., None], norm
+def add_rows(stepped: Tensor, base: Tensor, raw: Tensor, norm: Tensor, shape: Shape) -> None:
+    """Fill raw = stepped + base [rows, H, L] and the norms of its rows."""
+    torch.add(stepped, base, out=raw)
+    torch.cat([torch.linalg.vector_norm(part, dim=-1) for part in shape.by_rows(raw)], -1, out=norm)
 
 
-def rescale_gradient(raw: Tensor, norm: Tensor, target: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+def settle(
+    carry: Carry, moved: Tensor, energy: Tensor, raw: Tensor, norm: Tensor, target: Tensor, due: Tensor, low: Tensor,
+    shape: Shape,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(weights [rows, H, L] after the update, whether it happened [rows]); fills low with them, rounded.
+
+    It happens where it is due and all sums are finite; elsewhere weights, momentum and accumulator stay as in carry.
+    """
+    good = (energy + norm.sum((1, 2))).isfinite() & due
+    scale = target / (norm + RENORM_EPS)
+    parts = shape.by_rows(raw)
+    scales = scale.split([part.shape[-2] for part in parts], -1)
+    scaled = torch.cat([(t * s[..., None]).flatten(-2) for t, s in zip(parts, scales, strict=True)], -1)
+    weights = where(good, scaled, carry.weights)
+    for new, old in ((moved, carry.momentum), (raw, carry.accumulator)):
+        if old is not None:
+            new.copy_(where(good, new, old))
+    low.copy_(weights)
+    return weights, good
+
+
+def unsettle(
+    weights: Tensor, raw: Tensor, norm: Tensor, target: Tensor, accumulator: Tensor | None, good: Tensor, shape: Shape
+) -> tuple[Tensor, Tensor]:
+    """Gradients of raw [rows, H, L] and of the target norms from those of the weights and the accumulator after."""
+    sizes = [part.shape[-2] for part in shape.by_rows(raw)]
+    rows = (t.split(sizes, -1) for t in (norm, target))
+    inputs = zip(shape.by_rows(raw), *rows, shape.by_rows(weights), strict=True)
+    raws, targets = zip(*(_rescale_gradient(*x) for x in inputs), strict=True)
+    gradient = torch.cat([t.flatten(-2) for t in raws], -1)
+    gradient = gradient if accumulator is None else gradient + accumulator
+    return only(good, gradient), only(good, torch.cat(targets, -1))
+
+
+def unmove(
+    moved: Tensor, momentum: Tensor | None, beta: Tensor | None, before: Tensor, good: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of the direction, of the momentum before and of beta, from those of moved and of the momentum after.
+
+    before: [rows, H, L], the momentum before.
+    """
+    if momentum is None or beta is None:
+        return only(good, moved), None, None
+    direction = only(good, moved + momentum)
+    return direction, where(good, direction * beta[..., None], momentum), (direction * before).sum(-1)
+
+
+def _rescale_gradient(raw: Tensor, norm: Tensor, target: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of raw and target for y = raw · target / (norm + eps), from the gradient of y."""
     along = (grad * raw).sum(-1)
     inverse = 1 / (norm + RENORM_EPS)
     # A row of zeros has no direction to lose: its norm is taken as constant, as torch does.
     radial = torch.where(norm > 0, along * target * inverse.square() / norm, 0)
     return grad * (target * inverse)[..., None] - raw * radial[..., None], along * inverse
+
+
+def only(good: Tensor, t: Tensor) -> Tensor:
+    """t [rows, …], zero in rows that are not good [rows]."""
+    return t.masked_fill(~good.view(-1, *[1] * (t.dim() - 1)), 0)
 
 
 def where(good: Tensor, new: Tensor, old: Tensor) -> Tensor:
@@ -111,3 +210,9 @@ def where(good: Tensor, new: Tensor, old: Tensor) -> Tensor:
 def _up(t: Tensor) -> Tensor:
     """At least float32: element-wise arithmetic is not rounded between its steps."""
     return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+TORCH = Pieces(
+    swiglu, swiglu_gradient, swiglu_second, hidden_second, move, add_rows, settle, unsettle, unmove, orthogonalise,
+    orthogonalise_gradient,
+)  # fmt: skip

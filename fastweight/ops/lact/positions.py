@@ -21,6 +21,8 @@ def remember(position: Tensor, values: Sequence[int]) -> None:
 
 def known(position: Tensor, *, look: bool) -> list[int] | None:
     """The values of `position`, or None if only the device knows them. look: ask it if need be, which waits for it."""
+    if torch.compiler.is_compiling() and not look:
+        return None  # a compiled graph holds for all positions
     if not position.is_cuda:
         return position.tolist()
     version, values = getattr(position, _NOTE, (None, None))

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fastweight.ops.lact import Rule, backward, forward
-from fastweight.ops.lact.forward import Carry, Grid, Memory, Trail
+from fastweight.ops.lact.grid import Grid, Memory, Trail
+from fastweight.ops.lact.pieces import TORCH, Pieces
 
 
 class Settings(NamedTuple):
@@ -31,6 +32,13 @@ class Settings(NamedTuple):
 
     def rule(self, chunk_size: int) -> Rule:
         return Rule(chunk_size, self.muon, self.muon_dtype, self.prenorm, self.update)
+
+    def pieces(self) -> Pieces:
+        if not self.fused:
+            return TORCH
+        from fastweight.ops.lact.fused import FUSED  # needs triton
+
+        return FUSED
 
     def rows(self, chunks: int, sequences: int) -> list[int]:
         return list(self.active) or [sequences] * (chunks // sequences)
@@ -64,8 +72,8 @@ def lact_chunks(
     grid = _grid(q, k, v, lr, beta, due, weights.dtype if precise else k.dtype)
     memory = Memory(weights, norms, momentum, accumulator)
     rows = settings.rows(q.shape[0], weights.shape[0])
-    y, end, good, trail = forward.run(grid, memory, settings.rule(q.shape[1]), rows, save=save)
-    results = [_swap(y, y.dtype), *end, good, *([*grid, *trail] if save else [])]
+    y, end, good, trail = forward.run(grid, memory, settings.rule(q.shape[1]), rows, settings.pieces(), save=save)
+    results = [_swap(y, y.dtype), end.weights, *end[2:], good, *([*grid, *trail] if save else [])]
     return [weights.new_empty(0) if t is None else t for t in results]
 
 
@@ -101,14 +109,13 @@ def lact_chunks_gradient(
     grid, trail = _restore(kept)
     rows = settings.rows(grid.q.shape[0], norms.shape[0])
     low = _swap(y, grid.q.dtype)
-    end = Carry(weights, momentum, accumulator)
-    found = backward.run(grid, trail, norms, good, low, end, settings.rule(y.shape[1]), rows)
+    end = Memory(weights, norms, momentum, accumulator)
+    found = backward.run(grid, trail, norms, good, low, end, settings.rule(y.shape[1]), rows, settings.pieces())
     beta = None
     if found.beta is not None:
         beta = (found.beta / y.shape[1])[:, None].expand(-1, y.shape[1], -1).contiguous()
     tokens = [_swap(t, t.dtype) for t in (found.q, found.k, found.v)]
-    results = [*tokens, found.lr.permute(0, 3, 1, 2, 4).contiguous(), beta, found.memory.weights, found.norms]
-    results += found.memory[1:]
+    results = [*tokens, found.lr.permute(0, 3, 1, 2, 4).contiguous(), beta, *found.memory]
     return [norms.new_empty(0) if t is None else t for t in results]
 
 
