@@ -165,7 +165,7 @@ def orthogonalise(flat: Tensor, rule: Rule, shape: Shape, trail: Tensor | None) 
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         s, p = (out.new_empty(out[..., 0, 0].numel(), x.shape[-2], x.shape[-2]) for _ in range(2))
         precision = "ieee" if shape.exact else "tf32x3"
-        _iterate(_MUON.orthogonalise, (xs, out, s, p), (xs.stride(0), xs.stride(2)), out, 1, precision)
+        _iterate(_MUON.orthogonalise, (xs, out, s, p), (xs.stride(0) // xs.stride(2),), xs, out, 1, precision)
         done.append(out)
     return scatter(done, found)
 
@@ -181,14 +181,14 @@ def orthogonalise_gradient(flat: Tensor, trail: Tensor, grad: Tensor, rule: Rule
         m = g.shape[-2]
         squares = [both.new_empty(g[..., 0, 0].numel(), m, m) for _ in range(4)]
         precision = "ieee" if shape.exact else "tf32"
-        strides = xs.stride(0), xs.stride(2), both.stride(0)
-        _iterate(_MUON.orthogonalise_gradient, (xs, both, *squares), strides, both[0], 2, precision)
+        numbers = xs.stride(0) // xs.stride(2), g[..., 0, 0].numel()
+        _iterate(_MUON.orthogonalise_gradient, (xs, both, *squares), numbers, xs, both[0], 2, precision)
         _, rounded, norm = start(gather(flat, group), rule.muon_dtype)
         done.append(start_gradient(rounded.float(), norm.float(), both[1].float()))
     return scatter(done, found)
 
 
-def _iterate(kernel: Any, buffers: tuple, strides: tuple, x: Tensor, kinds: int, precision: str) -> None:
+def _iterate(kernel: Any, buffers: tuple, numbers: tuple, trail: Tensor, x: Tensor, kinds: int, precision: str) -> None:
     """All steps for matrices x [rows, H, count, m, p]. kinds: of [m, m] results that one step makes."""
     count, m, p = x.shape[2:]
     batch, tile = x[..., 0, 0].numel(), MUON_TILES[x.element_size()]
@@ -199,9 +199,9 @@ def _iterate(kernel: Any, buffers: tuple, strides: tuple, x: Tensor, kinds: int,
     table = _coefficients(x.device)
     for first in (0,) if at_once else range(STEPS):
         kernel[(programs, batch)](
-            *buffers, table, counters, *strides, first, STEPS if at_once else first + 1, COUNT=count, M=m, P=p,
-            BLOCK=tile.block, BLOCK_K=tile.block_k, PRECISION=precision, num_warps=tile.warps, num_stages=tile.stages,
-            launch_cooperative_grid=at_once,
+            *buffers, table, counters, *numbers, first, STEPS if at_once else first + 1, BATCH=trail.stride(2),
+            COUNT=count, M=m, P=p, BLOCK=tile.block, BLOCK_K=tile.block_k, PRECISION=precision,
+            num_warps=tile.warps, num_stages=tile.stages, launch_cooperative_grid=at_once,
         )  # fmt: skip
 
 

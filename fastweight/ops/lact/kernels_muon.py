@@ -56,25 +56,26 @@ def _wait(counter, programs, done):
     tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["first", "last"])
+@triton.jit(do_not_specialize=["x_rows", "first", "last"])
 def orthogonalise(
-    x, out, s, p, coefficients, counters, x_step, x_batch, first, last,
-    COUNT: tl.constexpr, M: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
+    x, out, s, p, coefficients, counters, x_rows, first, last,
+    BATCH: tl.constexpr, COUNT: tl.constexpr, M: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Steps `first` to `last` of 15: for each of five iterates S = X Xᵀ, P = bS + cSS, X' = aX + PX.
 
-    x: five iterates, x_step apart; matrix g at (g // COUNT) x_batch + (g % COUNT) M P, [M, P]. out: the sixth, and
+    x: five iterates, x_rows BATCH apart; matrix g at (g // COUNT) BATCH + (g % COUNT) M P, [M, P]. out: the sixth, and
     s, p: one matrix behind the other. coefficients: [5, 3] float32. counters: [matrices] int32 of zeros. A program
     takes the tiles pid, pid + programs, … of matrix program_id(1).
     """
     g = tl.program_id(1).to(tl.int64)
-    x += (g // COUNT) * x_batch + (g % COUNT) * M * P
+    x += (g // COUNT) * BATCH + (g % COUNT) * M * P
     out += g * M * P
     s += g * M * M
     p += g * M * M
     square: tl.constexpr = (M + BLOCK - 1) // BLOCK
     wide: tl.constexpr = (P + BLOCK - 1) // BLOCK
+    x_step = x_rows.to(tl.int64) * BATCH
     for step in range(first, last):
         here = x + (step // 3) * x_step
         c = coefficients + (step // 3) * 3
@@ -111,20 +112,20 @@ def orthogonalise(
             _wait(counters + g, tl.num_programs(0), step + 1 - first)
 
 
-@triton.jit(do_not_specialize=["first", "last"])
+@triton.jit(do_not_specialize=["x_rows", "matrices", "first", "last"])
 def orthogonalise_gradient(
-    x, grad, s, h, p, y, coefficients, counters, x_step, x_batch, grad_step, first, last,
-    COUNT: tl.constexpr, M: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
+    x, grad, s, h, p, y, coefficients, counters, x_rows, matrices, first, last,
+    BATCH: tl.constexpr, COUNT: tl.constexpr, M: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Steps `first` to `last` of 15: for each iterate from the last S = X Xᵀ and H = G Xᵀ + X Gᵀ, then P = bS + cSS and
     Y = bH + c(HS + SH), then G' = aG + PG + YX.
 
-    x, coefficients, counters: as above. grad: two buffers, grad_step apart, of one matrix behind the other; G begins in
+    x, coefficients, counters: as above. grad: two buffers of `matrices`, one behind the other; G begins in
     the first and ends in the second. s, h, p, y: one [M, M] matrix behind the other.
     """
     g = tl.program_id(1).to(tl.int64)
-    x += (g // COUNT) * x_batch + (g % COUNT) * M * P
+    x += (g // COUNT) * BATCH + (g % COUNT) * M * P
     grad += g * M * P
     s += g * M * M
     h += g * M * M
@@ -132,6 +133,7 @@ def orthogonalise_gradient(
     y += g * M * M
     square: tl.constexpr = (M + BLOCK - 1) // BLOCK
     wide: tl.constexpr = (P + BLOCK - 1) // BLOCK
+    x_step, grad_step = x_rows.to(tl.int64) * BATCH, matrices.to(tl.int64) * M * P
     for step in range(first, last):
         turn = step // 3
         here = x + (4 - turn) * x_step

@@ -5,6 +5,7 @@ derivatives. The weights' recurrence is sequential, all else is one batched prod
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from fastweight.ops.lact import Rule, backward, forward
 from fastweight.ops.lact.grid import Grid, Memory, Trail
-from fastweight.ops.lact.pieces import TORCH, Pieces
+from fastweight.ops.lact.pieces import TORCH, Pieces, only
 
 
 class Settings(NamedTuple):
@@ -177,14 +178,16 @@ def _grid(q: Tensor, k: Tensor, v: Tensor, lr: Tensor, beta: Tensor | None, due:
         if t is not None:
             ok &= torch.stack(t.flatten(1).aminmax(dim=1)).isfinite().all(0)
 
-    def blank(t: Tensor) -> Tensor:
-        return torch.where(ok.view(-1, *[1] * (t.dim() - 1)), t, 0)
-
-    rates = blank(lr).permute(0, 2, 3, 1, 4).contiguous()
-    mean = None if beta is None else blank(beta).mean(1)
-    return Grid(_swap(q, dtype), _swap(blank(k), dtype), _swap(blank(v), dtype), rates, mean, ok)
+    blank = partial(_swap, good=ok, dtype=dtype)
+    rates = only(ok, lr).permute(0, 2, 3, 1, 4).contiguous()
+    mean = None if beta is None else only(ok, beta).mean(1)
+    return Grid(_swap(q, dtype), blank(k), blank(v), rates, mean, ok)
 
 
-def _swap(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """[R, a, b, D] → [R, b, a, D], copied: no result of an operator may share memory with its inputs."""
-    return t.new_empty(t.shape[0], t.shape[2], t.shape[1], t.shape[3], dtype=dtype).copy_(t.transpose(1, 2))
+def _swap(t: Tensor, dtype: torch.dtype, good: Tensor | None = None) -> Tensor:
+    """[R, a, b, D] → [R, b, a, D], zero in rows that are not good [R]. Copied: no result of an operator may share
+    memory with its inputs."""
+    out = t.new_empty(t.shape[0], t.shape[2], t.shape[1], t.shape[3], dtype=dtype)
+    if good is None:
+        return out.copy_(t.transpose(1, 2))
+    return torch.where(good.view(-1, 1, 1, 1), t.to(dtype).transpose(1, 2), out.new_zeros(()), out=out)
