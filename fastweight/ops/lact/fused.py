@@ -29,6 +29,7 @@ class Tile(NamedTuple):
     stages: int
 
 
+# What is measured and chosen on a GPU stands here and in FUSED: to time a piece without its kernel, put TORCH's there.
 MUON_TILES = {2: Tile(128, 64, 8, 3), 4: Tile(64, 32, 4, 3)}  # by bytes of an element
 ONE_LAUNCH = True  # of Newton–Schulz, where all tiles fit the device at once; else one launch for each of its steps
 HIDDEN_TILE = (8, 128)  # rows and columns of the hidden layer
@@ -193,9 +194,10 @@ def _iterate(kernel: Any, buffers: tuple, numbers: tuple, trail: Tensor, x: Tens
     count, m, p = x.shape[2:]
     batch, tile = x[..., 0, 0].numel(), MUON_TILES[x.element_size()]
     square, wide = _parts(m, tile.block), _parts(p, tile.block)
-    programs = square * max(kinds * square, wide)
+    # In one launch every program of a matrix waits for the others, so all must be on the device together.
+    at_once = ONE_LAUNCH and not interpreting() and batch * square * wide <= _processors(x.device)
+    programs = square * wide if at_once else square * max(kinds * square, wide)
     counters = torch.zeros(batch, dtype=torch.int32, device=x.device)
-    at_once = ONE_LAUNCH and not interpreting() and batch * programs <= _processors(x.device)
     table = _coefficients(x.device)
     for first in (0,) if at_once else range(STEPS):
         kernel[(programs, batch)](

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastweight.ops.lact import Rule
 from fastweight.ops.lact.grid import Shape
-from fastweight.ops.lact.newton_schulz import COEFFICIENTS, iterate, iterate_gradient, start, start_gradient
+from fastweight.ops.lact.newton_schulz import COEFFICIENTS, start, start_gradient
 
 
 class Group(NamedTuple):
@@ -70,7 +70,7 @@ def orthogonalise(flat: Tensor, rule: Rule, shape: Shape, trail: Tensor | None) 
         for i, coefficients in enumerate(COEFFICIENTS):
             if trail is not None:
                 trail[i][..., group.part] = x.flatten(-3)
-            x = iterate(x, coefficients)
+            x = _iterate(x, coefficients)
         done.append(x.to(flat.dtype))
     return scatter(done, found)
 
@@ -81,7 +81,32 @@ def orthogonalise_gradient(flat: Tensor, trail: Tensor, grad: Tensor, rule: Rule
     for group in found:
         g = gather(grad, group).to(trail.dtype)
         for x, coefficients in zip(reversed(trail.unbind(0)), reversed(COEFFICIENTS), strict=True):
-            g = iterate_gradient(x[..., group.part].view_as(g), coefficients, g)
+            g = _iterate_gradient(x[..., group.part].view_as(g), coefficients, g)
         _, rounded, norm = start(gather(flat, group), rule.muon_dtype)
         done.append(start_gradient(rounded, norm, g).to(flat.dtype))
     return scatter(done, found)
+
+
+def _iterate(x: Tensor, coefficients: tuple[float, float, float]) -> Tensor:
+    """One step X → aX + (bS + cS²)X, in three products."""
+    a, b, c = coefficients
+    flat = x.flatten(0, -3)
+    s = flat @ flat.mT
+    return torch.baddbmm(flat, torch.baddbmm(s, s, s, beta=b, alpha=c), flat, beta=a).view_as(x)
+
+
+def _iterate_gradient(x: Tensor, coefficients: tuple[float, float, float], grad: Tensor) -> Tensor:
+    """The gradient of X from that of its next iterate, in six products.
+
+    S is symmetric, so only the symmetric part of its gradient counts: with H = grad Xᵀ + X gradᵀ it is
+    Y = bH + c(HS + SH), and the gradient of X is a grad + (bS + cS²) grad + Y X.
+    """
+    a, b, c = coefficients
+    flat, g = x.flatten(0, -3), grad.flatten(0, -3)
+    s = flat @ flat.mT
+    p = torch.baddbmm(s, s, s, beta=b, alpha=c)
+    h = g @ flat.mT
+    h = h + h.mT
+    hs = h @ s
+    y = b * h + c * (hs + hs.mT)
+    return torch.baddbmm(torch.baddbmm(g, p, g, beta=a), y, flat).view_as(grad)

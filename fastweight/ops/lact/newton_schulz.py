@@ -26,8 +26,9 @@ def newton_schulz(matrices: Sequence[Tensor], dtype: str = "float32") -> tuple[T
     """
     wide = [g if g.shape[-2] <= g.shape[-1] else g.transpose(-1, -2) for g in matrices]
     x = start(torch.stack(wide), dtype)[0]
-    for coefficients in COEFFICIENTS:
-        x = iterate(x, coefficients)
+    for a, b, c in COEFFICIENTS:
+        s = x @ x.transpose(-1, -2)
+        x = a * x + (b * s + (c * s) @ s) @ x
     parts = x.to(matrices[0].dtype).unbind(0)
     return tuple(p if g.shape[-2] <= g.shape[-1] else p.transpose(-1, -2) for p, g in zip(parts, matrices, strict=True))
 
@@ -39,32 +40,9 @@ def start(g: Tensor, dtype: str) -> tuple[Tensor, Tensor, Tensor]:
     return g / (norm + EPS), g, norm
 
 
-def iterate(x: Tensor, coefficients: tuple[float, float, float]) -> Tensor:
-    """One step X → aX + (bS + cS²)X."""
-    a, b, c = coefficients
-    s = x @ x.transpose(-1, -2)
-    return a * x + (b * s + (c * s) @ s) @ x
-
-
 def start_gradient(g: Tensor, norm: Tensor, grad: Tensor) -> Tensor:
     """The gradient of G from that of X₀, in grad's dtype; g, norm: as `start` returned them."""
     g, norm = g.to(grad.dtype), norm.to(grad.dtype)
     inverse = 1 / (norm + EPS)
     along = (grad * g).sum((-2, -1), keepdim=True)
     return grad * inverse - g * torch.where(norm > 0, along * inverse.square() / norm, 0)
-
-
-def iterate_gradient(x: Tensor, coefficients: tuple[float, float, float], grad: Tensor) -> Tensor:
-    """The gradient of X from that of its next iterate, in four products.
-
-    S is symmetric, so only the symmetric part of its gradient counts: with H = grad Xᵀ + X gradᵀ it is
-    Y = bH + c(HS + SH), and the gradient of X is a grad + (bS + cS²) grad + Y X.
-    """
-    a, b, c = coefficients
-    s = x @ x.transpose(-1, -2)
-    p = b * s + (c * s) @ s
-    h = grad @ x.transpose(-1, -2)
-    h = h + h.transpose(-1, -2)
-    hs = c * (h @ s)
-    y = b * h + hs + hs.transpose(-1, -2)
-    return a * grad + p @ grad + y @ x

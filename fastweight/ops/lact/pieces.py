@@ -69,26 +69,30 @@ def _split(t: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def swiglu(both: Tensor) -> Tensor:
     """silu(a) u from [a | u]: [Z, C, 2F] → [Z, C, F]."""
     a, u = _up(both).chunk(2, -1)
-    return (F.silu(a) * u).to(both.dtype)
+    return F.silu(a).mul_(u).to(both.dtype)
 
 
 def swiglu_gradient(both: Tensor, g: Tensor, lr: Tensor | None) -> tuple[Tensor, Tensor]:
-    """([∂a | ∂u], hidden) for hidden = silu(a) u with gradient g, scaled by the rates.
+    """([∂a | ∂u], hidden) for hidden = silu(a) u with gradient g, scaled by the rates. May write to both and g.
 
     both: [a | u], [Z, C, 2F]. g: [Z, C, F]. lr: [Z, 3, C, 1], the rates of (∂a, hidden, ∂u), or None for one.
     """
-    a, u = _up(both).chunk(2, -1)
-    wide = _up(g)
+    out, wide = _up(both), _up(g)
+    a, u = out.chunk(2, -1)
     s = a.sigmoid()
     silu = a * s
-    one = lr is None
-    r0, r1, r2 = (1, 1, 1) if one else lr.unbind(-3)
-    ga, gu = r0 * (wide * u * (s + silu * (1 - s))), r2 * (wide * silu)
-    return torch.cat([ga, gu], -1).to(both.dtype), (r1 * (silu * u)).to(g.dtype)
+    hidden = silu * u
+    slope = s.add_(silu).addcmul_(silu, s - silu, value=-1)  # s + silu (1 - s)
+    torch.mul(u, slope.mul_(wide), out=a)
+    torch.mul(wide, silu, out=u)
+    if lr is not None:
+        for t, rate in zip((a, hidden, u), lr.unbind(-3), strict=True):
+            t.mul_(rate)
+    return out.to(both.dtype), hidden.to(g.dtype)
 
 
 def swiglu_second(left: Tensor, right: Tensor, lr: Tensor, good: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The derivative of `swiglu_gradient`, zero in rows that are not `good`.
+    """The derivative of `swiglu_gradient`, zero in rows that are not `good`. May write to left and right.
 
     left: [P0 | P2 | a | u], [Z, C, 4F] and right: [Q | g], [Z, C, 2F], where P0, P2, Q are the gradients of its results
     (∂a, ∂u, hidden) *before* rates. lr: as above, or [Z, 3, C, F] with rates per channel. good: bool, of Z's first
@@ -100,28 +104,35 @@ def swiglu_second(left: Tensor, right: Tensor, lr: Tensor, good: Tensor) -> tupl
     s = x.sigmoid()
     silu = x * s
     slope = s + silu * (1 - s)
-    curve = s * (1 - s) * (2 + x - 2 * silu)
-    gx = (r2 * p2 * h + r1 * q * y) * slope + r0 * p0 * h * y * curve
-    gy = r0 * p0 * h * slope + r1 * q * silu
-    gh = r0 * p0 * y * slope + r2 * p2 * silu
-    rates = torch.stack([p0 * h * y * slope, q * y * silu, p2 * h * silu], -3)
+    curve = (2 + x - 2 * silu).mul_(s).mul_(1 - s)
+    hy, qy, p0h, p2h = h * y, q * y, p0 * h, p2 * h
+    rates = torch.stack([p0h * y * slope, qy * silu, p2h * silu], -3)
     rates = rates if lr.shape[-1] > 1 else rates.sum(-1, keepdim=True)
-    left = torch.cat([r0 * (h * y * slope), r2 * (h * silu), gx, gy], -1).to(left.dtype)
-    right = torch.cat([r1 * (silu * y), gh], -1).to(right.dtype)
+    p0h, p2h, qy = p0h.mul_(r0), p2h.mul_(r2), qy.mul_(r1)
+    gx = (p2h + qy).mul_(slope).addcmul_(p0h * y, curve)
+    gy = (p0h * slope).addcmul_(r1 * q, silu)
+    gh = (p0 * r0 * y * slope).addcmul_(p2 * r2, silu)
+    left = torch.cat([(hy * slope).mul_(r0), (h * silu).mul_(r2), gx, gy], -1).to(left.dtype)
+    right = torch.cat([(silu * y).mul_(r1), gh], -1).to(right.dtype)
     return only(good, left), only(good, right), only(good, rates)
 
 
-def hidden_second(both: Tensor, grad_hidden: Tensor, lr: Tensor, good: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The same where only lr hidden was a result: (lr hidden, gradient of [a | u], gradient of lr [Z, C, 1 or F])."""
-    x, y = _up(both).chunk(2, -1)
-    q = _up(grad_hidden)
+def hidden_second(both: Tensor, asked: Tensor, lr: Tensor, good: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same where only lr hidden was a result: (lr hidden, gradient of [a | u], gradient of lr [Z, C, 1 or F]).
+
+    asked: [Z, C, F], the gradient of that result before the rate. lr: [Z, C, 1 or F]. May write to both and asked.
+    """
+    out, q = _up(both), _up(asked)
+    x, y = out.chunk(2, -1)
     s = x.sigmoid()
     silu = x * s
-    gx, gy = lr * q * y * (s + silu * (1 - s)), lr * q * silu
-    rates = q * y * silu
+    hidden, rated = silu * y, q * lr
+    rates = q * hidden
     rates = rates if lr.shape[-1] > 1 else rates.sum(-1, keepdim=True)
-    hidden, inner = (only(good, t).to(both.dtype) for t in (lr * silu * y, torch.cat([gx, gy], -1)))
-    return hidden, inner, only(good, rates)
+    slope = s.add_(silu).addcmul_(silu, s - silu, value=-1)
+    torch.mul(y, slope.mul_(rated), out=x)
+    torch.mul(rated, silu, out=y)
+    return only(good, hidden.mul_(lr).to(asked.dtype)), only(good, out.to(both.dtype)), only(good, rates)
 
 
 def move(
