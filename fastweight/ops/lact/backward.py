@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from fastweight.ops.lact import Rule
+from fastweight.ops.lact.forward import needs_exact
 from fastweight.ops.lact.grid import Carry, Grid, Memory, Shape, Trail
-from fastweight.ops.lact.pieces import TORCH, Pieces, only, token_sum, where
+from fastweight.ops.lact.pieces import TORCH, Pieces, only, token_sum, where, wide_product
 from fastweight.state import zip_tensors
 
 NO_UPDATE = (slice(0, 0), slice(0, 0))  # after the last chunk
@@ -48,7 +49,7 @@ def run(
             if late:
                 asked[here] = direction
             else:
-                part = grid.rows(here), trail.weights[here], direction, good[here], shape, p
+                part = grid.rows(here), trail.weights[here], direction, good[here], rule, shape, p
                 out.k[here], out.v[here], out.lr[here] = directions_gradient(*part, now[:going])
         more = final.rows(slice(going, active[i]))
         now[going:] += more.weights
@@ -78,14 +79,18 @@ def read_gradient(
 
 
 def directions_gradient(
-    grid: Grid, weights: Tensor, direction: Tensor, good: Tensor, shape: Shape, p: Pieces, total: Tensor
+    grid: Grid, weights: Tensor, direction: Tensor, good: Tensor, rule: Rule, shape: Shape, p: Pieces, total: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of k, v and lr of a chunk, from that of its directions; adds that of its flat weights to total."""
     low = direction.to(weights.dtype)
     inner = torch.cat([shape.inner(low), shape.inner(weights)], -2)  # [rows, H, 4F, D]
     outer = torch.cat([shape.outer(low), shape.outer(weights)], -1)  # [rows, H, D, 2F]
     if grid.lr.shape[-1] == 1:
-        left, right, lr = p.swiglu_second(grid.k @ inner.mT, grid.v @ outer, grid.lr, good)
+        # Newton–Schulz in float32 hands on what other roundings leave: those of these products can be avoided.
+        wide = direction.dtype if needs_exact(rule, shape) else low.dtype
+        both = wide_product(grid.k, inner.mT, wide), wide_product(grid.v, outer, wide)
+        left, right, lr = p.swiglu_second(*both, grid.lr, good)
+        left, right = left.to(low.dtype), right.to(low.dtype)
         k = left @ inner
     else:
         k, left, right, lr = _by_channel(grid, inner, outer, good, shape, p)

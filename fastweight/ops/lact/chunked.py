@@ -4,10 +4,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fastweight.ops import dispatch
 from fastweight.ops.lact import LactPending, LactState, Rule, positions, unit
-from fastweight.ops.lact.layout import count, last_chunks, lay_out, pack, tokens_on_grid, unpack
+from fastweight.ops.lact.layout import Layout, count, last_chunks, lay_out, pack, tokens_on_grid, unpack
 from fastweight.ops.lact.update import network
 from fastweight.ops.sequences import sequence_lengths
 from fastweight.state import map_tensors, zip_tensors
@@ -51,22 +52,31 @@ def _read_chunks(
 ) -> tuple[Tensor, LactState]:  # fmt: skip
     layout = lay_out(state.position, lengths, at, rule.chunk_size)
     grid = tokens_on_grid(tokens, state.pending, layout)
-    blank = state.pending.k.new_zeros(()).expand_as(state.pending.k)
+    queries = layout.gather(q, state.pending.k.new_zeros(()).expand_as(state.pending.k))
+    pending, position = last_chunks(grid, layout), state.position + layout.length
+    if not rule.learn:
+        dtype = state.memory.weights.w1.dtype if precise else state.pending.k.dtype
+        y = layout.plan.scatter(_read_fixed(queries, state, layout, dtype), q.shape[0])
+        return y, LactState(state.memory, pending, position, state.faults)
     memory = pack(state.memory, layout)
-    due = layout.due if rule.learn else torch.zeros_like(layout.due)
     leaves = [t for t in (q, *grid, *memory) if t is not None]
     settings = unit.Settings(
         [] if len(set(layout.plan.active)) == 1 else layout.plan.active, rule.muon, rule.muon_dtype, rule.prenorm,
         rule.update, precise, fused, save=torch.is_grad_enabled() and any(t.requires_grad for t in leaves),
     )  # fmt: skip
-    y, end, good = unit.run(layout.gather(q, blank), *grid, due, memory, settings)
-    after = LactState(
-        unpack(end, state.memory, layout),
-        last_chunks(grid, layout),
-        state.position + layout.length,
-        count(state.faults, due & ~good, layout),
-    )
+    y, end, good = unit.run(queries, *grid, layout.due, memory, settings)
+    faults = count(state.faults, layout.due & ~good, layout)
+    after = LactState(unpack(end, state.memory, layout), pending, position, faults)
     return layout.plan.scatter(y, q.shape[0]), after
+
+
+def _read_fixed(queries: Tensor, state: LactState, layout: Layout, dtype: torch.dtype) -> Tensor:
+    """Chunks of queries [R, C, H, D] read by weights that do not change, rounded where the unit rounds."""
+    sequence = layout.plan.order[layout.row]
+    w0, w1, w2 = (t.to(dtype).index_select(0, sequence) for t in state.memory.weights)
+    both = queries.to(dtype).transpose(1, 2) @ torch.cat([w0, w2], -2).mT
+    a, u = both.to(state.memory.weights.w1.dtype).chunk(2, -1)
+    return ((F.silu(a) * u).to(dtype) @ w1.mT).transpose(1, 2)
 
 
 def _read_tokens(

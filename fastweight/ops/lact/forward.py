@@ -19,7 +19,7 @@ def run(
     happened = torch.zeros_like(grid.due)
     carry, done = Carry(shape.learned(memory.weights, rule), memory.momentum, memory.accumulator), []
     # Directions of w1 alone do not depend on it, so those of all chunks are one product.
-    exact = _needs_exact(rule, shape)
+    exact = needs_exact(rule, shape)
     early = rule.update == "w1" and not exact
     ready = directions(grid, trail.weights, shape, rule, p) if early else None
     for here, there in shape.updates():
@@ -63,7 +63,7 @@ def directions(grid: Grid, weights: Tensor, shape: Shape, rule: Rule, p: Pieces)
     return inner, token_sum(grid.v, (hidden * grid.lr[:, :, 1]).to(dtype), wide)
 
 
-def _needs_exact(rule: Rule, shape: Shape) -> bool:
+def needs_exact(rule: Rule, shape: Shape) -> bool:
     """Newton–Schulz in float32 multiplies rounding errors of its input by five: that must come from exact products."""
     return rule.muon != "none" and rule.muon_dtype == "float32" and not shape.exact
 

@@ -1,5 +1,6 @@
 """Newton–Schulz in Triton: products of all matrices by tiles, element-wise parts in their epilogues.
 
+Each of S, P and the iterate is rounded to its dtype once, which plain bfloat16 arithmetic does two or three times.
 Every step of an iteration waits for all tiles of its matrix, forward 15 times. Either each step is a launch, or one
 launch does all and the programs of a matrix wait for each other, which needs all of them on the device at once.
 """

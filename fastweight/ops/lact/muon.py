@@ -92,6 +92,8 @@ def _iterate(x: Tensor, coefficients: tuple[float, float, float]) -> Tensor:
     a, b, c = coefficients
     flat = x.flatten(0, -3)
     s = flat @ flat.mT
+    if x.dtype == torch.bfloat16:  # every step rounded, as the published code does
+        return (a * flat + (b * s + (c * s) @ s) @ flat).view_as(x)
     return torch.baddbmm(flat, torch.baddbmm(s, s, s, beta=b, alpha=c), flat, beta=a).view_as(x)
 
 

@@ -82,7 +82,7 @@ def swiglu_gradient(both: Tensor, g: Tensor, lr: Tensor | None) -> tuple[Tensor,
     s = a.sigmoid()
     silu = a * s
     hidden = silu * u
-    slope = s.add_(silu).addcmul_(silu, s - silu, value=-1)  # s + silu (1 - s)
+    slope = torch.addcmul(s, silu, 1 - s)
     torch.mul(u, slope.mul_(wide), out=a)
     torch.mul(wide, silu, out=u)
     if lr is not None:
@@ -129,7 +129,7 @@ def hidden_second(both: Tensor, asked: Tensor, lr: Tensor, good: Tensor) -> tupl
     hidden, rated = silu * y, q * lr
     rates = q * hidden
     rates = rates if lr.shape[-1] > 1 else rates.sum(-1, keepdim=True)
-    slope = s.add_(silu).addcmul_(silu, s - silu, value=-1)
+    slope = torch.addcmul(s, silu, 1 - s)
     torch.mul(y, slope.mul_(rated), out=x)
     torch.mul(rated, silu, out=y)
     return only(good, hidden.mul_(lr).to(asked.dtype)), only(good, out.to(both.dtype)), only(good, rates)
