@@ -40,10 +40,11 @@ def _keep_one_config():
 
     if getattr(Autotuner, "_takes_the_first", False):
         return
-    original = Autotuner.__init__
+    original = Autotuner.run
 
-    def init(self, fn, arg_names, configs, *args, **kwargs):
-        original(self, fn, arg_names, configs[:1], *args, **kwargs)
+    def run(self, *args, **kwargs):
+        self.configs = self.configs[:1]
+        return original(self, *args, **kwargs)
 
-    Autotuner.__init__ = init
+    Autotuner.run = run
     Autotuner._takes_the_first = True

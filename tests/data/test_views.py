@@ -384,7 +384,8 @@ def test_a_bad_batch_is_refused_by_what_is_wrong(message):
     assert message in str(caught.value)
 
 
-def test_a_batch_moves_whole():
+def test_a_batch_moves_but_for_the_lengths_that_the_host_reads():
     moved = good_batch().to("meta")
-    assert {moved.tokens.device.type, moved.targets.device.type, moved.cu_seqlens.device.type} == {"meta"}
+    assert {moved.tokens.device.type, moved.targets.device.type, moved.target_bytes.device.type} == {"meta"}
+    assert moved.cu_seqlens.device.type == "cpu"
     assert moved.continues is None

@@ -49,17 +49,11 @@ def delta_rule(
     _check(q, k, v, beta, log_decay)
     wide = torch.promote_types(q.dtype, state.memory.dtype)
     decay = q.new_zeros(beta[:, :, 0].shape, dtype=wide) if log_decay is None else log_decay.to(wide)
-    inputs, bad = _drop_bad_writes(k.to(wide), v.to(wide), beta.to(wide), decay)
+    inputs, bad = _drop_bad_writes(k, v, beta.to(wide), decay)
     y, memory = dispatch.call(
-        "delta_rule",
-        backend,
-        q,
-        q.to(wide),
-        *inputs,
-        state.memory.to(wide),
-        cu_seqlens=cu_seqlens,
+        "delta_rule", backend, q, q, *inputs, state.memory.to(wide), cu_seqlens=cu_seqlens,
         gated=log_decay is not None,
-    )
+    )  # fmt: skip
     faults = count_faults(state.faults, bad, state.position, cu_seqlens)
     return y.to(q.dtype), DeltaState(memory, advance(state.position, q.shape[1], cu_seqlens), faults)
 
@@ -92,4 +86,4 @@ def _drop_bad_writes(k: Tensor, v: Tensor, beta: Tensor, decay: Tensor) -> tuple
     return (k, v, beta, decay), ~good.flatten(2).all(-1)
 
 
-from fastweight.ops.delta import chunked, naive  # noqa: E402, F401  # they register themselves
+from fastweight.ops.delta import chunked, fla, naive  # noqa: E402, F401  # they register themselves

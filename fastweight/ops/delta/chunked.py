@@ -29,8 +29,9 @@ def chunked(
     lengths = sequence_lengths(batch, length, cu_seqlens)
     if max(lengths) == 1:
         return naive(q, k, v, beta, decay, memory, cu_seqlens=cu_seqlens, gated=gated)
+    q, k, v = (x.to(memory.dtype) for x in (q, k, v))
     if order > 1:
-        q, decay = _last(q, order), _first(decay, order)
+        q, decay = last(q, order), first(decay, order)
     k, v, beta = (x.flatten(1, 2) for x in (k, v, beta))
     block = min(CUDA_BLOCK if q.is_cuda else BLOCK, 1 << (max(lengths) * order - 1).bit_length())
     plan = plan_chunks([n * order for n in lengths], [0] * len(lengths), block, q.device)
@@ -79,13 +80,13 @@ def _solve(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor, *, gate
     return read.flatten(2, 3), scores.tril().flatten(2, 3), key, value, removed, keep
 
 
-def _last(x: Tensor, order: int) -> Tensor:
+def last(x: Tensor, order: int) -> Tensor:
     """Put x in the last of each token's micro-steps, zeros in the others."""
     padded = torch.cat([x.new_zeros(*x.shape[:2], order - 1, *x.shape[2:]), x.unsqueeze(2)], 2)
     return padded.flatten(1, 2)
 
 
-def _first(x: Tensor, order: int) -> Tensor:
+def first(x: Tensor, order: int) -> Tensor:
     """Put x in the first of each token's micro-steps, zeros in the others."""
     padded = torch.cat([x.unsqueeze(2), x.new_zeros(*x.shape[:2], order - 1, *x.shape[2:])], 2)
     return padded.flatten(1, 2)

@@ -12,7 +12,11 @@ def naive(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor, memory: Tensor, *,
     cu_seqlens: Tensor | None, gated: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """q [B, T, Hq, K], k and v [B, T, M, H, ·], beta [B, T, M, H], decay [B, T, H], memory [N, H, K, V]."""
+    """q [B, T, Hq, K], k and v [B, T, M, H, ·], beta [B, T, M, H], decay [B, T, H], memory [N, H, K, V].
+
+    Beta, decay and memory come in the dtype of the arithmetic, the others as they are.
+    """
+    q, k, v = (x.to(memory.dtype) for x in (q, k, v))
     if cu_seqlens is None:
         return _read(q, k, v, beta, decay, memory)
     lengths = sequence_lengths(1, q.shape[1], cu_seqlens)

@@ -1,0 +1,82 @@
+"""The chunk kernels of flash-linear-attention (package fla-core, Triton), where they run and are right.
+
+Micro-steps become tokens of their own, as in the chunked backend. Memories that several query heads share are read
+with copies, one per query head, of which the first is kept. Products are in the dtype of v (16 bits), sums and the
+memory in float32. Under torch.compile each call is a graph break: the package's own choice.
+"""
+
+import functools
+import importlib
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from fastweight.ops import dispatch
+from fastweight.ops.delta.chunked import first, last
+from fastweight.ops.kernels import why_no_kernels
+from fastweight.ops.sequences import sequence_lengths
+
+LARGEST_KEY = 256
+OTHERWISE = 'Use backend="chunked".'
+
+
+@functools.cache
+def installed() -> bool:
+    """Whether the package is there; it is imported only when a kernel is about to run (that takes seconds)."""
+    return importlib.util.find_spec("fla") is not None and importlib.util.find_spec("fla.ops") is not None
+
+
+@functools.cache
+def gated_backward_is_wrong() -> bool:
+    """Triton 3.4 to 3.7.0 miscompiles the gated backward kernel on Hopper (fla-org/flash-linear-attention#640)."""
+    import triton
+
+    release = tuple(int(part) for part in triton.__version__.split(".")[:3])
+    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+    return hopper and (3, 4, 0) <= release < (3, 7, 1)
+
+
+def refuses(
+    q: Tensor, _q: Tensor | None = None, k: Tensor | None = None, v: Tensor | None = None, *rest: Tensor,
+    cu_seqlens: Tensor | None = None, gated: bool = False,
+) -> str | None:  # fmt: skip
+    """Why these kernels cannot run, or must not; q alone or all that `delta_rule` passes on."""
+    if reason := why_no_kernels(q, OTHERWISE[:-1]):
+        return reason
+    values = q if v is None else v
+    if values.dtype not in (torch.float16, torch.bfloat16):
+        return f"computes in float16 or bfloat16, got v in {values.dtype}. {OTHERWISE}"
+    if not installed():
+        return f"needs the package fla-core. {OTHERWISE[:-1]}, or install it: pip install fla-core."
+    if q.shape[-1] > LARGEST_KEY:
+        return f"takes keys of at most {LARGEST_KEY} channels, got {q.shape[-1]}. {OTHERWISE}"
+    if q.shape[1] == 1 and cu_seqlens is None:
+        return f"is for many tokens, got one per sequence. {OTHERWISE}"
+    if gated and torch.is_grad_enabled() and gated_backward_is_wrong():
+        return f"gets wrong gated gradients from this release of triton on this GPU (needs 3.7.1). {OTHERWISE}"
+    return None
+
+
+@dispatch.register_backend("delta_rule", "fla", refuses)
+def fla(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor, memory: Tensor, *,
+    cu_seqlens: Tensor | None, gated: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    order, group = k.shape[2], q.shape[2] // k.shape[3]
+    if order > 1:
+        q, decay = last(q, order), first(decay, order)
+    k, v, beta = (x.flatten(1, 2).repeat_interleave(group, 2) for x in (k, v, beta))
+    tokens = [x.to(v.dtype) for x in (q, k)]
+    start = memory.float().repeat_interleave(group, 1)
+    shared = {"scale": 1.0, "initial_state": start, "output_final_state": True}
+    if cu_seqlens is not None:
+        ends = torch.tensor([0, *sequence_lengths(1, q.shape[1] // order, cu_seqlens)]).cumsum(0) * order
+        shared |= {"cu_seqlens": ends.to(q.device), "cu_seqlens_cpu": ends}
+    if gated:
+        run = importlib.import_module("fla.ops.gated_delta_rule").chunk_gated_delta_rule
+        y, after = run(*tokens, v, decay.float().repeat_interleave(group, 2), beta.float(), **shared)
+    else:
+        run = importlib.import_module("fla.ops.delta_rule").chunk_delta_rule
+        y, after = run(*tokens, v, beta.float(), **shared)
+    return (y[:, order - 1 :: order] if order > 1 else y), after[:, ::group].to(memory.dtype)
