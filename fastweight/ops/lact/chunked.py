@@ -1,13 +1,17 @@
 """Whole chunks at once: all sequences and heads of a chunk in batched products; the loop runs over chunks only."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fastweight.ops import dispatch
-from fastweight.ops.lact import LactMemory, LactPending, LactState, Rule, num_pending
-from fastweight.ops.lact.update import learn, network
-from fastweight.ops.sequences import ChunkPlan, advance, plan_chunks, sequence_lengths
-from fastweight.state import Faults, map_tensors, zip_tensors
+from fastweight.ops.lact import LactPending, LactState, Rule, positions, unit
+from fastweight.ops.lact.layout import Layout, count, last_chunks, lay_out, pack, tokens_on_grid, unpack
+from fastweight.ops.lact.update import network
+from fastweight.ops.sequences import sequence_lengths
+from fastweight.state import map_tensors, zip_tensors
 
 
 @dispatch.register_backend("lact", "chunked")
@@ -15,89 +19,93 @@ def chunked(
     q: Tensor, tokens: LactPending, state: LactState, *, rule: Rule, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, LactState]:
     """q: [B, T, H, D] (or packed); tokens: what the state's buffers keep of each token, [B, T, ...]."""
+    return run(q, tokens, state, rule, cu_seqlens, precise=True, fused=False)
+
+
+def run(
+    q: Tensor,
+    tokens: LactPending,
+    state: LactState,
+    rule: Rule,
+    cu_seqlens: Tensor | None,
+    *,
+    precise: bool,
+    fused: bool,
+) -> tuple[Tensor, LactState]:
+    """precise, fused: see `unit.Settings`. The host looks at the device only for positions that it does not know, and
+    only if the work depends on them: packed sequences, and single tokens (once; then it counts along)."""
     lengths = sequence_lengths(q.shape[0], q.shape[1], cu_seqlens)
-    if max(lengths) == 1:
-        return _step(q, tokens, state, rule, packed=cu_seqlens is not None)
-    plan, held, grid = lay_out(tokens, state, lengths, rule.chunk_size)
-    blank = torch.zeros_like(state.pending.k) if any(held) else None
-    queries = plan.split(heads_first(plan.gather(q, blank), state))
-    chunks = split_chunks(plan, grid)
-    started = state.position - torch.tensor(held, device=q.device)
-    carried = map_tensors(lambda t: t.index_select(0, plan.order), (state.memory, state.faults, started))
-    outputs, finished = [], []
-    for i, query in enumerate(queries):
-        outputs.append(network(carried[0].weights, query))
-        # A chunk is learned when another token follows: by the sequences that have a next chunk.
-        going = plan.active[i + 1] if i + 1 < len(plan.active) else 0
-        if going < plan.active[i]:
-            finished.append(map_tensors(lambda t, n=going: t[n:], carried))
-            carried = map_tensors(lambda t, n=going: t[:n], carried)
-        if going:
-            carried = _learn(carried, map_tensors(lambda t, n=going: t[:n], chunks[i]), rule)
-    joined = zip_tensors(lambda *t: torch.cat(t).index_select(0, plan.rank), *reversed(finished))
-    y = plan.scatter(torch.cat(outputs).transpose(1, 2), q.shape[0])
-    pending = map_tensors(lambda t: t.index_select(0, _last_chunks(plan)), grid)
-    return y, LactState(joined[0], pending, advance(state.position, q.shape[1], cu_seqlens), joined[1])
+    single = max(lengths) == 1
+    at = positions.known(state.position, look=single or cu_seqlens is not None)
+    if single and at is not None:
+        y, after = _read_tokens(q, tokens, state, rule, at, packed=cu_seqlens is not None, precise=precise, fused=fused)
+    else:
+        y, after = _read_chunks(q, tokens, state, rule, lengths, at, precise=precise, fused=fused)
+    if at is not None:
+        positions.remember(after.position, [p + n for p, n in zip(at, lengths, strict=True)])
+    return y, after
 
 
-def lay_out(
-    tokens: LactPending, state: LactState, lengths: list[int], chunk_size: int
-) -> tuple[ChunkPlan, list[int], LactPending]:
-    """The plan, the number of pending tokens of each sequence, and pending and new tokens on the grid of chunks."""
-    held = num_pending(state.position, chunk_size).tolist()
-    plan = plan_chunks(lengths, held, chunk_size, tokens.k.device, with_pending=any(held))
-    if not any(held):
-        return plan, held, map_tensors(plan.gather, tokens)
-    return plan, held, zip_tensors(plan.gather, tokens, state.pending)
+def _read_chunks(
+    q: Tensor, tokens: LactPending, state: LactState, rule: Rule, lengths: Sequence[int], at: Sequence[int] | None,
+    *, precise: bool, fused: bool,
+) -> tuple[Tensor, LactState]:  # fmt: skip
+    layout = lay_out(state.position, lengths, at, rule.chunk_size)
+    grid = tokens_on_grid(tokens, state.pending, layout)
+    queries = layout.gather(q, state.pending.k.new_zeros(()).expand_as(state.pending.k))
+    pending, position = last_chunks(grid, layout), state.position + layout.length
+    if not rule.learn:
+        dtype = state.memory.weights.w1.dtype if precise else state.pending.k.dtype
+        y = layout.plan.scatter(_read_fixed(queries, state, layout, dtype), q.shape[0])
+        return y, LactState(state.memory, pending, position, state.faults)
+    memory = pack(state.memory, layout)
+    leaves = [t for t in (q, *grid, *memory) if t is not None]
+    settings = unit.Settings(
+        [] if len(set(layout.plan.active)) == 1 else layout.plan.active, rule.muon, rule.muon_dtype, rule.prenorm,
+        rule.update, precise, fused, save=torch.is_grad_enabled() and any(t.requires_grad for t in leaves),
+    )  # fmt: skip
+    y, end, good = unit.run(queries, *grid, layout.due, memory, settings)
+    faults = count(state.faults, layout.due & ~good, layout)
+    after = LactState(unpack(end, state.memory, layout), pending, position, faults)
+    return layout.plan.scatter(y, q.shape[0]), after
 
 
-def split_chunks(plan: ChunkPlan, grid: LactPending) -> list[LactPending]:
-    """The tokens of each chunk number, [active, C, ...]."""
-    parts = [[None] * len(plan.active) if t is None else plan.split(t) for t in grid]
-    return [LactPending(*part) for part in zip(*parts, strict=True)]
+def _read_fixed(queries: Tensor, state: LactState, layout: Layout, dtype: torch.dtype) -> Tensor:
+    """Chunks of queries [R, C, H, D] read by weights that do not change, rounded where the unit rounds."""
+    sequence = layout.plan.order[layout.row]
+    w0, w1, w2 = (t.to(dtype).index_select(0, sequence) for t in state.memory.weights)
+    both = queries.to(dtype).transpose(1, 2) @ torch.cat([w0, w2], -2).mT
+    a, u = both.to(state.memory.weights.w1.dtype).chunk(2, -1)
+    return ((F.silu(a) * u).to(dtype) @ w1.mT).transpose(1, 2)
 
 
-def heads_first(grid: Tensor, state: LactState) -> Tensor:
-    """[chunks, C, H, ...] → [chunks, H, C, ...] in the dtype of the weights."""
-    return grid.to(state.memory.weights.w1.dtype).transpose(1, 2).contiguous()
-
-
-def _learn(carried: tuple, chunk: LactPending, rule: Rule) -> tuple[LactMemory, Faults, Tensor]:
-    """The carried rows after `chunk`: memory, faults, and the position at which the next chunk starts."""
-    memory, faults, start = carried
-    if rule.learn:
-        memory, bad = learn(memory, chunk, rule)
-        faults = faults.add(bad.long(), start)
-    return memory, faults, start + rule.chunk_size
-
-
-def _last_chunks(plan: ChunkPlan) -> Tensor:
-    """Row of the grid that holds each sequence's last chunk."""
-    active = torch.tensor(plan.active)
-    rank = plan.rank.cpu()
-    number = (active[None] > rank[:, None]).sum(1) - 1  # of the last chunk that the sequence has
-    return (active.cumsum(0) - active)[number].to(plan.rank.device) + plan.rank
-
-
-def _step(q: Tensor, tokens: LactPending, state: LactState, rule: Rule, *, packed: bool) -> tuple[Tensor, LactState]:
-    """One token per sequence. The rows whose chunk is full must be known on the host: an update under a mask would
-    cost every token what it costs one token in chunk_size. That is the only synchronisation."""
+def _read_tokens(
+    q: Tensor, tokens: LactPending, state: LactState, rule: Rule, at: Sequence[int], *, packed: bool, precise: bool,
+    fused: bool,
+) -> tuple[Tensor, LactState]:  # fmt: skip
+    """One token per sequence. Only sequences whose chunk is full learn; the others take no part in an update."""
     if packed:
         q, tokens = q.transpose(0, 1), map_tensors(lambda t: t.transpose(0, 1), tokens)
-    held = num_pending(state.position, rule.chunk_size)
-    due = (held == rule.chunk_size).nonzero().flatten()
-    memory, pending, faults = state.memory, state.pending, state.faults
-    if due.numel():
-        carried = (memory, faults, state.position - held)
-        chosen, chunk = map_tensors(lambda t: t.index_select(0, due), (carried, pending))
-        learned = _learn(chosen, chunk, rule)
-        memory, faults, _ = zip_tensors(lambda t, new: t.index_copy(0, due, new), carried, learned)
-        pending = map_tensors(lambda t: t.index_fill(0, due, 0), pending)
-    y = network(memory.weights, heads_first(q, state)).transpose(1, 2)
-    slot = held % rule.chunk_size
+    due = [n for n, p in enumerate(at) if p > 0 and p % rule.chunk_size == 0]
+    how = {"precise": precise, "fused": fused}
+    if len(due) == len(at):
+        y, after = _read_chunks(q, tokens, state, rule, [1] * len(at), at, **how)
+    else:
+        y, after = _append(q, tokens, state, rule)
+        if due:
+            rows = torch.tensor(due, device=q.device)
+            a, b, c = map_tensors(lambda t: t.index_select(0, rows), (q, tokens, state))
+            learned = _read_chunks(a, b, c, rule, [1] * len(due), [at[n] for n in due], **how)
+            y, after = zip_tensors(lambda t, new: t.index_copy(0, rows, new.to(t.dtype)), (y, after), learned)
+    return y.transpose(0, 1) if packed else y, after
+
+
+def _append(q: Tensor, tokens: LactPending, state: LactState, rule: Rule) -> tuple[Tensor, LactState]:
+    """Tokens [N, 1, H, …] that fill no chunk: the weights stay as they are."""
+    y = network(state.memory.weights, q.to(state.memory.weights.w1.dtype).transpose(1, 2)).transpose(1, 2)
+    slot = state.position % rule.chunk_size
 
     def put(buffer: Tensor, token: Tensor) -> Tensor:
         return buffer.scatter(1, slot.view(-1, *[1] * (token.dim() - 1)).expand_as(token), token)
 
-    pending = zip_tensors(put, pending, tokens)
-    return y.transpose(0, 1) if packed else y, LactState(memory, pending, state.position + 1, faults)
+    return y, LactState(state.memory, zip_tensors(put, state.pending, tokens), state.position + 1, state.faults)

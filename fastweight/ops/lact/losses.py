@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fastweight.ops.lact import LactPending, LactState, LactWeights, Rule
-from fastweight.ops.lact.chunked import lay_out, split_chunks
+from fastweight.ops.lact.layout import lay_out, tokens_on_grid
 from fastweight.ops.lact.update import learn, network
 from fastweight.state import map_tensors, zip_tensors
 
@@ -18,11 +18,12 @@ def chunk_losses(tokens: LactPending, state: LactState, rule: Rule) -> dict[str,
     """
     tokens = zip_tensors(lambda t, kept: t.to(kept.dtype), tokens, state.pending)
     batch, length = tokens.k.shape[:2]
-    plan, _, grid = lay_out(tokens, state, [length] * batch, rule.chunk_size)
+    layout = lay_out(state.position, [length] * batch, state.position.tolist(), rule.chunk_size)
+    plan, grid = layout.plan, tokens_on_grid(tokens, state.pending, layout)
     memory = map_tensors(lambda t: t.index_select(0, plan.order), state.memory)
     first = memory.weights
     series = {"initial": [], "before": [], "after": []}
-    for rows, complete, chunk in zip(plan.active, plan.complete, split_chunks(plan, grid), strict=True):
+    for rows, complete, chunk in zip(plan.active, plan.complete, _split_chunks(grid, plan.active), strict=True):
         done = torch.arange(rows, device=plan.order.device)
         done = done if complete is None else done[complete]
         if not done.numel():
@@ -34,6 +35,12 @@ def chunk_losses(tokens: LactPending, state: LactState, rule: Rule) -> dict[str,
         memory = learn(memory, chunk, rule)[0] if rule.learn else memory
         series["after"].append(_loss(memory.weights, chunk))
     return {name: torch.stack(v) if v else tokens.lr.new_zeros(0) for name, v in series.items()}
+
+
+def _split_chunks(grid: LactPending, active: list[int]) -> list[LactPending]:
+    """The tokens of each chunk number, [active, C, ...]."""
+    parts = [[None] * len(active) if t is None else t.split(active) for t in grid]
+    return [LactPending(*part) for part in zip(*parts, strict=True)]
 
 
 def _loss(w: LactWeights, chunk: LactPending) -> Tensor:

@@ -25,11 +25,24 @@ def newton_schulz(matrices: Sequence[Tensor], dtype: str = "float32") -> tuple[T
     dtype: "float32" computes in the matrices' own dtype, "bfloat16" rounds every product as the published code does.
     """
     wide = [g if g.shape[-2] <= g.shape[-1] else g.transpose(-1, -2) for g in matrices]
-    x = torch.stack(wide)
-    x = x.bfloat16() if dtype == "bfloat16" else x
-    x = x / (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) + EPS)
+    x = start(torch.stack(wide), dtype)[0]
     for a, b, c in COEFFICIENTS:
         s = x @ x.transpose(-1, -2)
         x = a * x + (b * s + (c * s) @ s) @ x
     parts = x.to(matrices[0].dtype).unbind(0)
     return tuple(p if g.shape[-2] <= g.shape[-1] else p.transpose(-1, -2) for p, g in zip(parts, matrices, strict=True))
+
+
+def start(g: Tensor, dtype: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(X₀ = G / (‖G‖ + eps), G as rounded, ‖G‖) of matrices [..., m, p]; ‖G‖: [..., 1, 1]."""
+    g = g.bfloat16() if dtype == "bfloat16" else g
+    norm = torch.linalg.vector_norm(g, dim=(-2, -1), keepdim=True)
+    return g / (norm + EPS), g, norm
+
+
+def start_gradient(g: Tensor, norm: Tensor, grad: Tensor) -> Tensor:
+    """The gradient of G from that of X₀, in grad's dtype; g, norm: as `start` returned them."""
+    g, norm = g.to(grad.dtype), norm.to(grad.dtype)
+    inverse = 1 / (norm + EPS)
+    along = (grad * g).sum((-2, -1), keepdim=True)
+    return grad * inverse - g * torch.where(norm > 0, along * inverse.square() / norm, 0)

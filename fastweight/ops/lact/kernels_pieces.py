@@ -1,0 +1,257 @@
+"""The element-wise pieces of `pieces.py` in Triton: one pass over memory each, arithmetic in float32.
+
+Rows of the hidden layer are numbered z C + t: z the chunk's sequence and head, t the token. A batch is one sequence
+and head of flat memory. Lengths that vary with the input are not specialised.
+"""
+
+import triton
+import triton.language as tl
+
+EPS: tl.constexpr = tl.constexpr(1e-5)  # of the row norms, as in the op
+
+
+@triton.jit(do_not_specialize=["count"])
+def swiglu(both, hidden, count, F: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """hidden [count, F] = silu(a) u of both = [a | u] [count, 2F]."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    real = (row < count)[:, None] & (column < F)[None, :]
+    at = both + row[:, None] * 2 * F + column[None, :]
+    a = tl.load(at, mask=real, other=0.0).to(tl.float32)
+    u = tl.load(at + F, mask=real, other=0.0).to(tl.float32)
+    out = a * tl.sigmoid(a) * u
+    tl.store(hidden + row[:, None] * F + column[None, :], out.to(hidden.dtype.element_ty), mask=real)
+
+
+@triton.jit(do_not_specialize=["count", "C"])
+def swiglu_gradient(
+    both, g, lr, count, C, F: tl.constexpr, RATES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """In place: both = [a | u] becomes [lr0 ∂a | lr2 ∂u], and g [count, F] becomes lr1 hidden. lr: [z, 3, C]."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    real = (row < count)[:, None] & (column < F)[None, :]
+    at = both + row[:, None] * 2 * F + column[None, :]
+    of_g = g + row[:, None] * F + column[None, :]
+    a = tl.load(at, mask=real, other=0.0).to(tl.float32)
+    u = tl.load(at + F, mask=real, other=0.0).to(tl.float32)
+    h = tl.load(of_g, mask=real, other=0.0).to(tl.float32)
+    s = tl.sigmoid(a)
+    silu = a * s
+    first, second, third = h * u * (s + silu * (1 - s)), silu * u, h * silu
+    if RATES:
+        rate = lr + (row // C) * 3 * C + row % C
+        known = row < count
+        first *= tl.load(rate, mask=known, other=0.0).to(tl.float32)[:, None]
+        second *= tl.load(rate + C, mask=known, other=0.0).to(tl.float32)[:, None]
+        third *= tl.load(rate + 2 * C, mask=known, other=0.0).to(tl.float32)[:, None]
+    tl.store(at, first.to(both.dtype.element_ty), mask=real)
+    tl.store(at + F, third.to(both.dtype.element_ty), mask=real)
+    tl.store(of_g, second.to(g.dtype.element_ty), mask=real)
+
+
+@triton.jit(do_not_specialize=["count", "C", "heads"])
+def swiglu_second(
+    left, right, lr, good, rates, count, C, heads, F: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """In place: left [count, 4F] = [P0 | P2 | a | u] becomes [lr0 ∂a | lr2 ∂u | gradient of a | of u], right
+    [count, 2F] = [Q | g] becomes [lr1 hidden | gradient of g]. rates: [z, 3, C], gradient of lr. good: [z / heads].
+    """
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    known = row < count
+    keep = (tl.load(good + row // C // heads, mask=known, other=0) != 0)[:, None]
+    rate = (row // C) * 3 * C + row % C
+    r0 = tl.load(lr + rate, mask=known, other=0.0).to(tl.float32)[:, None]
+    r1 = tl.load(lr + rate + C, mask=known, other=0.0).to(tl.float32)[:, None]
+    r2 = tl.load(lr + rate + 2 * C, mask=known, other=0.0).to(tl.float32)[:, None]
+    of0 = tl.zeros([ROWS], tl.float32)
+    of1 = tl.zeros([ROWS], tl.float32)
+    of2 = tl.zeros([ROWS], tl.float32)
+    for start in range(0, F, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        real = known[:, None] & (column < F)[None, :]
+        at = left + row[:, None] * 4 * F + column[None, :]
+        of = right + row[:, None] * 2 * F + column[None, :]
+        p0 = tl.load(at, mask=real, other=0.0).to(tl.float32)
+        p2 = tl.load(at + F, mask=real, other=0.0).to(tl.float32)
+        x = tl.load(at + 2 * F, mask=real, other=0.0).to(tl.float32)
+        y = tl.load(at + 3 * F, mask=real, other=0.0).to(tl.float32)
+        q = tl.load(of, mask=real, other=0.0).to(tl.float32)
+        h = tl.load(of + F, mask=real, other=0.0).to(tl.float32)
+        s = tl.sigmoid(x)
+        silu = x * s
+        slope = s + silu * (1 - s)
+        curve = s * (1 - s) * (2 + x - 2 * silu)
+        gx = (r2 * p2 * h + r1 * q * y) * slope + r0 * p0 * h * y * curve
+        gy = r0 * p0 * h * slope + r1 * q * silu
+        gh = r0 * p0 * y * slope + r2 * p2 * silu
+        of0 += tl.sum(tl.where(keep, p0 * h * y * slope, 0.0), 1)
+        of1 += tl.sum(tl.where(keep, q * y * silu, 0.0), 1)
+        of2 += tl.sum(tl.where(keep, p2 * h * silu, 0.0), 1)
+        tl.store(at, tl.where(keep, r0 * h * y * slope, 0.0).to(left.dtype.element_ty), mask=real)
+        tl.store(at + F, tl.where(keep, r2 * h * silu, 0.0).to(left.dtype.element_ty), mask=real)
+        tl.store(at + 2 * F, tl.where(keep, gx, 0.0).to(left.dtype.element_ty), mask=real)
+        tl.store(at + 3 * F, tl.where(keep, gy, 0.0).to(left.dtype.element_ty), mask=real)
+        tl.store(of, tl.where(keep, r1 * silu * y, 0.0).to(right.dtype.element_ty), mask=real)
+        tl.store(of + F, tl.where(keep, gh, 0.0).to(right.dtype.element_ty), mask=real)
+    tl.store(rates + rate, of0, mask=known)
+    tl.store(rates + rate + C, of1, mask=known)
+    tl.store(rates + rate + 2 * C, of2, mask=known)
+
+
+@triton.jit(do_not_specialize=["count", "C", "heads"])
+def hidden_second(
+    both, asked, lr, good, rates, count, C, heads, F: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """In place: both = [a | u] becomes its gradient, asked [count, F] (of lr1 hidden, before the rate) lr1 hidden.
+    lr: of w1 in [z, 3, C]. rates: [count], the gradient of lr1."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    known = row < count
+    keep = (tl.load(good + row // C // heads, mask=known, other=0) != 0)[:, None]
+    r = tl.load(lr + (row // C) * 3 * C + row % C, mask=known, other=0.0).to(tl.float32)[:, None]
+    total = tl.zeros([ROWS], tl.float32)
+    for start in range(0, F, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        real = known[:, None] & (column < F)[None, :]
+        at = both + row[:, None] * 2 * F + column[None, :]
+        of = asked + row[:, None] * F + column[None, :]
+        x = tl.load(at, mask=real, other=0.0).to(tl.float32)
+        y = tl.load(at + F, mask=real, other=0.0).to(tl.float32)
+        q = tl.load(of, mask=real, other=0.0).to(tl.float32)
+        s = tl.sigmoid(x)
+        silu = x * s
+        total += tl.sum(tl.where(keep, q * y * silu, 0.0), 1)
+        tl.store(at, tl.where(keep, r * q * y * (s + silu * (1 - s)), 0.0).to(both.dtype.element_ty), mask=real)
+        tl.store(at + F, tl.where(keep, r * q * silu, 0.0).to(both.dtype.element_ty), mask=real)
+        tl.store(of, tl.where(keep, r * silu * y, 0.0).to(asked.dtype.element_ty), mask=real)
+    tl.store(rates + row, total, mask=known)
+
+
+@triton.jit
+def move(
+    inner, outer, momentum, beta, moved, energy, momentum_batch, inner_batch, outer_batch,
+    CUT: tl.constexpr, SIZE: tl.constexpr, MOMENTUM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """moved [batch, SIZE] = [inner | outer] + beta momentum; energy [batch, programs]: sums of its squares."""
+    z = tl.program_id(1).to(tl.int64)
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    out = tl.load(outer + z * outer_batch + i - CUT, mask=(i >= CUT) & (i < SIZE), other=0.0).to(tl.float32)
+    if CUT:
+        out += tl.load(inner + z * inner_batch + i, mask=i < CUT, other=0.0).to(tl.float32)
+    if MOMENTUM:
+        out += tl.load(beta + z) * tl.load(momentum + z * momentum_batch + i, mask=i < SIZE, other=0.0)
+    tl.store(moved + z * SIZE + i, out, mask=i < SIZE)
+    tl.store(energy + z * tl.num_programs(0) + tl.program_id(0), tl.sum(out * out))
+
+
+@triton.jit
+def add_rows(
+    stepped, base, raw, norm, base_batch, SIZE: tl.constexpr, OFFSET: tl.constexpr, LENGTH: tl.constexpr,
+    FIRST: tl.constexpr, NUMBER: tl.constexpr, ALL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """raw = stepped + base and the norms of its rows, for NUMBER rows of LENGTH elements from OFFSET on, of ALL rows
+    the FIRST-th and following."""
+    z = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)
+    real = (row < NUMBER)[:, None] & (column < LENGTH)[None, :]
+    at = OFFSET + row[:, None] * LENGTH + column[None, :]
+    total = tl.load(stepped + z * SIZE + at, mask=real, other=0.0).to(tl.float32)
+    total += tl.load(base + z * base_batch + at, mask=real, other=0.0)
+    tl.store(raw + z * SIZE + at, total, mask=real)
+    tl.store(norm + z * ALL + FIRST + row, tl.sqrt(tl.sum(total * total, 1)), mask=row < NUMBER)
+
+
+@triton.jit
+def _row_of(i, CUT: tl.constexpr, D: tl.constexpr, F: tl.constexpr):
+    """The row that flat element i lies in: rows of D elements below CUT, of F above."""
+    return tl.where(i < CUT, i // D, CUT // D + (i - CUT) // F)
+
+
+@triton.jit(do_not_specialize=["heads", "partial"])
+def settle(
+    old, momentum, accumulator, moved, raw, energy, norm, target, due, weights, low, good,
+    old_batch, momentum_batch, accumulator_batch, low_batch, heads, partial,
+    CUT: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr, F: tl.constexpr, ALL: tl.constexpr,
+    MOMENTUM: tl.constexpr, ACCUMULATOR: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """weights, low = raw with rows scaled to target, if due and all sums are finite; else everything as it was.
+
+    energy: [batch, partial]. norm, target: [batch, ALL]. due, good: [batch / heads].
+    """
+    z = tl.program_id(1).to(tl.int64)
+    sequence = z // heads
+    total = tl.zeros([BLOCK], tl.float32)
+    for k in range(0, heads * partial, BLOCK):
+        at = k + tl.arange(0, BLOCK)
+        total += tl.load(energy + sequence * heads * partial + at, mask=at < heads * partial, other=0.0)
+    for k in range(0, heads * ALL, BLOCK):
+        at = k + tl.arange(0, BLOCK)
+        total += tl.load(norm + sequence * heads * ALL + at, mask=at < heads * ALL, other=0.0)
+    # Sums of squares and norms: neither NaN nor infinite if they are below the largest number.
+    happens = (tl.sum(total) < float("inf")) & (tl.load(due + sequence) != 0)
+    if (tl.program_id(0) == 0) & (z % heads == 0):
+        tl.store(good + sequence, happens.to(tl.uint8))
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    real = i < SIZE
+    row = _row_of(i, CUT, D, F)
+    scale = tl.load(target + z * ALL + row, mask=real, other=0.0)
+    scale = scale / (tl.load(norm + z * ALL + row, mask=real, other=1.0) + EPS)
+    new = tl.load(raw + z * SIZE + i, mask=real, other=0.0) * scale
+    new = tl.where(happens, new, tl.load(old + z * old_batch + i, mask=real, other=0.0))
+    tl.store(weights + z * SIZE + i, new, mask=real)
+    tl.store(low + z * low_batch + i, new.to(low.dtype.element_ty), mask=real)
+    if not happens:
+        if MOMENTUM:
+            tl.store(moved + z * SIZE + i, tl.load(momentum + z * momentum_batch + i, mask=real, other=0.0), mask=real)
+        if ACCUMULATOR:
+            kept = tl.load(accumulator + z * accumulator_batch + i, mask=real, other=0.0)
+            tl.store(raw + z * SIZE + i, kept, mask=real)
+
+
+@triton.jit(do_not_specialize=["heads"])
+def unsettle(
+    grad, raw, norm, target, accumulator, good, out, of_target, grad_batch, heads,
+    SIZE: tl.constexpr, OFFSET: tl.constexpr, LENGTH: tl.constexpr, FIRST: tl.constexpr, NUMBER: tl.constexpr,
+    ALL: tl.constexpr, ACCUMULATOR: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Gradients of raw and of the target norms from that of the weights; zero where the update did not happen."""
+    z = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)
+    known = row < NUMBER
+    real = known[:, None] & (column < LENGTH)[None, :]
+    at = OFFSET + row[:, None] * LENGTH + column[None, :]
+    happened = tl.load(good + z // heads) != 0
+    g = tl.load(grad + z * grad_batch + at, mask=real, other=0.0)
+    w = tl.load(raw + z * SIZE + at, mask=real, other=0.0)
+    n = tl.load(norm + z * ALL + FIRST + row, mask=known, other=1.0)
+    t = tl.load(target + z * ALL + FIRST + row, mask=known, other=0.0)
+    along = tl.sum(g * w, 1)
+    inverse = 1 / (n + EPS)
+    radial = tl.where(n > 0, along * t * inverse * inverse / n, 0.0)
+    result = g * (t * inverse)[:, None] - w * radial[:, None]
+    if ACCUMULATOR:
+        result += tl.load(accumulator + z * SIZE + at, mask=real, other=0.0)
+    tl.store(out + z * SIZE + at, tl.where(happened, result, 0.0), mask=real)
+    tl.store(of_target + z * ALL + FIRST + row, tl.where(happened, along * inverse, 0.0), mask=known)
+
+
+@triton.jit(do_not_specialize=["heads"])
+def unmove(
+    grad, momentum, beta, before, good, direction, after, of_beta, momentum_batch, heads,
+    SIZE: tl.constexpr, MOMENTUM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the direction, of the momentum before (after) and, in parts [batch, programs], of beta."""
+    z = tl.program_id(1).to(tl.int64)
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    real = i < SIZE
+    happened = tl.load(good + z // heads) != 0
+    total = tl.load(grad + z * SIZE + i, mask=real, other=0.0).to(tl.float32)
+    if MOMENTUM:
+        passed = tl.load(momentum + z * momentum_batch + i, mask=real, other=0.0)
+        total = tl.where(happened, total + passed, 0.0)
+        tl.store(after + z * SIZE + i, tl.where(happened, tl.load(beta + z) * total, passed), mask=real)
+        part = total * tl.load(before + z * SIZE + i, mask=real, other=0.0)
+        tl.store(of_beta + z * tl.num_programs(0) + tl.program_id(0), tl.sum(part))
+    tl.store(direction + z * SIZE + i, tl.where(happened, total, 0.0), mask=real)

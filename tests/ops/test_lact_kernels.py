@@ -1,0 +1,240 @@
+"""The GPU path of LaCT on a machine without one: kernels in the interpreter against `naive`, roundings of bfloat16 in
+plain torch, and what the kernels need of a GPU."""
+
+import pytest
+import torch
+from ahead_of_time import SHARED_LIMIT, compile_for
+from interpreter import interpreted, needs_triton
+from lact_problems import CHUNK, RULES, Problem, compare, started
+from tolerances import GRADIENT, OUTPUT, assert_close
+
+from fastweight.ops.lact import LactPending, Rule, chunked, init_lact, lact
+
+CLOSE = OUTPUT[torch.float32], GRADIENT[torch.float32]
+
+
+@pytest.fixture
+def kernels(poisoned_empty):
+    from fastweight.ops.lact import kernels_muon, kernels_pieces
+
+    interpreted(kernels_muon, kernels_pieces)
+
+
+def compare_kernels(rule: dict, length: int, phases: tuple[int, ...], **settings) -> None:
+    """Outputs, states and gradients of the kernels in float32 against `naive` in float64."""
+    batch = 1 if "cu_seqlens" in settings else len(phases)
+    exact, problem = Problem(rule, length, batch), Problem(rule, length, batch, dtype=torch.float32)
+    factor = 100 if "muon" in rule else 1  # Newton–Schulz has slope 493 at zero
+    want_y, want_state = exact.read(started(exact, phases), backend="naive", **settings)
+    got_y, got_state = problem.read(started(problem, phases), backend="triton", **settings)
+    assert_close(got_y, want_y, factor * CLOSE[0], "outputs")
+    want = exact.gradients(want_y, want_state)
+    for key, g in problem.gradients(got_y, got_state).items():
+        assert_close(g, want[key], factor * CLOSE[1], f"gradient of {key}")
+
+
+@needs_triton
+@pytest.mark.parametrize("name", RULES)
+def test_the_kernels_agree_with_naive(name, kernels):
+    compare_kernels(RULES[name], 2 * CHUNK + 3, (0, 0) if "muon" not in name else (0,))
+
+
+@needs_triton
+@pytest.mark.parametrize("length", [1, 20])
+def test_the_kernels_agree_with_naive_from_any_position(length, kernels):
+    compare_kernels(RULES["pre-norm"], length, (0, 21, CHUNK))
+
+
+@needs_triton
+def test_the_kernels_agree_with_naive_on_packed_documents(kernels):
+    lengths = torch.tensor([0, 1, 40, 16]).cumsum(0)
+    compare_kernels(RULES["momentum"], 57, (0, 5, 16), cu_seqlens=lengths)
+
+
+@needs_triton
+@pytest.mark.parametrize("part", ["k", "lr"])
+def test_the_kernels_skip_what_is_not_finite(part, kernels):
+    problem, clean = (Problem(RULES["pre-norm"], 40, dtype=torch.float32) for _ in range(2))
+    with torch.no_grad():
+        problem.x[part][1, 20] = float("nan")
+    y, state = problem.read(problem.init(2), backend="triton")
+    assert state.faults.count.tolist() == [0, 1]
+    assert state.faults.first.tolist() == [-1, CHUNK]
+    assert torch.equal(y[0], clean.read(clean.init(2), backend="triton")[0][0])
+    gradients = torch.autograd.grad(y.sum(), list(problem.x.values()))
+    assert all(g.isfinite().all() for g in gradients)
+
+
+@needs_triton
+@pytest.mark.filterwarnings("ignore:overflow encountered")  # numpy's, in the interpreter
+def test_an_update_that_overflows_changes_nothing_in_the_kernels(kernels):
+    problem = Problem(RULES["pre-norm"], CHUNK + 1, dtype=torch.float32)
+    with torch.no_grad():
+        problem.x["v"][0, 3] = 1e30
+    start = problem.init(2)
+    _, state = problem.read(start, backend="triton")
+    assert state.faults.count.tolist() == [1, 0]
+    parts = [(s.memory.weights.w0, *s.memory.momentum, *s.memory.accumulator) for s in (start, state)]
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(*parts))
+    assert not torch.equal(parts[0][0][1], parts[1][0][1])
+
+
+@pytest.mark.parametrize("muon", ["none", "separate", "joint"])
+@pytest.mark.parametrize("update", ["all", "w1"])
+def test_bfloat16_products_keep_the_declared_tolerance(muon, update):
+    if (muon, update) == ("joint", "w1"):
+        return
+    # Chunks of twice the width: smaller singular values of a direction would carry its rounding further.
+    dim, chunk = 64, 128
+    rule = Rule(chunk, muon, update=update)
+    tokens = 4 * chunk + 7
+    unit = lambda: torch.nn.functional.normalize(torch.randn(1, tokens, 2, dim), dim=-1).bfloat16()  # noqa: E731
+    q, k, v = unit(), unit(), torch.randn(1, tokens, 2, dim).bfloat16()
+    rates, momentum = 1e-3 * torch.randn(1, tokens, 2, 3, 1).exp(), torch.rand(1, tokens, 2)
+    weights = [torch.randn(2, dim, dim) * dim**-0.5 for _ in range(3)]
+
+    def run(dtype, state_dtype, precise):
+        leaves = [t.detach().to(dtype).requires_grad_() for t in (q, k, v)]
+        leaves += [t.detach().to(state_dtype).requires_grad_() for t in (rates, *weights)]
+        state = init_lact(*leaves[4:], 1, chunk_size=chunk, momentum=True, update=update, token_dtype=dtype)
+        given = LactPending(leaves[1], leaves[2], leaves[3], momentum.to(state_dtype))
+        y, _ = chunked.run(leaves[0], given, state, rule, None, precise=precise, fused=False)
+        weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+        return y, torch.autograd.grad((y * weight).sum(), leaves)
+
+    want_y, want = run(torch.float64, torch.float64, True)
+    got_y, got = run(torch.bfloat16, torch.float32, False)
+    assert got_y.dtype == torch.bfloat16
+    assert_close(got_y, want_y, OUTPUT[torch.bfloat16], "outputs")
+    for name, a, b in zip(["q", "k", "v", "lr", "w0", "w1", "w2"], got, want):
+        assert_close(a, b, GRADIENT[torch.bfloat16], f"gradient of {name}")
+
+
+@pytest.mark.parametrize("phases", [(0, 0), (5, 16), (21, 0)])
+def test_positions_that_only_the_device_knows_change_nothing(phases, monkeypatch):
+    monkeypatch.setattr("fastweight.ops.lact.positions.known", lambda position, look: None)
+    problem = Problem(RULES["pre-norm"], 40)
+    compare(problem, started(problem, phases), OUTPUT[torch.float64], GRADIENT[torch.float64])
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("name", ["momentum", "joint muon", "only w1, muon"])
+def test_whole_chunks_from_the_start_need_no_look_at_the_device(name, known):
+    # Tensors without values refuse to tell any.
+    from fastweight.ops.lact.layout import count, last_chunks, lay_out, pack, tokens_on_grid, unpack
+    from fastweight.ops.lact.unit import Settings, lact_chunks, lact_chunks_gradient
+
+    problem = Problem(RULES[name], 3 * CHUNK, dtype=torch.float32)
+    problem.x = {key: t.detach().to("meta") for key, t in problem.x.items()}
+    state = problem.init(2)
+    layout = lay_out(state.position, [3 * CHUNK] * 2, [0, 0] if known else None, CHUNK)
+    x = problem.x
+    grid = tokens_on_grid(
+        LactPending(x["k"], x["v"], x["lr"][..., None][..., 0, :], x.get("momentum")), state.pending, layout
+    )
+    memory, rule = pack(state.memory, layout), Rule(**problem.rule)
+    settings = Settings([], rule.muon, rule.muon_dtype, rule.prenorm, rule.update, False, False, True)
+    call = layout.gather(x["q"], state.pending.k), *grid, layout.due, *memory, *settings
+    done, told = lact_chunks._init_fn(*call), lact_chunks(*call)
+    assert [(t.shape, t.dtype) for t in done] == [(t.shape, t.dtype) for t in told]
+    end = [t if t.numel() else None for t in done[2:4]]
+    unpack(memory._replace(weights=done[1], momentum=end[0], accumulator=end[1]), state.memory, layout)
+    last_chunks(grid, layout)
+    count(state.faults, layout.due & ~done[4], layout)
+    call = done[0], done[1], *end, memory.norms, done[4], done[5:], *settings[:-1]
+    done, told = lact_chunks_gradient._init_fn(*call), lact_chunks_gradient(*call)
+    assert [(t.shape, t.dtype) for t in done] == [(t.shape, t.dtype) for t in told]
+
+
+def test_a_compiled_call_has_no_break_and_the_same_gradients():
+    problem = Problem(RULES["joint muon"], 3 * CHUNK, dtype=torch.float32)
+    names = ("q", "k", "v", "lr", "momentum", "w0", "w1", "w2")
+
+    def run(q, k, v, lr, momentum, *weights):
+        state = init_lact(*weights, 2, chunk_size=CHUNK, momentum=True, prenorm=True)
+        settings = {"chunk_size": CHUNK, "muon": "joint", "prenorm": True, "backend": "chunked"}
+        y, state = lact(q, k, v, lr, momentum, state, **settings)
+        return y, state.memory.weights.w0
+
+    leaves = [problem.x[name] for name in names]
+    found = []
+    for call in (run, torch.compile(run, backend="aot_eager", fullgraph=True)):
+        y, w = call(*leaves)
+        found.append((y, *torch.autograd.grad(y.square().sum() + w.sum(), leaves)))
+    for name, a, b in zip(("y", *names), *found):
+        assert_close(b, a, 1e-6, name)
+
+
+def test_positions_are_forgotten_when_somebody_writes_to_them(monkeypatch):
+    from fastweight.ops.lact import positions
+
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    position = torch.tensor([3, 4])
+    positions.remember(position, [3, 4])
+    assert positions.known(position, look=False) == [3, 4]
+    assert positions.known(position.clone(), look=False) is None
+    position += 1
+    assert positions.known(position, look=False) is None
+    assert positions.known(position, look=True) == [4, 5]
+    assert positions.known(position, look=False) == [4, 5]
+
+
+def test_float64_is_refused_with_the_way_out(monkeypatch):
+    monkeypatch.setattr("fastweight.ops.lact.triton.why_no_kernels", lambda q: None)
+    problem = Problem({}, 8)
+    with pytest.raises(
+        ValueError, match='tokens kept in float32 or narrower, got torch.float64. Use backend="chunked"'
+    ):
+        problem.read(problem.init(2), backend="triton")
+
+
+def test_single_tokens_do_not_learn_before_their_chunk_is_full():
+    problem = Problem(RULES["momentum"], 1, 3)
+    state = started(problem, (5, CHUNK, 7))
+    _, after = problem.read(state, backend="chunked")
+    for old, new in zip(state.memory.weights, after.memory.weights):
+        assert torch.equal(old[[0, 2]], new[[0, 2]])
+        assert not torch.equal(old[1], new[1])
+
+
+def muon_jobs(dim: int, size: int) -> list[dict]:
+    from fastweight.ops.lact.fused import MUON_TILES
+
+    tile, kind = MUON_TILES[size], "*bf16" if size == 2 else "*fp32"
+    shared = {"coefficients": "*fp32", "counters": "*i32", "x_rows": "i32"}
+    steps = {"first": "i32", "last": "i32"}
+    constants = {"BATCH": 3 * dim * dim, "COUNT": 3, "M": dim, "P": dim, "BLOCK": tile.block, "BLOCK_K": tile.block_k}
+    jobs = []
+    for name, buffers, numbers, precision in (
+        ("orthogonalise", "x out s p", {}, "tf32x3"),
+        ("orthogonalise_gradient", "x grad s h p y", {"matrices": "i32"}, "tf32"),
+    ):
+        constants = {**constants, "PRECISION": precision}
+        signature = dict.fromkeys(buffers.split(), kind) | shared | numbers | steps
+        signature |= dict.fromkeys(constants, "constexpr")
+        jobs.append({"kernel": f"fastweight.ops.lact.kernels_muon:{name}", "signature": signature,
+                     "constants": constants, "num_warps": tile.warps, "num_stages": tile.stages})  # fmt: skip
+    return jobs
+
+
+def hidden_jobs(width: int) -> list[dict]:
+    from fastweight.ops.lact.fused import HIDDEN_TILE
+
+    constants = {"F": width, "ROWS": HIDDEN_TILE[0], "BLOCK": HIDDEN_TILE[1]}
+    pointers = {"left": "*bf16", "right": "*bf16", "lr": "*fp32", "good": "*u8", "rates": "*fp32"}
+    signature = pointers | dict.fromkeys(("count", "C", "heads"), "i32") | dict.fromkeys(constants, "constexpr")
+    return [{"kernel": "fastweight.ops.lact.kernels_pieces:swiglu_second", "signature": signature,
+             "constants": constants}]  # fmt: skip
+
+
+@needs_triton
+def test_the_kernels_fit_an_h100_without_spills():
+    for found in compile_for(90, [*muon_jobs(384, 2), muon_jobs(384, 4)[0], *hidden_jobs(384)]):
+        assert found["shared"] <= SHARED_LIMIT, found
+        assert found["spills"] == 0, found
+        assert found["wgmma"] == found["kernel"].startswith("orthogonalise"), found
+
+
+@needs_triton
+def test_the_kernels_compile_for_an_a100():
+    assert all(found["shared"] > 0 for found in compile_for(80, muon_jobs(384, 2)[:1]))
