@@ -1,0 +1,292 @@
+"""TTT-Linear on a GPU: one program reads one sequence with one head; its memory W, b stays in registers.
+
+Forward, per mini-batch (legend in kernels_shared.py):
+z = k W + b; P = r G(z); T = tril(q kᵀ + 1); read = q W + b − τ T P − τ (q S + s); y = q + LN(read);
+Σ_W = S + kᵀ P, Σ_b = s + Σ_j P_j; W' = W − τ_last Σ_W, b' = b − τ_last Σ_b. (S, s) count in the first mini-batch only.
+Every few mini-batches W, b are kept. The backward pass first replays all stretches between them side by side, which
+leaves W, b of every mini-batch, then walks from the last mini-batch to the first with dW, db in registers:
+d read through LN; dP = −(τ T)ᵀ d read + λ (k U + ub); dT = −τ tril(d read Pᵀ);
+dq = dy + d read Wᵀ + dT k − τ d read Sᵀ; dk = dTᵀ q + λ P Uᵀ + dz Wᵀ − dY; dv = dY; dr = Σ_D dP G; dG = r dP;
+dτ = −Σ_j tril(d read Pᵀ) T − Σ_D d read (q S + s); dτ_last −= Σ (W'-gradient) Σ_W;
+dW = dW' + qᵀ d read + kᵀ dz; dS = λ U − (τ q)ᵀ d read.
+Where the mini-batch ends U = dW' and λ = −τ_last (0 if its update was refused), else U is the gradient of the sum that
+is left behind and λ = 1. dz, dY come from dG by the derivative in kernels_shared.py.
+
+Values that are not finite are not looked for until one shows in the final memory; then the walk is repeated with the
+checks, which mark the tokens and updates to leave out. The other kernels obey the marks.
+"""
+
+import triton
+import triton.language as tl
+
+from fastweight.ops.ttt.kernels_shared import (
+    causal,
+    count_not_finite,
+    inner_gradient,
+    inner_gradient_backward,
+    load_learning,
+    load_tile,
+    load_vector,
+    matrix_at,
+    norm_backward,
+    not_finite,
+    rows_of,
+    span_of,
+    standardised,
+    store_tile,
+    store_vector,
+)
+
+
+@triton.jit
+def _gradient(k, v, w, b, eps, gamma, beta, D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):
+    """G under w (in the products' dtype) and b [1, D], and what its derivative needs."""
+    z = tl.dot(k, w, input_precision=PRECISION) + b
+    unit, inverse = standardised(z, eps, D, BLOCK_D)
+    gap = beta - (v.to(tl.float32) - k.to(tl.float32))
+    grad, u = inner_gradient(unit, inverse, gap, gamma, D, BLOCK_D)
+    return grad, unit, inverse, u, gap
+
+
+@triton.jit
+def _walk(
+    q, k, v, rate, tau, ln_weight, ln_bias, w0, b0, s0, sb0, position, cu_seqlens,
+    y, w_out, b_out, s_out, sb_out, flags, kept_w, kept_b, num_tokens, eps, H,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, EVERY: tl.constexpr,
+    PACKED: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr, GUARD: tl.constexpr,
+):  # fmt: skip
+    """Read the sequence; returns how many entries of its new memory are not finite."""
+    pid = tl.program_id(0)
+    n, h, i = pid // H, pid % H, tl.arange(0, BLOCK_K)
+    start, length, phase = span_of(cu_seqlens, position, n, num_tokens, CHUNK, PACKED)
+    gamma = load_vector(ln_weight, h, D, BLOCK_D)[None, :]
+    beta = load_vector(ln_bias, h, D, BLOCK_D)[None, :]
+    taus = tl.load(tau + i, mask=i < CHUNK, other=0.0).to(tl.float32)[:, None]
+    last = tl.load(tau + CHUNK - 1).to(tl.float32)
+    at_w, in_w = matrix_at(w0, pid, 0, 0, D, D, BLOCK_D, BLOCK_D)
+    at_s = matrix_at(s0, pid, 0, 0, D, D, BLOCK_D, BLOCK_D)[0]
+    left_at = matrix_at(s_out, pid, 0, 0, D, D, BLOCK_D, BLOCK_D)[0]
+    w, b = tl.load(at_w, mask=in_w, other=0.0), load_vector(b0, pid, D, BLOCK_D)
+    slot = start // (CHUNK * EVERY) + 2 * n
+    faults = 0
+    for c in range((phase + length + CHUNK - 1) // CHUNK):
+        if KEEP and c % EVERY == 0:
+            index = (slot + c // EVERY) * H + h
+            tl.store(matrix_at(kept_w, index, 0, 0, D, D, BLOCK_D, BLOCK_D)[0], w, mask=in_w)
+            store_vector(kept_b, b, index, D, BLOCK_D)
+        rows, inside = rows_of(c, start, length, phase, h, H, CHUNK, BLOCK_K)
+        queries, keys = load_tile(q, rows, inside, D, BLOCK_D), load_tile(k, rows, inside, D, BLOCK_D)
+        values = load_tile(v, rows, inside, D, BLOCK_D)
+        rates = tl.load(rate + rows, mask=inside, other=0.0).to(tl.float32)
+        if GUARD:
+            silent = not_finite(keys.to(tl.float32)) + not_finite(values.to(tl.float32)) + not_finite(rates[:, None])
+            keys = tl.where(silent[:, None] > 0, 0.0, keys).to(queries.dtype)
+            values = tl.where(silent[:, None] > 0, 0.0, values).to(queries.dtype)
+            rates = tl.where(silent > 0, 0.0, rates)
+        product_w = w.to(queries.dtype)
+        grad = _gradient(keys, values, product_w, b[None, :], eps, gamma, beta, D, BLOCK_D, PRECISION)[0]
+        write = (rates[:, None] * grad).to(queries.dtype)
+        if GUARD:
+            # The largest entry of the outer product; the bias is written with x = 1.
+            reach = tl.maximum(tl.max(tl.abs(keys.to(tl.float32)), 1), 1.0)[:, None]
+            silent += not_finite(write.to(tl.float32) * reach)
+            write = tl.where(silent[:, None] > 0, 0.0, write).to(queries.dtype)
+        scores = causal(tl.dot(queries, tl.trans(keys), input_precision=PRECISION) + 1.0, BLOCK_K) * taus
+        read = tl.dot(queries, product_w, input_precision=PRECISION) + b[None, :]
+        read -= tl.dot(scores.to(queries.dtype), write, input_precision=PRECISION)
+        total = tl.dot(tl.trans(keys), write, input_precision=PRECISION)
+        total_b = tl.sum(write.to(tl.float32), 0)
+        if c == 0:
+            earlier, earlier_b = tl.load(at_s, mask=in_w, other=0.0), load_vector(sb0, pid, D, BLOCK_D)
+            before = tl.dot(queries, earlier.to(queries.dtype), input_precision=PRECISION) + earlier_b[None, :]
+            read -= taus * before
+            total += earlier
+            total_b += earlier_b
+        unit = standardised(read, eps, D, BLOCK_D)[0]
+        store_tile(y, queries.to(tl.float32) + unit * gamma + beta, rows, inside, D, BLOCK_D)
+        full = (c + 1) * CHUNK <= phase + length
+        if full == 0:
+            tl.store(left_at, total, mask=in_w)
+            store_vector(sb_out, total_b, pid, D, BLOCK_D)
+            faults += count_not_finite(total) + count_not_finite(total_b)
+        new_w, new_b = tl.where(full, w - last * total, w), tl.where(full, b - last * total_b, b)
+        if GUARD:
+            sound = count_not_finite(new_w) + count_not_finite(new_b) == 0
+            new_w, new_b = tl.where(sound, new_w, w), tl.where(sound, new_b, b)
+            flag = tl.where(silent > 0, 1, 0) + tl.where((i == CHUNK - 1) & (sound == 0), 2, 0)
+            tl.store(flags + rows, flag.to(tl.int8), mask=inside)
+        w, b = new_w, new_b
+    if (phase + length) % CHUNK == 0:
+        tl.store(left_at, tl.zeros_like(w), mask=in_w)
+        store_vector(sb_out, tl.zeros_like(b), pid, D, BLOCK_D)
+    tl.store(matrix_at(w_out, pid, 0, 0, D, D, BLOCK_D, BLOCK_D)[0], w, mask=in_w)
+    store_vector(b_out, b, pid, D, BLOCK_D)
+    return faults + count_not_finite(w) + count_not_finite(b)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def linear_forward(
+    q, k, v, rate, tau, ln_weight, ln_bias, w0, b0, s0, sb0, position, cu_seqlens,
+    y, w_out, b_out, s_out, sb_out, flags, kept_w, kept_b, num_tokens, eps, H,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, EVERY: tl.constexpr,
+    PACKED: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid: sequences · heads. w0, s0 [N, H, D, D], b0, sb0 [N, H, D]; flags [tokens, H] zero; y like q.
+
+    KEEP: W, b at the start of every EVERY-th mini-batch go to kept_w, kept_b [slots, H, …], the slot of sequence n's
+    first one being start // (CHUNK · EVERY) + 2 n, which leaves room for any phase.
+    """
+    faults = _walk(
+        q, k, v, rate, tau, ln_weight, ln_bias, w0, b0, s0, sb0, position, cu_seqlens,
+        y, w_out, b_out, s_out, sb_out, flags, kept_w, kept_b, num_tokens, eps, H,
+        D, BLOCK_D, CHUNK, BLOCK_K, EVERY, PACKED, KEEP, PRECISION, False,
+    )  # fmt: skip
+    if faults > 0:
+        _walk(
+            q, k, v, rate, tau, ln_weight, ln_bias, w0, b0, s0, sb0, position, cu_seqlens,
+            y, w_out, b_out, s_out, sb_out, flags, kept_w, kept_b, num_tokens, eps, H,
+            D, BLOCK_D, CHUNK, BLOCK_K, EVERY, PACKED, KEEP, PRECISION, True,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_sequences", "first"])
+def linear_replay(
+    k, v, rate, tau, ln_weight, ln_bias, s0, sb0, position, cu_seqlens, flags, kept_w, kept_b, owner, base,
+    all_w, all_b, num_tokens, num_sequences, first, eps, H,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, EVERY: tl.constexpr,
+    PACKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid: (stretches, heads). From the kept W, b to those of each mini-batch: all_w in q's dtype, all_b float32.
+
+    A stretch is EVERY mini-batches. owner: [stretches] its sequence (num_sequences for none); base: [N] the first
+    stretch of each sequence, which begins at mini-batch `first`. all_w: [stretches · EVERY, H, D, D].
+    """
+    stretch, h = tl.program_id(0), tl.program_id(1)
+    n = tl.load(owner + stretch)
+    if n >= num_sequences:
+        return
+    start, length, phase = span_of(cu_seqlens, position, n, num_tokens, CHUNK, PACKED)
+    begin = first + (stretch - tl.load(base + n)) * EVERY
+    end = tl.minimum(begin + EVERY, (phase + length + CHUNK - 1) // CHUNK)
+    gamma = load_vector(ln_weight, h, D, BLOCK_D)[None, :]
+    beta = load_vector(ln_bias, h, D, BLOCK_D)[None, :]
+    last = tl.load(tau + CHUNK - 1).to(tl.float32)
+    index = (start // (CHUNK * EVERY) + 2 * n + begin // EVERY) * H + h
+    at_w, in_w = matrix_at(kept_w, index, 0, 0, D, D, BLOCK_D, BLOCK_D)
+    w, b = tl.load(at_w, mask=in_w, other=0.0), load_vector(kept_b, index, D, BLOCK_D)
+    for c in range(begin, end):
+        rows, inside = rows_of(c, start, length, phase, h, H, CHUNK, BLOCK_K)
+        keys, values, rates, kept, refused = load_learning(k, v, rate, flags, rows, inside, D, BLOCK_D)
+        product_w = w.to(keys.dtype)
+        place = (stretch * EVERY + c - begin).to(tl.int64) * H + h
+        tl.store(matrix_at(all_w, place, 0, 0, D, D, BLOCK_D, BLOCK_D)[0], product_w, mask=in_w)
+        store_vector(all_b, b, place, D, BLOCK_D)
+        grad = _gradient(keys, values, product_w, b[None, :], eps, gamma, beta, D, BLOCK_D, PRECISION)[0]
+        write = (rates[:, None] * grad).to(keys.dtype)
+        total, total_b = tl.dot(tl.trans(keys), write, input_precision=PRECISION), tl.sum(write.to(tl.float32), 0)
+        if c == 0:
+            total += tl.load(matrix_at(s0, n * H + h, 0, 0, D, D, BLOCK_D, BLOCK_D)[0], mask=in_w, other=0.0)
+            total_b += load_vector(sb0, n * H + h, D, BLOCK_D)
+        w, b = tl.where(refused, w, w - last * total), tl.where(refused, b, b - last * total_b)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "first", "stop"])
+def linear_backward(
+    dy, q, k, v, rate, tau, ln_weight, ln_bias, s0, sb0, position, cu_seqlens, flags, all_w, all_b, base,
+    ds_out, dsb_out, dq, dk, dv, drate, dtau, dgamma, dbeta, dw, db, ds, dsb, num_tokens, first, stop, eps, H,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, EVERY: tl.constexpr,
+    PACKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid: sequences · heads. Mini-batches stop − 1 … first of each sequence, backwards.
+
+    In place: dw, db (the gradient of the memory after these mini-batches, then before them), dtau [N, H, CHUNK],
+    dgamma, dbeta [N, H, D] (added to). Written: dq, dk, dv, drate for the tokens, ds, dsb with the first mini-batch.
+    """
+    pid = tl.program_id(0)
+    n, h, i = pid // H, pid % H, tl.arange(0, BLOCK_K)
+    start, length, phase = span_of(cu_seqlens, position, n, num_tokens, CHUNK, PACKED)
+    gamma = load_vector(ln_weight, h, D, BLOCK_D)[None, :]
+    beta = load_vector(ln_bias, h, D, BLOCK_D)[None, :]
+    taus = tl.load(tau + i, mask=i < CHUNK, other=0.0).to(tl.float32)[:, None]
+    last = tl.load(tau + CHUNK - 1).to(tl.float32)
+    at_w, in_w = matrix_at(dw, pid, 0, 0, D, D, BLOCK_D, BLOCK_D)
+    grad_w, grad_b = tl.load(at_w, mask=in_w, other=0.0), load_vector(db, pid, D, BLOCK_D)
+    grad_gamma, grad_beta = load_vector(dgamma, pid, D, BLOCK_D), load_vector(dbeta, pid, D, BLOCK_D)
+    grad_tau = load_vector(dtau, pid, CHUNK, BLOCK_K)
+    end = tl.minimum(stop, (phase + length + CHUNK - 1) // CHUNK)
+    place = tl.load(base + n).to(tl.int64) * EVERY
+    for back in range(end - first):
+        c = end - 1 - back
+        rows, inside = rows_of(c, start, length, phase, h, H, CHUNK, BLOCK_K)
+        keys, values, rates, kept, refused = load_learning(k, v, rate, flags, rows, inside, D, BLOCK_D)
+        queries, given = load_tile(q, rows, inside, D, BLOCK_D), load_tile(dy, rows, inside, D, BLOCK_D)
+        given = given.to(tl.float32)
+        at = (place + c - first) * H + h
+        w = tl.load(matrix_at(all_w, at, 0, 0, D, D, BLOCK_D, BLOCK_D)[0], mask=in_w, other=0.0)
+        b = load_vector(all_b, at, D, BLOCK_D)[None, :]
+        begun, full = c == 0, (c + 1) * CHUNK <= phase + length
+        # The forward pass again.
+        grad, unit, inverse, u, gap = _gradient(keys, values, w, b, eps, gamma, beta, D, BLOCK_D, PRECISION)
+        write = (rates[:, None] * grad).to(keys.dtype)
+        raw = causal(tl.dot(queries, tl.trans(keys), input_precision=PRECISION) + 1.0, BLOCK_K)
+        scores = (raw * taus).to(keys.dtype)
+        read = tl.dot(queries, w, input_precision=PRECISION) + b
+        read -= tl.dot(scores, write, input_precision=PRECISION)
+        if begun:
+            earlier = tl.load(matrix_at(s0, pid, 0, 0, D, D, BLOCK_D, BLOCK_D)[0], mask=in_w, other=0.0)
+            before = tl.dot(queries, earlier.to(keys.dtype), input_precision=PRECISION)
+            read -= taus * (before + load_vector(sb0, pid, D, BLOCK_D)[None, :])
+        # The read.
+        read_unit, read_inverse = standardised(read, eps, D, BLOCK_D)
+        grad_gamma += tl.sum(given * read_unit, 0)
+        grad_beta += tl.sum(given, 0)
+        wide = norm_backward(given, read_unit, read_inverse, gamma, D, BLOCK_D)
+        d_read = wide.to(keys.dtype)
+        d_raw = causal(tl.dot(d_read, tl.trans(write), input_precision=PRECISION), BLOCK_K)
+        grad_tau -= tl.sum(d_raw * raw, 1)
+        d_raw = (d_raw * -taus).to(keys.dtype)
+        d_write = -tl.dot(tl.trans(scores), d_read, input_precision=PRECISION)
+        d_query = given + tl.dot(d_read, tl.trans(w), input_precision=PRECISION)
+        d_query += tl.dot(d_raw, keys, input_precision=PRECISION)
+        d_key = tl.dot(tl.trans(d_raw), queries, input_precision=PRECISION)
+        # The update. `after`, `scale`: U and λ.
+        after, after_b, scale = grad_w, grad_b, tl.where(refused, 0.0, -last)
+        if full == 0:
+            after = tl.load(matrix_at(ds_out, pid, 0, 0, D, D, BLOCK_D, BLOCK_D)[0], mask=in_w, other=0.0)
+            after_b, scale = load_vector(dsb_out, pid, D, BLOCK_D), 1.0
+        product = after.to(keys.dtype)
+        pull = tl.dot(keys, product, input_precision=PRECISION) + after_b[None, :]
+        d_write += scale * pull
+        d_key += scale * tl.dot(write, tl.trans(product), input_precision=PRECISION)
+        d_last = tl.sum(pull * write.to(tl.float32))
+        if begun:
+            earlier = tl.load(matrix_at(s0, pid, 0, 0, D, D, BLOCK_D, BLOCK_D)[0], mask=in_w, other=0.0)
+            earlier_b = load_vector(sb0, pid, D, BLOCK_D)
+            d_last += tl.sum(after * earlier) + tl.sum(after_b * earlier_b)
+            before = tl.dot(queries, earlier.to(keys.dtype), input_precision=PRECISION) + earlier_b[None, :]
+            grad_tau -= tl.sum(wide * before, 1)
+            scaled = taus * wide
+            product = tl.trans(earlier).to(keys.dtype)
+            d_query -= tl.dot(scaled.to(keys.dtype), product, input_precision=PRECISION)
+            d_sum = scale * after - tl.dot(tl.trans(queries), scaled.to(keys.dtype), input_precision=PRECISION)
+            tl.store(matrix_at(ds, pid, 0, 0, D, D, BLOCK_D, BLOCK_D)[0], d_sum, mask=in_w)
+            store_vector(dsb, scale * after_b - tl.sum(scaled, 0), pid, D, BLOCK_D)
+        grad_tau -= tl.where((i == CHUNK - 1) & full & (refused == 0), d_last, 0.0)
+        # The inner gradient.
+        tl.store(drate + rows, tl.where(kept, tl.sum(d_write * grad, 1), 0.0), mask=inside)
+        dz, du = inner_gradient_backward(rates[:, None] * d_write, unit, inverse, grad, u, gamma, D, BLOCK_D)
+        grad_gamma += tl.sum(du * (2.0 * unit * gamma + gap), 0)
+        grad_beta += tl.sum(du * gamma, 0)
+        d_value, product_z = -gamma * du, dz.to(keys.dtype)
+        d_key += tl.dot(product_z, tl.trans(w), input_precision=PRECISION) - d_value
+        grad_w += tl.dot(tl.trans(queries), d_read, input_precision=PRECISION)
+        grad_w += tl.dot(tl.trans(keys), product_z, input_precision=PRECISION)
+        grad_b += tl.sum(wide, 0) + tl.sum(dz, 0)
+        store_tile(dq, d_query, rows, inside, D, BLOCK_D)
+        store_tile(dk, d_key, rows, inside, D, BLOCK_D)
+        store_tile(dv, d_value, rows, inside, D, BLOCK_D)
+    tl.store(at_w, grad_w, mask=in_w)
+    store_vector(db, grad_b, pid, D, BLOCK_D)
+    store_vector(dgamma, grad_gamma, pid, D, BLOCK_D)
+    store_vector(dbeta, grad_beta, pid, D, BLOCK_D)
+    store_vector(dtau, grad_tau, pid, CHUNK, BLOCK_K)

@@ -1,0 +1,101 @@
+"""How the kernels of both memories are cut up and launched: tile sizes, kept states, and stretches to replay."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+KEEP_EVERY = 8  # mini-batches between two kept states
+REPLAY_BYTES = 1 << 29  # most that the replayed states of one part of the backward pass may take
+MAX_DIM, MAX_CHUNK = 128, 64
+
+# (num_warps, num_stages) of each kernel, by the width of its tiles over D.
+LAUNCH = {
+    "linear_forward": {16: (1, 2), 32: (2, 2), 64: (4, 2), 128: (8, 2)},
+    "linear_replay": {16: (1, 2), 32: (2, 2), 64: (4, 2), 128: (8, 2)},
+    "linear_backward": {16: (1, 1), 32: (2, 1), 64: (4, 1), 128: (8, 1)},
+}
+
+
+def block(size: int) -> int:
+    """The tile that holds `size` entries: a power of two, and at least what matrix units take."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def launch_options(kernel: str, dim: int) -> dict[str, int]:
+    warps, stages = LAUNCH[kernel][block(dim)]
+    return {"num_warps": warps, "num_stages": stages}
+
+
+class Layout(NamedTuple):
+    """Sizes of one call. length: tokens of each sequence, or of all where they are packed."""
+
+    sequences: int
+    length: int
+    heads: int
+    dim: int
+    chunk: int
+    packed: bool
+
+    @staticmethod
+    def of(q: Tensor, tau: Tensor, cu_seqlens: Tensor | None) -> "Layout":
+        batch, length, heads, dim = q.shape
+        sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        return Layout(sequences, length, heads, dim, tau.shape[0], cu_seqlens is not None)
+
+    @property
+    def tokens(self) -> int:
+        return self.length if self.packed else self.sequences * self.length
+
+    @property
+    def slots(self) -> int:
+        """Room for the kept states of one head, whatever the lengths and phases of the sequences."""
+        return self.tokens // (self.chunk * KEEP_EVERY) + 2 * self.sequences
+
+    def constants(self, q: Tensor) -> dict[str, Any]:
+        """What every kernel is compiled for."""
+        return {
+            "D": self.dim, "BLOCK_D": block(self.dim), "CHUNK": self.chunk, "BLOCK_K": block(self.chunk),
+            "EVERY": KEEP_EVERY, "PACKED": self.packed, "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
+        }  # fmt: skip
+
+    def launch(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+        """Start `kernel` with the warps and stages that the table has for it."""
+        kernel[grid](*arguments, **constants, **launch_options(kernel.fn.__name__, self.dim))
+
+
+class Part(NamedTuple):
+    """Mini-batches first … stop − 1 of every sequence, as stretches of KEEP_EVERY that are replayed side by side.
+
+    owner: [stretches], the sequence of each, or their number where there is none. base: [N], each sequence's first.
+    """
+
+    first: int
+    stop: int
+    base: Tensor
+    owner: Tensor
+
+
+def parts(layout: Layout, position: Tensor, cu_seqlens: Tensor | None, state_bytes: int) -> Iterator[Part]:
+    """The parts of a backward pass, last first. state_bytes: of one replayed state of one head.
+
+    Waits for the device only for packed sequences whose states do not fit in REPLAY_BYTES: their longest must be known.
+    """
+    lengths = torch.full_like(position, layout.length) if cu_seqlens is None else cu_seqlens.diff().to(position)
+    chunks = (position % layout.chunk + lengths + layout.chunk - 1) // layout.chunk
+    stretches = (chunks + KEEP_EVERY - 1) // KEEP_EVERY
+    each, longest = state_bytes * KEEP_EVERY * layout.heads, layout.length
+    if layout.packed and layout.slots * each > REPLAY_BYTES:
+        longest = int(lengths.max())
+    most = -(-(longest + 2 * layout.chunk - 2) // (layout.chunk * KEEP_EVERY))
+    step = max(1, REPLAY_BYTES // (layout.sequences * each))
+    if layout.slots * each <= REPLAY_BYTES:
+        step = most
+    for first in range((most - 1) // step * step, -1, -step):
+        counts = (stretches - first).clamp(0, step)
+        ends = counts.cumsum(0)
+        places = torch.arange(min(layout.sequences * step, layout.slots), device=position.device)
+        owner = torch.searchsorted(ends, places, right=True, out_int32=True)
+        stop = (first + step) * KEEP_EVERY
+        yield Part(first * KEEP_EVERY, stop, (ends - counts).to(torch.int32), owner)

@@ -1,0 +1,115 @@
+"""The TTT kernels, interpreted on the CPU, against the token-by-token definition in float64."""
+
+import pytest
+import torch
+from interpreter import interpreted, needs_triton
+from tolerances import GRADIENT, OUTPUT, assert_close, assert_trees_close
+from ttt_cases import CHUNK, DIM, assert_same, inputs, random_state, run, values_and_gradients
+
+from fastweight.ops.ttt import layout
+from fastweight.state import map_tensors, tensors
+
+pytestmark = needs_triton
+KINDS = ["linear"]
+kinds = pytest.mark.parametrize("kind", KINDS)
+HALF = {"output": OUTPUT[torch.bfloat16], "gradient": GRADIENT[torch.bfloat16]}
+SINGLE = {"output": OUTPUT[torch.float32], "gradient": GRADIENT[torch.float32]}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _kernels():
+    from fastweight.ops.ttt import kernels_linear, kernels_shared
+
+    interpreted(kernels_shared, kernels_linear)
+
+
+def wide(tree):
+    return map_tensors(lambda t: t.double() if t.is_floating_point() else t, tree)
+
+
+def compare(kind, args, state, *, output, gradient, **options):
+    """Values and all gradients of the kernels against the definition in float64."""
+    got = values_and_gradients(kind, args, state, "triton", **options)
+    want = values_and_gradients(kind, [x.double() for x in args], wide(state), "naive", **options)
+    assert_same(got, want, output, gradient)
+
+
+@kinds
+@pytest.mark.parametrize("length", [1, 63, 100])
+def test_kernels_equal_the_definition(kind, length, poisoned_empty):
+    compare(kind, inputs(2, length, torch.float32, 16), random_state(kind, 2, torch.float32, 16), **SINGLE)
+
+
+@kinds
+@pytest.mark.parametrize("chunk", [3, 40])
+def test_kernels_equal_the_definition_for_any_mini_batch_size(kind, chunk):
+    compare(kind, inputs(2, 45, torch.float32, chunk), random_state(kind, 2, torch.float32, chunk), **SINGLE)
+
+
+@kinds
+def test_half_precision_stays_close_to_the_definition(kind):
+    args = [x.half() if i < 3 else x for i, x in enumerate(inputs(2, 63, torch.float32))]
+    compare(kind, args, random_state(kind, 2, torch.float32), **HALF)
+
+
+@kinds
+def test_packed_documents_equal_the_definition(kind, poisoned_empty):
+    lengths = [1, 17, 8, 3, 30]
+    ends = torch.tensor([0, *lengths]).cumsum(0)
+    state = random_state(kind, len(lengths), torch.float32)
+    compare(kind, inputs(1, sum(lengths), torch.float32), state, **SINGLE, cu_seqlens=ends)
+
+
+@kinds
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_backward_pass_in_several_parts_equals_the_definition(kind, packed, monkeypatch):
+    monkeypatch.setattr(layout, "REPLAY_BYTES", 1)  # as little at once as there can be
+    lengths, chunk = [70, 30], 3
+    ends = torch.tensor([0, *lengths]).cumsum(0) if packed else None
+    args = inputs(*((1, 100) if packed else (2, 50)), torch.float32, chunk)
+    compare(kind, args, random_state(kind, 2, torch.float32, chunk), **SINGLE, cu_seqlens=ends)
+
+
+@kinds
+@pytest.mark.parametrize("cut", [1, 8, 13])
+def test_a_cut_anywhere_changes_nothing(kind, cut):
+    args, state = inputs(2, 20, torch.float32), random_state(kind, 2, torch.float32)
+    want, want_after = run(kind, args, state, "triton")
+    first, middle = run(kind, [x[:, :cut] for x in args[:4]] + args[4:], state, "triton")
+    second, after = run(kind, [x[:, cut:] for x in args[:4]] + args[4:], middle, "triton")
+    assert_close(torch.cat([first, second], 1), want, OUTPUT[torch.float32])
+    assert_trees_close(after, want_after, OUTPUT[torch.float32])
+
+
+@kinds
+@pytest.mark.parametrize("what", ["input", "gradient"])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, about the overflow that is meant to be
+def test_a_token_with_a_fault_teaches_nothing_and_is_counted(kind, what):
+    args, state = inputs(2, 30, torch.float32), random_state(kind, 2, torch.float32)
+    silent = [x.double() for x in args]
+    silent[3][0, 11, 0] = 0
+    if what == "input":
+        args[1][0, 11, 0, 2] = float("nan")
+    else:
+        args[2][0, 11, 0] = 3e38  # v is finite, the sum inside the gradient is not
+    y, after, gradients = values_and_gradients(kind, args, state, "triton")
+    want_y, want_after, want = values_and_gradients(kind, silent, wide(state), "naive")
+    want[3][0, 11, 0] = 0  # it cannot teach at another rate either
+    assert after.faults.first.tolist() == [3 + 11, -1]
+    assert after.faults.count.tolist() == [1, 0]
+    assert_same((y, after._replace(faults=want_after.faults), gradients), (want_y, want_after, want), **SINGLE)
+
+
+@kinds
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_an_update_that_overflows_is_not_applied_and_is_counted_at_the_end_of_its_mini_batch(kind):
+    state = random_state(kind, 1, torch.float32, phases=False)
+    args = [x[:, :1].repeat(1, CHUNK, *[1] * (x.dim() - 2)) if x.dim() > 2 else x for x in inputs(1, 8, torch.float32)]
+    args[2][:] = torch.tensor([1e36, -1e36] * (DIM // 2))
+    args[3][:] = 10  # each token's contribution is finite, the eight together are not
+    args[4] = torch.full((CHUNK,), 30.0)
+    _, after = run(kind, args, state, "triton")
+    assert_trees_close(after.weights, state.weights, 0)
+    assert not any(t.any() for _, t in tensors(after.pending))
+    assert after.faults.count.tolist() == [1]
+    assert after.faults.first.tolist() == [CHUNK - 1]

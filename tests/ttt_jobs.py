@@ -1,0 +1,34 @@
+"""The TTT kernels as jobs for `ahead_of_time.compile_for`: the arguments' types follow from their names."""
+
+import importlib
+
+from fastweight.ops.ttt.layout import KEEP_EVERY, block, launch_options
+
+INTEGERS = {"position": "*i64", "cu_seqlens": "*i64", "flags": "*i8", "owner": "*i32", "base": "*i32", "eps": "fp32"}
+SIZES = ("num_tokens", "num_sequences", "first", "stop", "H")
+TOKENS = ("q", "k", "v", "y", "dy", "dq", "dk", "dv", "all_w")  # in the dtype of q
+
+
+def job(name: str, dim: int, dtype: str = "bf16", chunk: int = 16, **constants: object) -> dict:
+    """Kernel `name` for heads of `dim` channels."""
+    module = f"fastweight.ops.ttt.kernels_{name.split('_')[0]}"
+    values = {
+        "D": dim, "BLOCK_D": block(dim), "CHUNK": chunk, "BLOCK_K": block(chunk), "EVERY": KEEP_EVERY,
+        "PACKED": False, "KEEP": True, "PRECISION": "ieee" if dtype == "fp32" else "tf32",
+    } | constants  # fmt: skip
+    parameters = importlib.import_module(module).__dict__[name].arg_names
+    signature = {p: _type(p, dtype) for p in parameters}
+    return {
+        "kernel": f"{module}:{name}",
+        "signature": signature,
+        "constants": {p: values[p] for p in parameters if signature[p] == "constexpr"},
+        **launch_options(name, dim),
+    }
+
+
+def _type(parameter: str, dtype: str) -> str:
+    if parameter.isupper() and parameter not in SIZES:
+        return "constexpr"
+    if parameter in SIZES:
+        return "i32"
+    return INTEGERS.get(parameter, f"*{dtype}" if parameter in TOKENS else "*fp32")
