@@ -10,9 +10,9 @@ OPS = {"linear": ttt_linear, "mlp": ttt_mlp}
 HEADS, DIM, CHUNK = 2, 6, 8
 
 
-def random_state(kind, n, dtype, chunk=CHUNK, phases=True):
+def random_state(kind, n, dtype, chunk=CHUNK, phases=True, width=13):
     """Fast weights of every sequence different; started mini-batches hold random sums, fresh ones zeros."""
-    width = DIM if kind == "linear" else 13
+    width = DIM if kind == "linear" else width
     draw = lambda *shape: 0.3 * torch.randn(shape, dtype=dtype)  # noqa: E731
     second = (draw(n, HEADS, width, DIM), draw(n, HEADS, 1, DIM)) if kind == "mlp" else ()
     state = new_state(TTTWeights(draw(n, HEADS, DIM, width), draw(n, HEADS, 1, width), *second))

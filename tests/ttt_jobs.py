@@ -2,19 +2,30 @@
 
 import importlib
 
-from fastweight.ops.ttt.layout import KEEP_EVERY, block, launch_options
+from fastweight.ops.ttt.layout import HIDDEN_BLOCK, KEEP_EVERY, block, launch_options
 
-INTEGERS = {"position": "*i64", "cu_seqlens": "*i64", "flags": "*i8", "owner": "*i32", "base": "*i32", "eps": "fp32"}
+INTEGERS = {
+    "position": "*i64",
+    "cu_seqlens": "*i64",
+    "flags": "*i8",
+    "suspects": "*i32",
+    "owner": "*i32",
+    "base": "*i32",
+    "eps": "fp32",
+}
 SIZES = ("num_tokens", "num_sequences", "first", "stop", "H")
 TOKENS = ("q", "k", "v", "y", "dy", "dq", "dk", "dv", "all_w")  # in the dtype of q
+TOKENS += ("d_reads", "actives", "d_middles", "d_hiddens", "d_writes1")
 
 
 def job(name: str, dim: int, dtype: str = "bf16", chunk: int = 16, **constants: object) -> dict:
     """Kernel `name` for heads of `dim` channels."""
-    module = f"fastweight.ops.ttt.kernels_{name.split('_')[0]}"
+    late = name in ("mlp_reads", "mlp_backward")
+    module = f"fastweight.ops.ttt.kernels_{name.split('_')[0]}{'_backward' if late else ''}"
     values = {
         "D": dim, "BLOCK_D": block(dim), "CHUNK": chunk, "BLOCK_K": block(chunk), "EVERY": KEEP_EVERY,
-        "PACKED": False, "KEEP": True, "PRECISION": "ieee" if dtype == "fp32" else "tf32",
+        "C": 4 * dim, "BLOCK_C": HIDDEN_BLOCK,
+        "PACKED": False, "KEEP": True, "GUARD": False, "PRECISION": "ieee" if dtype == "fp32" else "tf32",
     } | constants  # fmt: skip
     parameters = importlib.import_module(module).__dict__[name].arg_names
     signature = {p: _type(p, dtype) for p in parameters}

@@ -1,3 +1,4 @@
+# pyright: reportGeneralTypeIssues=false
 """TTT-Linear on a GPU: one program reads one sequence with one head; its memory W, b stays in registers.
 
 Forward, per mini-batch (legend in kernels_shared.py):
@@ -12,8 +13,8 @@ dW = dW' + qᵀ d read + kᵀ dz; dS = λ U − (τ q)ᵀ d read.
 Where the mini-batch ends U = dW' and λ = −τ_last (0 if its update was refused), else U is the gradient of the sum that
 is left behind and λ = 1. dz, dY come from dG by the derivative in kernels_shared.py.
 
-Values that are not finite are not looked for until one shows in the final memory; then the walk is repeated with the
-checks, which mark the tokens and updates to leave out. The other kernels obey the marks.
+Values that are not finite are not looked for until one shows in the final memory; then the forward pass is repeated
+with checks, which mark the tokens and updates to leave out. The other kernels obey the marks.
 """
 
 import triton
@@ -25,14 +26,15 @@ from fastweight.ops.ttt.kernels_shared import (
     inner_gradient,
     inner_gradient_backward,
     load_learning,
+    load_matrix,
     load_tile,
     load_vector,
-    matrix_at,
     norm_backward,
     not_finite,
     rows_of,
     span_of,
     standardised,
+    store_matrix,
     store_tile,
     store_vector,
 )
@@ -48,31 +50,36 @@ def _gradient(k, v, w, b, eps, gamma, beta, D: tl.constexpr, BLOCK_D: tl.constex
     return grad, unit, inverse, u, gap
 
 
-@triton.jit
-def _walk(
+@triton.jit(do_not_specialize=["num_tokens"])
+def linear_forward(
     q, k, v, rate, tau, ln_weight, ln_bias, w0, b0, s0, sb0, position, cu_seqlens,
-    y, w_out, b_out, s_out, sb_out, flags, kept_w, kept_b, num_tokens, eps, H,
+    y, w_out, b_out, s_out, sb_out, flags, suspects, kept_w, kept_b, num_tokens, eps, H,
     D: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, EVERY: tl.constexpr,
     PACKED: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr, GUARD: tl.constexpr,
 ):  # fmt: skip
-    """Read the sequence; returns how many entries of its new memory are not finite."""
+    """Grid: sequences · heads. w0, s0 [N, H, D, D], b0, sb0 [N, H, D]; flags [tokens, H] zero; y like q.
+
+    suspects: [N, H] int32, how much of the new memory is not finite. With GUARD (a second launch) only such programs
+    run, now with checks that fill `flags` and leave faults out; without it there are none.
+    KEEP: W, b at the start of every EVERY-th mini-batch go to kept_w, kept_b [slots, H, …], the slot of sequence n's
+    first one being start // (CHUNK · EVERY) + 2 n, which leaves room for any phase.
+    """
     pid = tl.program_id(0)
+    if GUARD and tl.load(suspects + pid) == 0:
+        return
     n, h, i = pid // H, pid % H, tl.arange(0, BLOCK_K)
     start, length, phase = span_of(cu_seqlens, position, n, num_tokens, CHUNK, PACKED)
     gamma = load_vector(ln_weight, h, D, BLOCK_D)[None, :]
     beta = load_vector(ln_bias, h, D, BLOCK_D)[None, :]
     taus = tl.load(tau + i, mask=i < CHUNK, other=0.0).to(tl.float32)[:, None]
     last = tl.load(tau + CHUNK - 1).to(tl.float32)
-    at_w, in_w = matrix_at(w0, pid, 0, 0, D, D, BLOCK_D, BLOCK_D)
-    at_s = matrix_at(s0, pid, 0, 0, D, D, BLOCK_D, BLOCK_D)[0]
-    left_at = matrix_at(s_out, pid, 0, 0, D, D, BLOCK_D, BLOCK_D)[0]
-    w, b = tl.load(at_w, mask=in_w, other=0.0), load_vector(b0, pid, D, BLOCK_D)
+    w, b = load_matrix(w0, pid, D, BLOCK_D), load_vector(b0, pid, D, BLOCK_D)
     slot = start // (CHUNK * EVERY) + 2 * n
     faults = 0
     for c in range((phase + length + CHUNK - 1) // CHUNK):
         if KEEP and c % EVERY == 0:
             index = (slot + c // EVERY) * H + h
-            tl.store(matrix_at(kept_w, index, 0, 0, D, D, BLOCK_D, BLOCK_D)[0], w, mask=in_w)
+            store_matrix(kept_w, w, index, D, BLOCK_D)
             store_vector(kept_b, b, index, D, BLOCK_D)
         rows, inside = rows_of(c, start, length, phase, h, H, CHUNK, BLOCK_K)
         queries, keys = load_tile(q, rows, inside, D, BLOCK_D), load_tile(k, rows, inside, D, BLOCK_D)
@@ -97,7 +104,7 @@ def _walk(
         total = tl.dot(tl.trans(keys), write, input_precision=PRECISION)
         total_b = tl.sum(write.to(tl.float32), 0)
         if c == 0:
-            earlier, earlier_b = tl.load(at_s, mask=in_w, other=0.0), load_vector(sb0, pid, D, BLOCK_D)
+            earlier, earlier_b = load_matrix(s0, pid, D, BLOCK_D), load_vector(sb0, pid, D, BLOCK_D)
             before = tl.dot(queries, earlier.to(queries.dtype), input_precision=PRECISION) + earlier_b[None, :]
             read -= taus * before
             total += earlier
@@ -106,7 +113,7 @@ def _walk(
         store_tile(y, queries.to(tl.float32) + unit * gamma + beta, rows, inside, D, BLOCK_D)
         full = (c + 1) * CHUNK <= phase + length
         if full == 0:
-            tl.store(left_at, total, mask=in_w)
+            store_matrix(s_out, total, pid, D, BLOCK_D)
             store_vector(sb_out, total_b, pid, D, BLOCK_D)
             faults += count_not_finite(total) + count_not_finite(total_b)
         new_w, new_b = tl.where(full, w - last * total, w), tl.where(full, b - last * total_b, b)
@@ -117,36 +124,12 @@ def _walk(
             tl.store(flags + rows, flag.to(tl.int8), mask=inside)
         w, b = new_w, new_b
     if (phase + length) % CHUNK == 0:
-        tl.store(left_at, tl.zeros_like(w), mask=in_w)
+        store_matrix(s_out, tl.zeros_like(w), pid, D, BLOCK_D)
         store_vector(sb_out, tl.zeros_like(b), pid, D, BLOCK_D)
-    tl.store(matrix_at(w_out, pid, 0, 0, D, D, BLOCK_D, BLOCK_D)[0], w, mask=in_w)
+    store_matrix(w_out, w, pid, D, BLOCK_D)
     store_vector(b_out, b, pid, D, BLOCK_D)
-    return faults + count_not_finite(w) + count_not_finite(b)
-
-
-@triton.jit(do_not_specialize=["num_tokens"])
-def linear_forward(
-    q, k, v, rate, tau, ln_weight, ln_bias, w0, b0, s0, sb0, position, cu_seqlens,
-    y, w_out, b_out, s_out, sb_out, flags, kept_w, kept_b, num_tokens, eps, H,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, EVERY: tl.constexpr,
-    PACKED: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Grid: sequences · heads. w0, s0 [N, H, D, D], b0, sb0 [N, H, D]; flags [tokens, H] zero; y like q.
-
-    KEEP: W, b at the start of every EVERY-th mini-batch go to kept_w, kept_b [slots, H, …], the slot of sequence n's
-    first one being start // (CHUNK · EVERY) + 2 n, which leaves room for any phase.
-    """
-    faults = _walk(
-        q, k, v, rate, tau, ln_weight, ln_bias, w0, b0, s0, sb0, position, cu_seqlens,
-        y, w_out, b_out, s_out, sb_out, flags, kept_w, kept_b, num_tokens, eps, H,
-        D, BLOCK_D, CHUNK, BLOCK_K, EVERY, PACKED, KEEP, PRECISION, False,
-    )  # fmt: skip
-    if faults > 0:
-        _walk(
-            q, k, v, rate, tau, ln_weight, ln_bias, w0, b0, s0, sb0, position, cu_seqlens,
-            y, w_out, b_out, s_out, sb_out, flags, kept_w, kept_b, num_tokens, eps, H,
-            D, BLOCK_D, CHUNK, BLOCK_K, EVERY, PACKED, KEEP, PRECISION, True,
-        )  # fmt: skip
+    if GUARD == 0:
+        tl.store(suspects + pid, faults + count_not_finite(w) + count_not_finite(b))
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_sequences", "first"])
@@ -172,20 +155,19 @@ def linear_replay(
     beta = load_vector(ln_bias, h, D, BLOCK_D)[None, :]
     last = tl.load(tau + CHUNK - 1).to(tl.float32)
     index = (start // (CHUNK * EVERY) + 2 * n + begin // EVERY) * H + h
-    at_w, in_w = matrix_at(kept_w, index, 0, 0, D, D, BLOCK_D, BLOCK_D)
-    w, b = tl.load(at_w, mask=in_w, other=0.0), load_vector(kept_b, index, D, BLOCK_D)
+    w, b = load_matrix(kept_w, index, D, BLOCK_D), load_vector(kept_b, index, D, BLOCK_D)
     for c in range(begin, end):
         rows, inside = rows_of(c, start, length, phase, h, H, CHUNK, BLOCK_K)
         keys, values, rates, kept, refused = load_learning(k, v, rate, flags, rows, inside, D, BLOCK_D)
         product_w = w.to(keys.dtype)
         place = (stretch * EVERY + c - begin).to(tl.int64) * H + h
-        tl.store(matrix_at(all_w, place, 0, 0, D, D, BLOCK_D, BLOCK_D)[0], product_w, mask=in_w)
+        store_matrix(all_w, product_w, place, D, BLOCK_D)
         store_vector(all_b, b, place, D, BLOCK_D)
         grad = _gradient(keys, values, product_w, b[None, :], eps, gamma, beta, D, BLOCK_D, PRECISION)[0]
         write = (rates[:, None] * grad).to(keys.dtype)
         total, total_b = tl.dot(tl.trans(keys), write, input_precision=PRECISION), tl.sum(write.to(tl.float32), 0)
         if c == 0:
-            total += tl.load(matrix_at(s0, n * H + h, 0, 0, D, D, BLOCK_D, BLOCK_D)[0], mask=in_w, other=0.0)
+            total += load_matrix(s0, n * H + h, D, BLOCK_D)
             total_b += load_vector(sb0, n * H + h, D, BLOCK_D)
         w, b = tl.where(refused, w, w - last * total), tl.where(refused, b, b - last * total_b)
 
@@ -209,8 +191,7 @@ def linear_backward(
     beta = load_vector(ln_bias, h, D, BLOCK_D)[None, :]
     taus = tl.load(tau + i, mask=i < CHUNK, other=0.0).to(tl.float32)[:, None]
     last = tl.load(tau + CHUNK - 1).to(tl.float32)
-    at_w, in_w = matrix_at(dw, pid, 0, 0, D, D, BLOCK_D, BLOCK_D)
-    grad_w, grad_b = tl.load(at_w, mask=in_w, other=0.0), load_vector(db, pid, D, BLOCK_D)
+    grad_w, grad_b = load_matrix(dw, pid, D, BLOCK_D), load_vector(db, pid, D, BLOCK_D)
     grad_gamma, grad_beta = load_vector(dgamma, pid, D, BLOCK_D), load_vector(dbeta, pid, D, BLOCK_D)
     grad_tau = load_vector(dtau, pid, CHUNK, BLOCK_K)
     end = tl.minimum(stop, (phase + length + CHUNK - 1) // CHUNK)
@@ -222,7 +203,7 @@ def linear_backward(
         queries, given = load_tile(q, rows, inside, D, BLOCK_D), load_tile(dy, rows, inside, D, BLOCK_D)
         given = given.to(tl.float32)
         at = (place + c - first) * H + h
-        w = tl.load(matrix_at(all_w, at, 0, 0, D, D, BLOCK_D, BLOCK_D)[0], mask=in_w, other=0.0)
+        w = load_matrix(all_w, at, D, BLOCK_D)
         b = load_vector(all_b, at, D, BLOCK_D)[None, :]
         begun, full = c == 0, (c + 1) * CHUNK <= phase + length
         # The forward pass again.
@@ -233,7 +214,7 @@ def linear_backward(
         read = tl.dot(queries, w, input_precision=PRECISION) + b
         read -= tl.dot(scores, write, input_precision=PRECISION)
         if begun:
-            earlier = tl.load(matrix_at(s0, pid, 0, 0, D, D, BLOCK_D, BLOCK_D)[0], mask=in_w, other=0.0)
+            earlier = load_matrix(s0, pid, D, BLOCK_D)
             before = tl.dot(queries, earlier.to(keys.dtype), input_precision=PRECISION)
             read -= taus * (before + load_vector(sb0, pid, D, BLOCK_D)[None, :])
         # The read.
@@ -252,7 +233,7 @@ def linear_backward(
         # The update. `after`, `scale`: U and λ.
         after, after_b, scale = grad_w, grad_b, tl.where(refused, 0.0, -last)
         if full == 0:
-            after = tl.load(matrix_at(ds_out, pid, 0, 0, D, D, BLOCK_D, BLOCK_D)[0], mask=in_w, other=0.0)
+            after = load_matrix(ds_out, pid, D, BLOCK_D)
             after_b, scale = load_vector(dsb_out, pid, D, BLOCK_D), 1.0
         product = after.to(keys.dtype)
         pull = tl.dot(keys, product, input_precision=PRECISION) + after_b[None, :]
@@ -260,7 +241,7 @@ def linear_backward(
         d_key += scale * tl.dot(write, tl.trans(product), input_precision=PRECISION)
         d_last = tl.sum(pull * write.to(tl.float32))
         if begun:
-            earlier = tl.load(matrix_at(s0, pid, 0, 0, D, D, BLOCK_D, BLOCK_D)[0], mask=in_w, other=0.0)
+            earlier = load_matrix(s0, pid, D, BLOCK_D)
             earlier_b = load_vector(sb0, pid, D, BLOCK_D)
             d_last += tl.sum(after * earlier) + tl.sum(after_b * earlier_b)
             before = tl.dot(queries, earlier.to(keys.dtype), input_precision=PRECISION) + earlier_b[None, :]
@@ -269,7 +250,7 @@ def linear_backward(
             product = tl.trans(earlier).to(keys.dtype)
             d_query -= tl.dot(scaled.to(keys.dtype), product, input_precision=PRECISION)
             d_sum = scale * after - tl.dot(tl.trans(queries), scaled.to(keys.dtype), input_precision=PRECISION)
-            tl.store(matrix_at(ds, pid, 0, 0, D, D, BLOCK_D, BLOCK_D)[0], d_sum, mask=in_w)
+            store_matrix(ds, d_sum, pid, D, BLOCK_D)
             store_vector(dsb, scale * after_b - tl.sum(scaled, 0), pid, D, BLOCK_D)
         grad_tau -= tl.where((i == CHUNK - 1) & full & (refused == 0), d_last, 0.0)
         # The inner gradient.
@@ -285,7 +266,7 @@ def linear_backward(
         store_tile(dq, d_query, rows, inside, D, BLOCK_D)
         store_tile(dk, d_key, rows, inside, D, BLOCK_D)
         store_tile(dv, d_value, rows, inside, D, BLOCK_D)
-    tl.store(at_w, grad_w, mask=in_w)
+    store_matrix(dw, grad_w, pid, D, BLOCK_D)
     store_vector(db, grad_b, pid, D, BLOCK_D)
     store_vector(dgamma, grad_gamma, pid, D, BLOCK_D)
     store_vector(dbeta, grad_beta, pid, D, BLOCK_D)

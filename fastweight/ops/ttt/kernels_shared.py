@@ -1,3 +1,4 @@
+# pyright: reportGeneralTypeIssues=false
 """What the kernels of both memories share: where a sequence lies, the layer norm, the inner gradient, its derivative.
 
 Legend of all kernels here, for one (sequence, head) and one mini-batch of K tokens, rows are tokens:
@@ -51,12 +52,22 @@ def store_tile(x, value, rows, inside, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def matrix_at(x, index, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
-    """Pointers to the block at (row, column) of matrix `index` of x [·, ROWS, COLUMNS], and which of them exist."""
-    i = row + tl.arange(0, BR)
-    j = column + tl.arange(0, BC)
-    at = x + index.to(tl.int64) * (ROWS * COLUMNS) + i[:, None] * COLUMNS + j[None, :]
-    return at, (i < ROWS)[:, None] & (j < COLUMNS)[None, :]
+def _matrix_at(index, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    d = tl.arange(0, BLOCK_D)
+    return index.to(tl.int64) * (D * D) + d[:, None] * D + d[None, :], (d < D)[:, None] & (d < D)[None, :]
+
+
+@triton.jit
+def load_matrix(x, index, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Matrix `index` of x [·, D, D], zero beyond."""
+    at, there = _matrix_at(index, D, BLOCK_D)
+    return tl.load(x + at, mask=there, other=0.0)
+
+
+@triton.jit
+def store_matrix(x, value, index, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    at, there = _matrix_at(index, D, BLOCK_D)
+    tl.store(x + at, value, mask=there)
 
 
 @triton.jit
@@ -150,3 +161,19 @@ def load_learning(k, v, rate, flags, rows, inside, D: tl.constexpr, BLOCK_D: tl.
     keys, values = tl.where(kept[:, None], keys, 0.0), tl.where(kept[:, None], values, 0.0)
     rates = tl.where(kept, tl.load(rate + rows, mask=inside, other=0.0).to(tl.float32), 0.0)
     return keys.to(k.dtype.element_ty), values.to(v.dtype.element_ty), rates, kept, tl.max(flag) > 1
+
+
+@triton.jit
+def gelu(x):
+    """φ(x) = x σ(2a), a = √(2/π) (x + 0.044715 x³) (the tanh form), and its first and second derivative."""
+    # Beyond ±10 σ is 0 or 1 to the last bit; so far out squares could overflow.
+    near = tl.minimum(tl.maximum(x, -10.0), 10.0)
+    square = near * near
+    gate = 1.0 / (1.0 + tl.exp(-1.5957691216057308 * near * (1.0 + 0.044715 * square)))
+    gate = tl.where(x < -10.0, 0.0, gate)
+    slope = 1.5957691216057308 * (1.0 + 0.134145 * square)  # 2a'
+    bend = gate * (1.0 - gate)
+    turn = bend * (
+        0.4281288976356015 * near + slope * slope * (1.0 - 2.0 * gate)
+    )  # d²gate/dx²; the first number is 2a''/x
+    return x * gate, gate + x * (bend * slope), 2.0 * bend * slope + x * turn

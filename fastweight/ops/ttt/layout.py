@@ -7,14 +7,21 @@ import torch
 from torch import Tensor
 
 KEEP_EVERY = 8  # mini-batches between two kept states
-REPLAY_BYTES = 1 << 29  # most that the replayed states of one part of the backward pass may take
+REPLAY_BYTES = 3 << 29  # most that the replayed states of one part of the backward pass may take
 MAX_DIM, MAX_CHUNK = 128, 64
+HIDDEN_BLOCK = 64  # hidden units of a memory in registers at once
 
 # (num_warps, num_stages) of each kernel, by the width of its tiles over D.
 LAUNCH = {
     "linear_forward": {16: (1, 2), 32: (2, 2), 64: (4, 2), 128: (8, 2)},
     "linear_replay": {16: (1, 2), 32: (2, 2), 64: (4, 2), 128: (8, 2)},
     "linear_backward": {16: (1, 1), 32: (2, 1), 64: (4, 1), 128: (8, 1)},
+    "linear_step": {16: (1, 1), 32: (2, 1), 64: (4, 1), 128: (8, 1)},
+    "mlp_step": {16: (2, 1), 32: (4, 1), 64: (8, 1), 128: (8, 1)},
+    "mlp_forward": {16: (2, 1), 32: (4, 1), 64: (4, 1), 128: (8, 1)},
+    "mlp_replay": {16: (2, 1), 32: (4, 1), 64: (4, 1), 128: (8, 1)},
+    "mlp_reads": {16: (2, 1), 32: (4, 1), 64: (4, 1), 128: (8, 1)},
+    "mlp_backward": {16: (2, 1), 32: (4, 1), 64: (4, 1), 128: (8, 1)},
 }
 
 
@@ -49,13 +56,19 @@ class Layout(NamedTuple):
         return self.length if self.packed else self.sequences * self.length
 
     @property
+    def every(self) -> int:
+        """Mini-batches of a stretch, from one kept state to the next."""
+        return KEEP_EVERY
+
+    @property
     def slots(self) -> int:
         """Room for the kept states of one head, whatever the lengths and phases of the sequences."""
         return self.tokens // (self.chunk * KEEP_EVERY) + 2 * self.sequences
 
-    def constants(self, q: Tensor) -> dict[str, Any]:
-        """What every kernel is compiled for."""
-        return {
+    def constants(self, q: Tensor, width: int | None = None) -> dict[str, Any]:
+        """What every kernel is compiled for. width: hidden units of the memory, if it has any."""
+        hidden = {} if width is None else {"C": width, "BLOCK_C": min(HIDDEN_BLOCK, block(width))}
+        return hidden | {
             "D": self.dim, "BLOCK_D": block(self.dim), "CHUNK": self.chunk, "BLOCK_K": block(self.chunk),
             "EVERY": KEEP_EVERY, "PACKED": self.packed, "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
         }  # fmt: skip

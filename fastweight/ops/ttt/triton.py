@@ -1,5 +1,7 @@
 """Kernels as a backend: what they refuse, and the way from the op's arguments to theirs."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -11,7 +13,7 @@ from fastweight.ops.ttt.layout import MAX_CHUNK, MAX_DIM
 WAY_OUT = 'Use backend="chunked"'
 
 
-def refuses(x: Tensor, *args: Tensor | TTTWeights, **options: object) -> str | None:
+def refuses(x: Tensor, *args: Any, **options: Any) -> str | None:
     """Why the kernels cannot run on q (and what comes with it), or None if they can."""
     if reason := why_no_kernels(x):
         return reason
@@ -35,16 +37,25 @@ def refuses(x: Tensor, *args: Tensor | TTTWeights, **options: object) -> str | N
     return None
 
 
+@dispatch.register_backend("ttt_mlp", "triton", refuses)
 @dispatch.register_backend("ttt_linear", "triton", refuses)
-def run_linear(
+def run(
     q: Tensor, k: Tensor, v: Tensor, rate: Tensor, tau: Tensor, ln_weight: Tensor, ln_bias: Tensor,
     weights: TTTWeights, pending: TTTWeights, position: Tensor, *, eps: float, cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, TTTWeights, TTTWeights, Tensor]:  # fmt: skip
-    """As the other backends; fast weights and sums in float32, products in q's dtype."""
+    """As the other backends; memory and sums in float32, products in q's dtype (of a single token in float32)."""
     from fastweight.ops.ttt.triton_linear import linear
+    from fastweight.ops.ttt.triton_mlp import mlp
+    from fastweight.ops.ttt.triton_step import step
 
-    tensors = (q, k, v, rate, tau, ln_weight, ln_bias, weights.w1, weights.b1, pending.w1, pending.b1)
+    state = [t for tree in (weights, pending) for t in tree if t is not None]
+    tensors = [t.contiguous() for t in (q, k, v, rate, tau, ln_weight, ln_bias, *state)]
+    parts = len(state) // 2
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(q.device)
-    y, w, b, s, sb, flags, *_ = linear(*(t.contiguous() for t in tensors), position, cu_seqlens, eps, keep)
-    return y, TTTWeights(w, b), TTTWeights(s, sb), (flags > 0).any(-1)
+    if q.shape[1] == 1 and cu_seqlens is None and not keep:
+        results = step(*tensors[:7], tensors[7 : 7 + parts], tensors[7 + parts :], position, eps)
+    else:
+        ends = None if cu_seqlens is None else cu_seqlens.to(q.device)
+        results = (linear if parts == 2 else mlp)(*tensors, position.contiguous(), ends, eps, keep)
+    y, *state, flags = results[: 2 + 2 * parts]
+    return y, TTTWeights(*state[:parts]), TTTWeights(*state[parts:]), (flags > 0).any(-1)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastweight.ops.ttt.layout import KEEP_EVERY, Layout, parts
+from fastweight.ops.ttt.layout import Layout, parts
 
 Tensors = tuple[Tensor, ...]
 
@@ -18,12 +18,15 @@ def linear(
 
     results = _results(q, k, v, rate, tau, ln_weight, ln_bias, w, b, s, sb, position, cu_seqlens, eps, keep)
     layout = Layout.of(q, tau, cu_seqlens)
+    y, w_out, b_out, s_out, sb_out, flags, *kept = results
+    suspects = torch.empty(layout.sequences, layout.heads, dtype=torch.int32, device=q.device)
     with torch.cuda.device_of(q):
-        layout.launch(
-            linear_forward, (layout.sequences * layout.heads,), q, k, v, rate, tau, ln_weight, ln_bias, w, b, s, sb,
-            position, position if cu_seqlens is None else cu_seqlens, *results, layout.length, eps, layout.heads,
-            KEEP=keep, **layout.constants(q),
-        )  # fmt: skip
+        for guard in (False, True):
+            layout.launch(
+                linear_forward, (layout.sequences * layout.heads,), q, k, v, rate, tau, ln_weight, ln_bias, w, b, s, sb,
+                position, position if cu_seqlens is None else cu_seqlens, y, w_out, b_out, s_out, sb_out, flags,
+                suspects, *kept, layout.length, eps, layout.heads, KEEP=keep, GUARD=guard, **layout.constants(q),
+            )  # fmt: skip
     return results
 
 
@@ -56,7 +59,7 @@ def linear_gradients(
     dw, db, ds0, dsb0 = dw.clone(), db.clone(), torch.zeros_like(s), torch.zeros_like(sb)
     with torch.cuda.device_of(q):
         for part in parts(layout, position, cu_seqlens, d * (d * q.element_size() + 4)):
-            places = part.owner.shape[0] * KEEP_EVERY
+            places = part.owner.shape[0] * layout.every
             all_w, all_b = q.new_empty(places, h, d, d), dw.new_empty(places, h, d)
             layout.launch(
                 linear_replay, (part.owner.shape[0], h), *tokens, kept_w, kept_b, part.owner, part.base, all_w, all_b,
