@@ -2,8 +2,11 @@
 
 import importlib
 
+import torch
+
 from fastweight.ops.ttt.layout import HIDDEN_BLOCK, KEEP_EVERY, block, launch_options
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 INTEGERS = {
     "position": "*i64",
     "cu_seqlens": "*i64",
@@ -21,7 +24,9 @@ TOKENS += ("d_reads", "actives", "d_middles", "d_hiddens", "d_writes1")
 def job(name: str, dim: int, dtype: str = "bf16", chunk: int = 16, **constants: object) -> dict:
     """Kernel `name` for heads of `dim` channels."""
     late = name in ("mlp_reads", "mlp_backward")
-    module = f"fastweight.ops.ttt.kernels_{name.split('_')[0]}{'_backward' if late else ''}"
+    step = name.endswith("step")
+    part = "step" if step else name.split("_")[0] + ("_backward" if late else "")
+    module = f"fastweight.ops.ttt.kernels_{part}"
     values = {
         "D": dim, "BLOCK_D": block(dim), "CHUNK": chunk, "BLOCK_K": block(chunk), "EVERY": KEEP_EVERY,
         "C": 4 * dim, "BLOCK_C": HIDDEN_BLOCK,
@@ -33,7 +38,7 @@ def job(name: str, dim: int, dtype: str = "bf16", chunk: int = 16, **constants: 
         "kernel": f"{module}:{name}",
         "signature": signature,
         "constants": {p: values[p] for p in parameters if signature[p] == "constexpr"},
-        **launch_options(name, dim),
+        **launch_options(name, dim, DTYPES[dtype]),
     }
 
 

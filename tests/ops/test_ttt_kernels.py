@@ -7,6 +7,7 @@ from tolerances import GRADIENT, OUTPUT, assert_close, assert_trees_close
 from ttt_cases import CHUNK, DIM, assert_same, inputs, random_state, run, values_and_gradients
 
 from fastweight.ops.ttt import layout
+from fastweight.ops.ttt.triton import refuses
 from fastweight.state import map_tensors, tensors
 
 pytestmark = needs_triton
@@ -156,3 +157,19 @@ def test_an_update_that_overflows_is_not_applied_and_is_counted_at_the_end_of_it
     assert not any(t.any() for _, t in tensors(after.pending))
     assert after.faults.count.tolist() == [1]
     assert after.faults.first.tolist() == [CHUNK - 1]
+
+
+def test_what_the_kernels_cannot_run_is_refused_with_the_reason_and_the_way_out():
+    args, state = inputs(1, 4, torch.float32), random_state("linear", 1, torch.float32)
+    given = (*args, state.weights, state.pending, state.position)
+    assert refuses(args[0], *given) is None
+    q = args[0].double()
+    assert 'got torch.float64. Use backend="chunked"' in str(refuses(q, q, *given[1:]))
+    assert "up to 128 channels, got 129" in str(refuses(torch.zeros(1, 1, 1, 129)))
+    assert "up to 64 tokens, got 65" in str(refuses(args[0], *args[:4], torch.ones(65), *given[5:]))
+    assert "of one dtype, got torch.float32, torch.float16" in str(
+        refuses(args[0], args[0], args[1].half(), *given[2:])
+    )
+    assert "state in float32, got torch.float64" in str(refuses(args[0], *args, wide(state.weights), *given[8:]))
+    moved = args[1].to("meta")
+    assert "one device, got cpu, meta" in str(refuses(args[0], args[0], moved, *given[2:]))

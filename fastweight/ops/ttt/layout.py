@@ -30,9 +30,10 @@ def block(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
-def launch_options(kernel: str, dim: int) -> dict[str, int]:
+def launch_options(kernel: str, dim: int, dtype: torch.dtype) -> dict[str, int]:
+    """Warps and stages of `kernel`; float32 products are made without matrix units and need twice the threads."""
     warps, stages = LAUNCH[kernel][block(dim)]
-    return {"num_warps": warps, "num_stages": stages}
+    return {"num_warps": 2 * warps if dtype == torch.float32 else warps, "num_stages": stages}
 
 
 class Layout(NamedTuple):
@@ -44,12 +45,13 @@ class Layout(NamedTuple):
     dim: int
     chunk: int
     packed: bool
+    dtype: torch.dtype
 
     @staticmethod
     def of(q: Tensor, tau: Tensor, cu_seqlens: Tensor | None) -> "Layout":
         batch, length, heads, dim = q.shape
         sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        return Layout(sequences, length, heads, dim, tau.shape[0], cu_seqlens is not None)
+        return Layout(sequences, length, heads, dim, tau.shape[0], cu_seqlens is not None, q.dtype)
 
     @property
     def tokens(self) -> int:
@@ -65,17 +67,17 @@ class Layout(NamedTuple):
         """Room for the kept states of one head, whatever the lengths and phases of the sequences."""
         return self.tokens // (self.chunk * KEEP_EVERY) + 2 * self.sequences
 
-    def constants(self, q: Tensor, width: int | None = None) -> dict[str, Any]:
+    def constants(self, width: int | None = None) -> dict[str, Any]:
         """What every kernel is compiled for. width: hidden units of the memory, if it has any."""
         hidden = {} if width is None else {"C": width, "BLOCK_C": min(HIDDEN_BLOCK, block(width))}
         return hidden | {
             "D": self.dim, "BLOCK_D": block(self.dim), "CHUNK": self.chunk, "BLOCK_K": block(self.chunk),
-            "EVERY": KEEP_EVERY, "PACKED": self.packed, "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
+            "EVERY": KEEP_EVERY, "PACKED": self.packed, "PRECISION": "ieee" if self.dtype == torch.float32 else "tf32",
         }  # fmt: skip
 
     def launch(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
         """Start `kernel` with the warps and stages that the table has for it."""
-        kernel[grid](*arguments, **constants, **launch_options(kernel.fn.__name__, self.dim))
+        kernel[grid](*arguments, **constants, **launch_options(kernel.fn.__name__, self.dim, self.dtype))
 
 
 class Part(NamedTuple):

@@ -25,7 +25,7 @@ def linear(
             layout.launch(
                 linear_forward, (layout.sequences * layout.heads,), q, k, v, rate, tau, ln_weight, ln_bias, w, b, s, sb,
                 position, position if cu_seqlens is None else cu_seqlens, y, w_out, b_out, s_out, sb_out, flags,
-                suspects, *kept, layout.length, eps, layout.heads, KEEP=keep, GUARD=guard, **layout.constants(q),
+                suspects, *kept, layout.length, eps, layout.heads, KEEP=keep, GUARD=guard, **layout.constants(),
             )  # fmt: skip
     return results
 
@@ -52,7 +52,7 @@ def linear_gradients(
     from fastweight.ops.ttt.kernels_linear import linear_backward, linear_replay
 
     layout, ends = Layout.of(q, tau, cu_seqlens), position if cu_seqlens is None else cu_seqlens
-    constants, tokens = layout.constants(q), (k, v, rate, tau, ln_weight, ln_bias, s, sb, position, ends, flags)
+    constants, tokens = layout.constants(), (k, v, rate, tau, ln_weight, ln_bias, s, sb, position, ends, flags)
     n, h, d = layout.sequences, layout.heads, layout.dim
     dq, dk, dv, drate = (torch.empty_like(x) for x in (q, k, v, rate))
     dtau, dgamma, dbeta = (dw.new_zeros(n, h, size) for size in (layout.chunk, d, d))

@@ -28,7 +28,7 @@ def mlp(
             layout.launch(
                 mlp_forward, (layout.sequences * layout.heads,), *inputs,
                 position if cu_seqlens is None else cu_seqlens, *results[:10], suspects, *results[10:], layout.length,
-                eps, layout.heads, KEEP=keep, GUARD=guard, **layout.constants(q, w1.shape[-1]),
+                eps, layout.heads, KEEP=keep, GUARD=guard, **layout.constants(w1.shape[-1]),
             )  # fmt: skip
     return results
 
@@ -99,7 +99,7 @@ def _one_part(
     from fastweight.ops.ttt.kernels_mlp import mlp_replay
     from fastweight.ops.ttt.kernels_mlp_backward import mlp_backward, mlp_reads
 
-    h, d, constants = layout.heads, layout.dim, layout.constants(q, width)
+    h, d, constants = layout.heads, layout.dim, layout.constants(width)
     stretches = part.owner.shape[0]
     places = (stretches * layout.every, h)
     memory = [kept[0].new_empty(*places, *x.shape[2:]) for x in kept]

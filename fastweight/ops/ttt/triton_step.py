@@ -17,7 +17,7 @@ def step(
     results = _results(q, k, v, rate, tau, ln_weight, ln_bias, memory, sums, position, eps)
     layout = Layout.of(q, tau, None)
     wanted = ("D", "BLOCK_D", "CHUNK") if len(memory) == 2 else ("D", "BLOCK_D", "CHUNK", "C", "BLOCK_C")
-    constants = layout.constants(q, memory[0].shape[-1])
+    constants = layout.constants(memory[0].shape[-1])
     with torch.cuda.device_of(q):
         layout.launch(
             linear_step if len(memory) == 2 else mlp_step, (layout.sequences * layout.heads,),
