@@ -40,7 +40,10 @@ def _compile(arch: int, job: dict) -> dict:
     module, name = job["kernel"].split(":")
     kernel = getattr(importlib.import_module(module), name)
     kernel = kernel.fn if isinstance(kernel, triton.runtime.autotuner.Autotuner) else kernel
-    source = triton.compiler.ASTSource(kernel, signature=job["signature"], constexprs=job["constants"])
+    # torch aligns what it allocates, and Triton specialises kernels for that.
+    pointers = [i for i, kind in enumerate(job["signature"].values()) if kind.startswith("*")]
+    aligned = {(i,): [["tt.divisibility", 16]] for i in pointers}
+    source = triton.compiler.ASTSource(kernel, job["signature"], constexprs=job["constants"], attrs=aligned)
     options = {key: job[key] for key in ("num_warps", "num_stages") if key in job}
     binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     return {
