@@ -167,9 +167,24 @@ def test_what_the_kernels_cannot_run_is_refused_with_the_reason_and_the_way_out(
     assert 'got torch.float64. Use backend="chunked"' in str(refuses(q, q, *given[1:]))
     assert "up to 128 channels, got 129" in str(refuses(torch.zeros(1, 1, 1, 129)))
     assert "up to 64 tokens, got 65" in str(refuses(args[0], *args[:4], torch.ones(65), *given[5:]))
+    large = torch.zeros(1, 1, 1, 128)
+    assert "354 KiB of shared memory" in str(refuses(large, large, *args[1:4], torch.ones(64), *given[5:]))
     assert "of one dtype, got torch.float32, torch.float16" in str(
         refuses(args[0], args[0], args[1].half(), *given[2:])
     )
     assert "state in float32, got torch.float64" in str(refuses(args[0], *args, wide(state.weights), *given[8:]))
     moved = args[1].to("meta")
     assert "one device, got cpu, meta" in str(refuses(args[0], args[0], moved, *given[2:]))
+
+
+@kinds
+def test_the_differentiable_unit_passes_the_checks_of_torch(kind):
+    from fastweight.ops.ttt.triton_linear import linear
+    from fastweight.ops.ttt.triton_mlp import mlp
+
+    args, state = inputs(1, 5, torch.float32, 4), random_state(kind, 1, torch.float32, 4)
+    memory = [t for tree in (state.weights, state.pending) for t in tree if t is not None]
+    given = [x.requires_grad_() for x in (*args, *memory)]
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    unit = linear if kind == "linear" else mlp
+    torch.library.opcheck(unit, (*given, state.position, None, 1e-6, True), test_utils=tests)

@@ -36,6 +36,11 @@ def launch_options(kernel: str, dim: int, dtype: torch.dtype) -> dict[str, int]:
     return {"num_warps": 2 * warps if dtype == torch.float32 else warps, "num_stages": stages}
 
 
+def shared_bytes(dim: int, chunk: int, dtype: torch.dtype) -> int:
+    """A bound of the shared memory of the largest kernel, fitted to what the compiler asked for on sm_90."""
+    return dtype.itemsize * block(dim) * (300 + 32 * block(chunk) // 5)
+
+
 class Layout(NamedTuple):
     """Sizes of one call. length: tokens of each sequence, or of all where they are packed."""
 
