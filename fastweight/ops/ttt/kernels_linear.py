@@ -53,7 +53,8 @@ def _gradient(k, v, w, b, eps, gamma, beta, D: tl.constexpr, BLOCK_D: tl.constex
 @triton.jit(do_not_specialize=["num_tokens"])
 def linear_forward(
     q, k, v, rate, tau, ln_weight, ln_bias, w0, b0, s0, sb0, position, cu_seqlens,
-    y, w_out, b_out, s_out, sb_out, flags, suspects, kept_w, kept_b, num_tokens, eps, H,
+    y, w_out, b_out, s_out, sb_out, flags, suspects, kept_w, kept_b, kept_before,
+    num_tokens, eps, H,
     D: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, EVERY: tl.constexpr,
     PACKED: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr, GUARD: tl.constexpr,
 ):  # fmt: skip
@@ -62,7 +63,8 @@ def linear_forward(
     suspects: [N, H] int32, how much of the new memory is not finite. With GUARD (a second launch) only such programs
     run, now with checks that fill `flags` and leave faults out; without it there are none.
     KEEP: W, b at the start of every EVERY-th mini-batch go to kept_w, kept_b [slots, H, …], the slot of sequence n's
-    first one being start // (CHUNK · EVERY) + 2 n, which leaves room for any phase.
+    first one being start // (CHUNK · EVERY) + 2 n, which leaves room for any phase; q S + s
+    of its first mini-batch goes to kept_before [N, H, CHUNK, D].
     """
     pid = tl.program_id(0)
     if GUARD and tl.load(suspects + pid) == 0:
@@ -107,6 +109,8 @@ def linear_forward(
             earlier, earlier_b = load_matrix(s0, pid, D, BLOCK_D), load_vector(sb0, pid, D, BLOCK_D)
             before = tl.dot(queries, earlier.to(queries.dtype), input_precision=PRECISION) + earlier_b[None, :]
             read -= taus * before
+            if KEEP:
+                store_tile(kept_before, before, pid.to(tl.int64) * CHUNK + i, i < CHUNK, D, BLOCK_D)
             total += earlier
             total_b += earlier_b
         unit = standardised(read, eps, D, BLOCK_D)[0]
@@ -174,15 +178,17 @@ def linear_replay(
 
 @triton.jit(do_not_specialize=["num_tokens", "first", "stop"])
 def linear_backward(
-    dy, q, k, v, rate, tau, ln_weight, ln_bias, s0, sb0, position, cu_seqlens, flags, all_w, all_b, base,
-    ds_out, dsb_out, dq, dk, dv, drate, dtau, dgamma, dbeta, dw, db, ds, dsb, num_tokens, first, stop, eps, H,
+    dy, q, k, v, rate, tau, ln_weight, ln_bias, position, cu_seqlens, flags, all_w, all_b, base, kept_before,
+    ds_out, dsb_out, dq, dk, dv, drate, dtau, dgamma, dbeta, dw, db, ds, dsb, d_before,
+    num_tokens, first, stop, eps, H,
     D: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, EVERY: tl.constexpr,
     PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid: sequences · heads. Mini-batches stop − 1 … first of each sequence, backwards.
 
     In place: dw, db (the gradient of the memory after these mini-batches, then before them), dtau [N, H, CHUNK],
-    dgamma, dbeta [N, H, D] (added to). Written: dq, dk, dv, drate for the tokens, ds, dsb with the first mini-batch.
+    dgamma, dbeta [N, H, D] (added to). Written: dq, dk, dv, drate for the tokens; with the first mini-batch, U and its
+    bias to ds, dsb and τ d read to d_before [N, H, CHUNK, D]: what came in with the call is `linear_opening`'s.
     """
     pid = tl.program_id(0)
     n, h, i = pid // H, pid % H, tl.arange(0, BLOCK_K)
@@ -205,7 +211,7 @@ def linear_backward(
         at = (place + c - first) * H + h
         w = load_matrix(all_w, at, D, BLOCK_D)
         b = load_vector(all_b, at, D, BLOCK_D)[None, :]
-        begun, full = c == 0, (c + 1) * CHUNK <= phase + length
+        full = (c + 1) * CHUNK <= phase + length
         # The forward pass again.
         grad, unit, inverse, u, gap = _gradient(keys, values, w, b, eps, gamma, beta, D, BLOCK_D, PRECISION)
         write = (rates[:, None] * grad).to(keys.dtype)
@@ -213,10 +219,10 @@ def linear_backward(
         scores = (raw * taus).to(keys.dtype)
         read = tl.dot(queries, w, input_precision=PRECISION) + b
         read -= tl.dot(scores, write, input_precision=PRECISION)
-        if begun:
-            earlier = load_matrix(s0, pid, D, BLOCK_D)
-            before = tl.dot(queries, earlier.to(keys.dtype), input_precision=PRECISION)
-            read -= taus * (before + load_vector(sb0, pid, D, BLOCK_D)[None, :])
+        # q S + s, zero but for the first mini-batch.
+        own, opening = pid.to(tl.int64) * CHUNK + i, (i < CHUNK) & (c == 0)
+        before = load_tile(kept_before, own, opening, D, BLOCK_D)
+        read -= taus * before
         # The read.
         read_unit, read_inverse = standardised(read, eps, D, BLOCK_D)
         grad_gamma += tl.sum(given * read_unit, 0)
@@ -224,34 +230,26 @@ def linear_backward(
         wide = norm_backward(given, read_unit, read_inverse, gamma, D, BLOCK_D)
         d_read = wide.to(keys.dtype)
         d_raw = causal(tl.dot(d_read, tl.trans(write), input_precision=PRECISION), BLOCK_K)
-        grad_tau -= tl.sum(d_raw * raw, 1)
+        grad_tau -= tl.sum(d_raw * raw, 1) + tl.sum(wide * before, 1)
+        store_tile(d_before, taus * wide, own, opening, D, BLOCK_D)
         d_raw = (d_raw * -taus).to(keys.dtype)
         d_write = -tl.dot(tl.trans(scores), d_read, input_precision=PRECISION)
         d_query = given + tl.dot(d_read, tl.trans(w), input_precision=PRECISION)
         d_query += tl.dot(d_raw, keys, input_precision=PRECISION)
         d_key = tl.dot(tl.trans(d_raw), queries, input_precision=PRECISION)
         # The update. `after`, `scale`: U and λ.
-        after, after_b, scale = grad_w, grad_b, tl.where(refused, 0.0, -last)
-        if full == 0:
-            after = load_matrix(ds_out, pid, D, BLOCK_D)
-            after_b, scale = load_vector(dsb_out, pid, D, BLOCK_D), 1.0
+        # Only the last mini-batch, the first to come here, can be unfinished.
+        scale = tl.where(full, tl.where(refused, 0.0, -last), 1.0)
+        after = tl.where(full, grad_w, load_matrix(ds_out, pid, D, BLOCK_D, full == 0))
+        after_b = tl.where(full, grad_b, load_vector(dsb_out, pid, D, BLOCK_D))
         product = after.to(keys.dtype)
         pull = tl.dot(keys, product, input_precision=PRECISION) + after_b[None, :]
         d_write += scale * pull
         d_key += scale * tl.dot(write, tl.trans(product), input_precision=PRECISION)
         d_last = tl.sum(pull * write.to(tl.float32))
-        if begun:
-            earlier = load_matrix(s0, pid, D, BLOCK_D)
-            earlier_b = load_vector(sb0, pid, D, BLOCK_D)
-            d_last += tl.sum(after * earlier) + tl.sum(after_b * earlier_b)
-            before = tl.dot(queries, earlier.to(keys.dtype), input_precision=PRECISION) + earlier_b[None, :]
-            grad_tau -= tl.sum(wide * before, 1)
-            scaled = taus * wide
-            product = tl.trans(earlier).to(keys.dtype)
-            d_query -= tl.dot(scaled.to(keys.dtype), product, input_precision=PRECISION)
-            d_sum = scale * after - tl.dot(tl.trans(queries), scaled.to(keys.dtype), input_precision=PRECISION)
-            store_matrix(ds, d_sum, pid, D, BLOCK_D)
-            store_vector(dsb, scale * after_b - tl.sum(scaled, 0), pid, D, BLOCK_D)
+        store_matrix(ds, after, pid, D, BLOCK_D, c == 0)
+        if c == 0:
+            store_vector(dsb, after_b, pid, D, BLOCK_D)
         grad_tau -= tl.where((i == CHUNK - 1) & full & (refused == 0), d_last, 0.0)
         # The inner gradient.
         tl.store(drate + rows, tl.where(kept, tl.sum(d_write * grad, 1), 0.0), mask=inside)
@@ -271,3 +269,34 @@ def linear_backward(
     store_vector(dgamma, grad_gamma, pid, D, BLOCK_D)
     store_vector(dbeta, grad_beta, pid, D, BLOCK_D)
     store_vector(dtau, grad_tau, pid, CHUNK, BLOCK_K)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def linear_opening(
+    q, tau, s0, sb0, position, cu_seqlens, flags, d_before, dq, dtau, ds, dsb, num_tokens, H,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr,
+    PACKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid: sequences · heads. After `linear_backward`: completes dq and dtau by, and ds, dsb to, what S and s need."""
+    pid = tl.program_id(0)
+    n, h, i = pid // H, pid % H, tl.arange(0, BLOCK_K)
+    start, length, phase = span_of(cu_seqlens, position, n, num_tokens, CHUNK, PACKED)
+    rows, inside = rows_of(0, start, length, phase, h, H, CHUNK, BLOCK_K)
+    refused = tl.max(tl.load(flags + rows, mask=inside, other=0).to(tl.int32)) > 1
+    full, last = phase + length >= CHUNK, tl.load(tau + CHUNK - 1).to(tl.float32)
+    scale = tl.where(full, tl.where(refused, 0.0, -last), 1.0)
+    queries = load_tile(q, rows, inside, D, BLOCK_D)
+    wide = load_tile(d_before, pid.to(tl.int64) * CHUNK + i, i < CHUNK, D, BLOCK_D)
+    scaled = wide.to(queries.dtype)
+    earlier, earlier_b = load_matrix(s0, pid, D, BLOCK_D), load_vector(sb0, pid, D, BLOCK_D)
+    after, after_b = load_matrix(ds, pid, D, BLOCK_D), load_vector(dsb, pid, D, BLOCK_D)
+    d_query = load_tile(dq, rows, inside, D, BLOCK_D).to(tl.float32)
+    d_query -= tl.dot(scaled, tl.trans(earlier.to(queries.dtype)), input_precision=PRECISION)
+    store_tile(dq, d_query, rows, inside, D, BLOCK_D)
+    store_matrix(
+        ds, scale * after - tl.dot(tl.trans(queries), scaled, input_precision=PRECISION), pid, D, BLOCK_D
+    )  # fmt: skip
+    store_vector(dsb, scale * after_b - tl.sum(wide, 0), pid, D, BLOCK_D)
+    d_last = tl.where(full & (refused == 0), tl.sum(after * earlier) + tl.sum(after_b * earlier_b), 0.0)
+    at = dtau + pid.to(tl.int64) * CHUNK + CHUNK - 1
+    tl.store(at, tl.load(at) - d_last)

@@ -58,16 +58,16 @@ def _matrix_at(index, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def load_matrix(x, index, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Matrix `index` of x [·, D, D], zero beyond."""
+def load_matrix(x, index, D: tl.constexpr, BLOCK_D: tl.constexpr, wanted=True):
+    """Matrix `index` of x [·, D, D], zero beyond, or zero if not wanted."""
     at, there = _matrix_at(index, D, BLOCK_D)
-    return tl.load(x + at, mask=there, other=0.0)
+    return tl.load(x + at, mask=there & wanted, other=0.0)
 
 
 @triton.jit
-def store_matrix(x, value, index, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def store_matrix(x, value, index, D: tl.constexpr, BLOCK_D: tl.constexpr, wanted=True):
     at, there = _matrix_at(index, D, BLOCK_D)
-    tl.store(x + at, value, mask=there)
+    tl.store(x + at, value, mask=there & wanted)
 
 
 @triton.jit

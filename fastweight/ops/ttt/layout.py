@@ -16,6 +16,7 @@ LAUNCH = {
     "linear_forward": {16: (1, 2), 32: (2, 2), 64: (4, 2), 128: (8, 2)},
     "linear_replay": {16: (1, 2), 32: (2, 2), 64: (4, 2), 128: (8, 2)},
     "linear_backward": {16: (1, 1), 32: (2, 1), 64: (4, 1), 128: (8, 1)},
+    "linear_opening": {16: (1, 1), 32: (2, 1), 64: (4, 1), 128: (8, 1)},
     "linear_step": {16: (1, 1), 32: (2, 1), 64: (4, 1), 128: (8, 1)},
     "mlp_step": {16: (2, 1), 32: (4, 1), 64: (8, 1), 128: (8, 1)},
     "mlp_forward": {16: (2, 1), 32: (4, 1), 64: (4, 1), 128: (8, 1)},
@@ -31,9 +32,12 @@ def block(size: int) -> int:
 
 
 def launch_options(kernel: str, dim: int, dtype: torch.dtype) -> dict[str, int]:
-    """Warps and stages of `kernel`; float32 products are made without matrix units and need twice the threads."""
+    """Warps, stages and registers of `kernel`."""
     warps, stages = LAUNCH[kernel][block(dim)]
-    return {"num_warps": 2 * warps if dtype == torch.float32 else warps, "num_stages": stages}
+    # Products in float32 are made without matrix units and need more threads.
+    warps = min(8, 2 * warps) if dtype == torch.float32 else warps
+    # Left without a bound, the assembler gives some of the largest kernels 32 registers and local memory for the rest.
+    return {"num_warps": warps, "num_stages": stages, "maxnreg": 255}
 
 
 def shared_bytes(dim: int, chunk: int, dtype: torch.dtype) -> int:
