@@ -17,6 +17,7 @@ import torch
 
 from benchmarks.timing import machine, print_table, write_json
 from fastweight import Model, ModelState
+from fastweight.stepping import Stepper
 
 POSITIONS = (1_000, 100_000)
 PRESETS = ("tiny-delta", "tiny-gated-delta", "tiny-ttt-linear", "tiny-ttt-mlp", "tiny-lact", "tiny-window")
@@ -36,24 +37,30 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     rows = [measure(preset, args.positions, torch.device(args.device)) for preset in args.presets]
-    at = [f"at {position:,}" for position in args.positions]
-    columns = ["preset", *(f"{place}, ms" for place in at), "late / early (quartiles)", *(f"{p}, bytes" for p in at)]
-    print_table("One decoding step and the state", columns, [cells(row) for row in rows])
+    print_table("One decoding step and the state", columns(args.positions), [cells(row) for row in rows])
     write_json(args.json, {"benchmark": "decode", **machine(args.device), "rows": rows})
     print(json.dumps({row["preset"]: row["time_ratio"]["median"] for row in rows}))
+
+
+def columns(positions: list[int]) -> list[str]:
+    """Heads of the table."""
+    at = [f"at {position:,}" for position in positions]
+    return ["preset", *(f"{place}, ms" for place in at), "late / early (quartiles)", *(f"{p}, bytes" for p in at)]
 
 
 def measure(preset: str, positions: list[int], device: torch.device) -> dict[str, Any]:
     """One row: milliseconds per step (median and quartiles) and bytes of the state at each position."""
     torch.manual_seed(0)
-    model = Model.from_preset(preset).to(device).eval()
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model = Model.from_preset(preset).to(device, dtype).eval()
     text = torch.randint(VOCABULARY, (1, max(positions)), device=device)
     states = [read(model, text[:, :position]) for position in positions]
     num_bytes = [state.num_bytes for state in states]
+    steppers = [Stepper(model, state) for state in states]
     turns: list[list[list[float]]] = [[] for _ in positions]
     for turn in range(-4, TURNS):
         for i in range(len(positions)) if turn % 2 else reversed(range(len(positions))):
-            taken, states[i] = decode(model, states[i])
+            taken = decode(steppers[i])
             if turn >= 0:  # the first turns warm up
                 turns[i].append(taken)
     found = [summary(t, position, size) for t, position, size in zip(turns, positions, num_bytes, strict=True)]
@@ -71,17 +78,16 @@ def read(model: Model, text: torch.Tensor) -> ModelState:
     return state
 
 
-def decode(model: Model, state: ModelState) -> tuple[list[float], ModelState]:
-    """Seconds of each of STEPS_PER_TURN greedy steps, and the state after them."""
-    token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+def decode(stepper: Stepper) -> list[float]:
+    """Seconds of each of STEPS_PER_TURN greedy steps."""
+    token = torch.zeros(1, 1, dtype=torch.int64, device=stepper.model.device)
     seconds = []
     for _ in range(STEPS_PER_TURN):
         start = time.perf_counter()
-        logits, state = model(token, state)
-        token = logits[:, -1:].argmax(-1)
+        token = stepper(token)[:, -1:].argmax(-1)
         token.item()  # waits for the device, as a reader of the text does
         seconds.append(time.perf_counter() - start)
-    return seconds, state
+    return seconds
 
 
 def summary(turns: list[list[float]], position: int, num_bytes: int) -> dict[str, Any]:

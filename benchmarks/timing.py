@@ -1,15 +1,15 @@
 """Measure a function, describe the machine, print a table, write JSON."""
 
 import gc
+import importlib.metadata
 import json
 import platform
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,16 +27,51 @@ def measure(run: Callable[[], object], device: str, *, seconds: float = 2.0, at_
         torch.cuda.reset_peak_memory_stats()
     times, began = [], time.perf_counter()
     while len(times) < at_least or (time.perf_counter() - began < seconds and len(times) < 200):
-        start = time.perf_counter()
-        run()
-        if cuda:
-            torch.cuda.synchronize()
-        times.append(1e3 * (time.perf_counter() - start))
+        times.append(_once_on_gpu(run) if cuda else _once(run))
     low, _, high = statistics.quantiles(times, n=4)
     result = {"median_ms": statistics.median(times), "low_ms": low, "high_ms": high, "runs": len(times)}
     if cuda:
         result["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
     return result
+
+
+def _once(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def _once_on_gpu(run: Callable[[], object]) -> float:
+    """By the device's own clock, the host's launches included where the device waits for them."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+class Ceilings(NamedTuple):
+    """What the machine reaches at best: a large matrix product, and a large copy (bytes read plus bytes written)."""
+
+    flops_per_second: float
+    bytes_per_second: float
+
+    def __str__(self) -> str:
+        return f"matrix product {self.flops_per_second / 1e12:.3g} TFLOP/s, copy {self.bytes_per_second / 1e9:.4g} GB/s"
+
+
+def ceilings(device: str) -> Ceilings:
+    """Measured here and now: bfloat16 on a GPU, float32 on a CPU."""
+    cuda = device.startswith("cuda")
+    size, dtype = (8192, torch.bfloat16) if cuda else (2048, torch.float32)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    product = measure(lambda: a @ b, device, seconds=1.0)["median_ms"]
+    source = torch.randn(1 << (30 if cuda else 26), device=device, dtype=dtype)
+    target = torch.empty_like(source)
+    copy = measure(lambda: target.copy_(source), device, seconds=1.0)["median_ms"]
+    moved = 2 * source.numel() * source.element_size()
+    return Ceilings(1e3 * 2 * size**3 / product, 1e3 * moved / copy)
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -49,17 +84,29 @@ def machine(device: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "triton": _version("triton"),
+        "fla-core": _version("fla-core"),
     }
 
 
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """A Markdown table, so that the output can be pasted into the docs."""
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Markdown."""
     cells = [[str(c) for c in row] for row in rows]
     widths = [max(len(c) for c in column) for column in zip(columns, *cells, strict=True)]
-    print(f"\n{title}\n")
-    for row in (list(columns), ["-" * w for w in widths], *cells):
-        print("| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |")
-    sys.stdout.flush()
+    lines = (list(columns), ["-" * w for w in widths], *cells)
+    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in lines)
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """A title and a Markdown table on stdout."""
+    print(f"\n{title}\n\n{table(columns, rows)}", flush=True)
 
 
 def write_json(path: Path | None, data: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ Every tiny preset with AdamW, and the first one also with Muon, on random bytes:
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,14 +14,19 @@ import tyro
 
 from benchmarks.timing import machine, measure, print_table, write_json
 from fastweight.data import ByteTokenizer, Store, StoreWriter
+from fastweight.effort import forward_flops
 from fastweight.model import Model
 from fastweight.optim import OptimizerConfig
 from fastweight.train import DataConfig, LogConfig, ModelSource, TrainConfig
 from fastweight.train.loop import Trainer
 from fastweight.train.metrics import Metrics
+from fastweight.train.prepare import prepared
 from fastweight.train.report import Report
 from fastweight.train.source import step_batches
 from fastweight.train.tally import Tally
+
+# TFLOP/s: of the layers' matrices alone (see fastweight.effort.forward_flops), not of memories and attention.
+COLUMNS = ["preset", "optimizer", "median ms/step", "quartiles", "tokens/s", "TFLOP/s", "peak GiB"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +38,8 @@ class Options:
     batch_size: int = 8
     device: str = "cpu"
     precision: str = "float32"
+    compile: bool = False
+    activation_checkpointing: bool = False
     seconds: float = 5.0
     json: Path | None = None
 
@@ -54,6 +62,8 @@ def time_steps(preset: str, optimizer: str, options: Options, folder: Path) -> d
         optimizer=OptimizerConfig(name=optimizer),  # type: ignore[arg-type]  # checked by the config
         log=LogConfig(every=10**9),
         precision=options.precision,  # type: ignore[arg-type]  # checked by the config
+        compile=options.compile,
+        activation_checkpointing=options.activation_checkpointing,
         steps=10**9,
     )
     torch.manual_seed(0)
@@ -61,24 +71,34 @@ def time_steps(preset: str, optimizer: str, options: Options, folder: Path) -> d
     metrics = Metrics(folder, config.log, 0, {})
     trainer = Trainer(config, folder, model, store, Tally(), Report(config, quiet=True), metrics)
     steps = step_batches(store.split("train"), config.data, seed=0, start_step=0)
-    result = measure(lambda: trainer.step(next(steps)), options.device, seconds=options.seconds)
+    with prepared(model, config):
+        result = measure(lambda: trainer.step(next(steps)), options.device, seconds=options.seconds)
     metrics.close()
-    return result
+    operations = 3 * forward_flops(model) * options.seq_len * options.batch_size
+    return result | {"parameters": model.num_parameters, "tflops": operations / result["median_ms"] / 1e9}
+
+
+def row(r: dict[str, Any]) -> list[str]:
+    """One line of the table."""
+    spread = f"{r['low_ms']:.0f}–{r['high_ms']:.0f}"
+    memory = f"{r['peak_gib']:.1f}" if "peak_gib" in r else "–"
+    rate = f"{r['tflops']:.3g}" if "tflops" in r else "–"
+    return [
+        r["preset"], r["optimizer"], f"{r['median_ms']:.0f}", spread, f"{r['tokens_per_second']:,.0f}", rate, memory,
+    ]  # fmt: skip
 
 
 def main(options: Options) -> None:
     runs = [(preset, "adamw") for preset in options.presets] + [(options.presets[0], "muon")]
-    tokens, rows, records = options.seq_len * options.batch_size, [], []
+    tokens, records = options.seq_len * options.batch_size, []
     for preset, optimizer in runs:
         with tempfile.TemporaryDirectory() as folder:
             timing = time_steps(preset, optimizer, options, Path(folder))
         rate = 1e3 * tokens / timing["median_ms"]
-        spread = f"{timing['low_ms']:.0f}–{timing['high_ms']:.0f}"
-        rows.append([preset, optimizer, f"{timing['median_ms']:.0f}", spread, f"{rate:,.0f}"])
         records.append({"preset": preset, "optimizer": optimizer, "tokens_per_second": rate, **timing})
     where = machine(options.device)
     title = f"Training, {options.batch_size} × {options.seq_len} tokens per step, {options.precision}, {where}"
-    print_table(title, ["preset", "optimizer", "median ms/step", "quartiles", "tokens/s"], rows)
+    print_table(title, COLUMNS, [row(r) for r in records])
     shape = {"seq_len": options.seq_len, "batch_size": options.batch_size, "precision": options.precision}
     write_json(options.json, {"machine": where, **shape, "runs": records})
 

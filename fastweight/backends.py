@@ -4,20 +4,30 @@ from collections import Counter
 
 import torch
 
+from fastweight.accuracy import recall
 from fastweight.model import Model
 from fastweight.model_config import ModelConfig
 from fastweight.ops import dispatch
 
 
-def describe_backends(model: Model) -> dict[str, str]:
-    """For each op of the model, the backend that will run and why no faster one does.
+def describe_backends(model: Model, dtype: torch.dtype | None = None) -> dict[str, str]:
+    """For each op of the model, the backend that will run, why no faster one does, and how exact it is here.
 
+    dtype: of the tokens where it is not that of the weights (under autocast).
     Raises ValueError if a backend that was named cannot run what the model gives it.
     """
     # What the ops will see, as far as the choice of a backend goes: [B, T, H, D].
-    sample = torch.zeros(1, 2, 1, 64, dtype=model.embedding.weight.dtype, device=model.device)
+    sample = torch.zeros(1, 2, 1, 64, dtype=dtype or model.embedding.weight.dtype, device=model.device)
     ops = {op: memory.backend for memory in model.memories() for op in memory.ops}
-    return {op: explain_choice(op, sample, backend) for op, backend in sorted(ops.items())}
+    known = recall(sample.device, sample.dtype)
+    found = {}
+    for op, backend in sorted(ops.items()):
+        found[op] = explain_choice(op, sample, backend)
+        chosen = dispatch.choose(op, backend, sample)
+        if chosen != "naive":
+            accuracy = known.get(op, {}).get(chosen)
+            found[op] += f"; {accuracy}" if accuracy else "; accuracy: see fastweight doctor --measure"
+    return found
 
 
 def explain_choice(op: str, sample: torch.Tensor, backend: str = "auto") -> str:

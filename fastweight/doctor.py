@@ -8,13 +8,14 @@ from typing import Any
 import torch
 
 import fastweight.mixers  # noqa: F401  # registers every op's backends
-from fastweight import __version__
+from fastweight import __version__, accuracy
 from fastweight.ops import dispatch
 
 REQUIRED = ("torch", "numpy", "safetensors", "tokenizers", "tyro", "rich", "matplotlib", "msgpack")
 DTYPES = (("float32", torch.float32), ("bfloat16", torch.bfloat16))
 OPTIONAL = {
     "triton": "GPU kernels",
+    "fla-core": "GPU kernels of the delta rule",
     "transformers": "the Hugging Face interface",
     "pyarrow": "parquet and arrow data",
     "zstandard": ".zst data",
@@ -24,8 +25,16 @@ OPTIONAL = {
 }
 
 
-def examine() -> dict[str, Any]:
-    """Versions, devices, and for each device and op every backend with the reason why it cannot run (None: it can)."""
+def examine(*, measure: bool = False) -> dict[str, Any]:
+    """Versions, devices, and for each device and op every backend with the reason why it cannot run (None: it can).
+
+    measure: first run every backend beside the definition and keep how far it is from it; otherwise what is known from
+    the last time is given.
+    """
+    if measure:
+        for device in available_devices():
+            for _, dtype in DTYPES:
+                accuracy.remember(device, dtype, accuracy.measure(device, dtype))
     devices = [_describe_device(device) for device in available_devices()]
     return {
         "fastweight": __version__,
@@ -50,14 +59,16 @@ def available_devices() -> list[torch.device]:
 
 
 def backends_on(device: torch.device, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
-    """For each op: the backend that "auto" takes for a long sequence and for one token, and why others cannot run."""
-    found = {}
+    """For each op: what "auto" takes for a long sequence and for one token, why others cannot run, and how exact each
+    is on this machine as far as it was measured."""
+    found, known = {}, accuracy.recall(device, dtype)
     for op in dispatch.ops():
         long, step = (torch.zeros(1, length, 1, 64, dtype=dtype, device=device) for length in (1024, 1))
         found[op] = {
             "auto": dispatch.choose(op, "auto", long),
             "auto_one_token": dispatch.choose(op, "auto", step),
             "refusals": dict(dispatch.explain(op, long)),
+            "accuracy": {name: value._asdict() for name, value in known.get(op, {}).items()},
         }
     return found
 

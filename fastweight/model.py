@@ -146,6 +146,15 @@ class Model(nn.Module):
         last = None if self.smear is None else self.embedding.weight.new_zeros(num_sequences, 1, self.config.d_model)
         return ModelState(visits, position, self.signature, last=last)
 
+    def settled(self, state: ModelState) -> ModelState | None:
+        """The same state in tensors that no later token makes larger; None if it grows with the text."""
+        visits = tuple(
+            self.blocks[i].settled(part)  # type: ignore[operator]
+            for i, part in zip(self.visits, state.visits, strict=True)
+        )
+        known = None if None in visits else visits
+        return None if known is None else ModelState(known, state.position, state.signature, state.note, state.last)
+
     def forward(
         self, tokens: Tensor, state: ModelState | None = None, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, ModelState]:
@@ -173,7 +182,7 @@ class Model(nn.Module):
         return self.norm(x), ModelState(visits, position, state.signature, state.note, last)
 
     def _visit_all(self, x: Tensor, states: tuple, cu_seqlens: Tensor | None) -> tuple[Tensor, tuple]:
-        """Visit the blocks in order, with the skips from the first half of the visits to the second."""
+        """Visit the blocks in order, with skips from the first half to the second; two lanes end in their mean."""
         embedded, half = x, len(self.visits) // 2
         visits, kept = [], []
         for place, (i, state) in enumerate(zip(self.visits, states, strict=True)):
@@ -184,7 +193,7 @@ class Model(nn.Module):
             visits.append(state)
             if self.skips is not None and place < half:
                 kept.append(x)
-        return x, tuple(visits)
+        return x.mean(0) if x.dim() == 4 else x, tuple(visits)
 
     def _embed(self, tokens: Tensor, position: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         x, scale = self.embedding(tokens), self.config.embedding_scale

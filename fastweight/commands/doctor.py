@@ -12,16 +12,19 @@ from fastweight.commands.base import MaybePath, emit, parse, show
 class Doctor:
     """Versions, devices, and which backend each op takes on each device and why."""
 
+    measure: bool = False
+    """Run every backend of every op beside the definition on each device (seconds), and keep how far it is from it:
+    later runs say so in their first lines."""
     json: MaybePath = None
     """Also write the findings to this file."""
 
 
 def main(name: str, arguments: list[str]) -> None:
     """Run `fastweight doctor`."""
-    args = parse(Doctor, name, ["fastweight doctor", "fastweight doctor --json doctor.json"], arguments)
+    args = parse(Doctor, name, ["fastweight doctor", "fastweight doctor --measure --json doctor.json"], arguments)
     from fastweight.doctor import examine
 
-    found = examine()
+    found = examine(measure=args.measure)
     show(_versions(found))
     show(_backends(found))
     emit(found, args.json)
@@ -46,9 +49,14 @@ def _versions(found: dict[str, Any]) -> Table:
 
 
 def _backends(found: dict[str, Any]) -> Table:
-    table = Table("inputs", "op", "takes", "for one token", "cannot run", title="backends (auto)", title_justify="left")
+    columns = ("inputs", "op", "takes", "for one token", "distance from the definition", "cannot run")
+    table = Table(*columns, title="backends (auto)", title_justify="left")
     for inputs, ops in found["backends"].items():
         for op, choice in ops.items():
             refusals = [f"{name}: {reason}" for name, reason in choice["refusals"].items() if reason]
-            table.add_row(inputs, op, choice["auto"], choice["auto_one_token"], "\n".join(refusals) or "–")
+            exact = [
+                f"{name}: {a['output']:.0e}, gradients {a['gradient']:.0e}" for name, a in choice["accuracy"].items()
+            ]
+            known = "\n".join(exact) or ("–" if choice["auto"] == "naive" else "not measured: --measure")
+            table.add_row(inputs, op, choice["auto"], choice["auto_one_token"], known, "\n".join(refusals) or "–")
     return table

@@ -11,6 +11,7 @@ from fastweight.train.loops import check_loops
 from fastweight.train.lora import add_adapters, check_adapters, remove_adapters
 from fastweight.train.mag import check_mag
 from fastweight.train.objectives import make_objective
+from fastweight.train.rounding import check_rounding
 from fastweight.train.trainable import check_backbone_frozen, memory_parameters, set_trainable, trained_names
 
 
@@ -24,6 +25,7 @@ def check_parts(model: Model, config: TrainConfig) -> None:
             check_backbone_frozen(names, config.objective.kind)
     make_objective(model, config)
     check_loops(model, config.loops)
+    check_rounding(model, config.rounding)
     check_mag(model, config.mag, config.steps)
     _check_memory_is_read(model, config)
 

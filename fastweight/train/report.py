@@ -89,7 +89,8 @@ def describe_run(config: TrainConfig, model: Model, store: Store, device: torch.
         f"run: {config.steps:,} steps of {data.batch_size} × {data.seq_len} = {tokens:,} tokens, "
         f"{config.optimizer.name}, {config.schedule.kind}{budget}{averaging}",
     ]
-    return lines + [f"op {op}: {text}" for op, text in describe_backends(model).items()]
+    tokens_as = torch.bfloat16 if config.precision == "bfloat16" else None
+    return lines + [f"op {op}: {text}" for op, text in describe_backends(model, tokens_as).items()]
 
 
 def describe_trained(config: TrainConfig, model: Model, names: list[str]) -> str:
