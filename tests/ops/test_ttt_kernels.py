@@ -188,3 +188,13 @@ def test_the_differentiable_unit_passes_the_checks_of_torch(kind):
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     unit = linear if kind == "linear" else mlp
     torch.library.opcheck(unit, (*given, state.position, None, 1e-6, True), test_utils=tests)
+
+
+@kinds
+def test_a_compiled_function_holds_the_op_without_a_break(kind):
+    args, state = inputs(1, 5, torch.float32, 4), random_state(kind, 1, torch.float32, 4)
+    compiled = torch.compile(lambda *x: run(kind, x, state, "triton")[0], backend="eager", fullgraph=True)
+    args[0].requires_grad_()
+    y = compiled(*args)
+    assert y.requires_grad
+    assert torch.equal(y, run(kind, args, state, "triton")[0])
