@@ -16,7 +16,7 @@ INTEGERS = {
     "base": "*i32",
     "eps": "fp32",
 }
-SIZES = ("num_tokens", "num_sequences", "first", "stop", "H")
+SIZES = ("num_tokens", "num_sequences", "first", "stop", "H", "packed", "keep")
 TOKENS = ("q", "k", "v", "y", "dy", "dq", "dk", "dv", "all_w")  # in the dtype of q
 TOKENS += ("d_reads", "actives", "d_middles", "d_hiddens", "d_writes1")
 
@@ -30,7 +30,7 @@ def job(name: str, dim: int, dtype: str = "bf16", chunk: int = 16, **constants: 
     values = {
         "D": dim, "BLOCK_D": block(dim), "CHUNK": chunk, "BLOCK_K": block(chunk), "EVERY": KEEP_EVERY,
         "C": 4 * dim, "BLOCK_C": HIDDEN_BLOCK,
-        "PACKED": False, "KEEP": True, "GUARD": False, "PRECISION": "ieee" if dtype == "fp32" else "tf32",
+        "GUARD": False, "PRECISION": "ieee" if dtype == "fp32" else "tf32",
     } | constants  # fmt: skip
     parameters = importlib.import_module(module).__dict__[name].arg_names
     signature = {p: _type(p, dtype) for p in parameters}

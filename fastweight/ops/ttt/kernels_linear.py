@@ -50,19 +50,19 @@ def _gradient(k, v, w, b, eps, gamma, beta, D: tl.constexpr, BLOCK_D: tl.constex
     return grad, unit, inverse, u, gap
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["num_tokens", "packed", "keep"])
 def linear_forward(
     q, k, v, rate, tau, ln_weight, ln_bias, w0, b0, s0, sb0, position, cu_seqlens,
     y, w_out, b_out, s_out, sb_out, flags, suspects, kept_w, kept_b, kept_before,
     num_tokens, eps, H,
     D: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, EVERY: tl.constexpr,
-    PACKED: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr, GUARD: tl.constexpr,
+    packed, keep, PRECISION: tl.constexpr, GUARD: tl.constexpr,
 ):  # fmt: skip
     """Grid: sequences · heads. w0, s0 [N, H, D, D], b0, sb0 [N, H, D]; flags [tokens, H] zero; y like q.
 
     suspects: [N, H] int32, how much of the new memory is not finite. With GUARD (a second launch) only such programs
     run, now with checks that fill `flags` and leave faults out; without it there are none.
-    KEEP: W, b at the start of every EVERY-th mini-batch go to kept_w, kept_b [slots, H, …], the slot of sequence n's
+    keep: W, b at the start of every EVERY-th mini-batch go to kept_w, kept_b [slots, H, …], the slot of sequence n's
     first one being start // (CHUNK · EVERY) + 2 n, which leaves room for any phase; q S + s
     of its first mini-batch goes to kept_before [N, H, CHUNK, D].
     """
@@ -70,7 +70,7 @@ def linear_forward(
     if GUARD and tl.load(suspects + pid) == 0:
         return
     n, h, i = pid // H, pid % H, tl.arange(0, BLOCK_K)
-    start, length, phase = span_of(cu_seqlens, position, n, num_tokens, CHUNK, PACKED)
+    start, length, phase = span_of(cu_seqlens, position, n, num_tokens, CHUNK, packed)
     gamma = load_vector(ln_weight, h, D, BLOCK_D)[None, :]
     beta = load_vector(ln_bias, h, D, BLOCK_D)[None, :]
     taus = tl.load(tau + i, mask=i < CHUNK, other=0.0).to(tl.float32)[:, None]
@@ -79,7 +79,7 @@ def linear_forward(
     slot = start // (CHUNK * EVERY) + 2 * n
     faults = 0
     for c in range((phase + length + CHUNK - 1) // CHUNK):
-        if KEEP and c % EVERY == 0:
+        if (keep > 0) & (c % EVERY == 0):
             index = (slot + c // EVERY) * H + h
             store_matrix(kept_w, w, index, D, BLOCK_D)
             store_vector(kept_b, b, index, D, BLOCK_D)
@@ -109,7 +109,7 @@ def linear_forward(
             earlier, earlier_b = load_matrix(s0, pid, D, BLOCK_D), load_vector(sb0, pid, D, BLOCK_D)
             before = tl.dot(queries, earlier.to(queries.dtype), input_precision=PRECISION) + earlier_b[None, :]
             read -= taus * before
-            if KEEP:
+            if keep > 0:
                 store_tile(kept_before, before, pid.to(tl.int64) * CHUNK + i, i < CHUNK, D, BLOCK_D)
             total += earlier
             total_b += earlier_b
@@ -136,12 +136,12 @@ def linear_forward(
         tl.store(suspects + pid, faults + count_not_finite(w) + count_not_finite(b))
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_sequences", "first"])
+@triton.jit(do_not_specialize=["num_tokens", "num_sequences", "first", "packed"])
 def linear_replay(
     k, v, rate, tau, ln_weight, ln_bias, s0, sb0, position, cu_seqlens, flags, kept_w, kept_b, owner, base,
     all_w, all_b, num_tokens, num_sequences, first, eps, H,
     D: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, EVERY: tl.constexpr,
-    PACKED: tl.constexpr, PRECISION: tl.constexpr,
+    packed, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid: (stretches, heads). From the kept W, b to those of each mini-batch: all_w in q's dtype, all_b float32.
 
@@ -152,7 +152,7 @@ def linear_replay(
     n = tl.load(owner + stretch)
     if n >= num_sequences:
         return
-    start, length, phase = span_of(cu_seqlens, position, n, num_tokens, CHUNK, PACKED)
+    start, length, phase = span_of(cu_seqlens, position, n, num_tokens, CHUNK, packed)
     begin = first + (stretch - tl.load(base + n)) * EVERY
     end = tl.minimum(begin + EVERY, (phase + length + CHUNK - 1) // CHUNK)
     gamma = load_vector(ln_weight, h, D, BLOCK_D)[None, :]
@@ -176,13 +176,13 @@ def linear_replay(
         w, b = tl.where(refused, w, w - last * total), tl.where(refused, b, b - last * total_b)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "first", "stop"])
+@triton.jit(do_not_specialize=["num_tokens", "first", "stop", "packed"])
 def linear_backward(
     dy, q, k, v, rate, tau, ln_weight, ln_bias, position, cu_seqlens, flags, all_w, all_b, base, kept_before,
     ds_out, dsb_out, dq, dk, dv, drate, dtau, dgamma, dbeta, dw, db, ds, dsb, d_before,
     num_tokens, first, stop, eps, H,
     D: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, EVERY: tl.constexpr,
-    PACKED: tl.constexpr, PRECISION: tl.constexpr,
+    packed, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid: sequences · heads. Mini-batches stop − 1 … first of each sequence, backwards.
 
@@ -192,7 +192,7 @@ def linear_backward(
     """
     pid = tl.program_id(0)
     n, h, i = pid // H, pid % H, tl.arange(0, BLOCK_K)
-    start, length, phase = span_of(cu_seqlens, position, n, num_tokens, CHUNK, PACKED)
+    start, length, phase = span_of(cu_seqlens, position, n, num_tokens, CHUNK, packed)
     gamma = load_vector(ln_weight, h, D, BLOCK_D)[None, :]
     beta = load_vector(ln_bias, h, D, BLOCK_D)[None, :]
     taus = tl.load(tau + i, mask=i < CHUNK, other=0.0).to(tl.float32)[:, None]
@@ -271,16 +271,16 @@ def linear_backward(
     store_vector(dtau, grad_tau, pid, CHUNK, BLOCK_K)
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["num_tokens", "packed"])
 def linear_opening(
     q, tau, s0, sb0, position, cu_seqlens, flags, d_before, dq, dtau, ds, dsb, num_tokens, H,
     D: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr,
-    PACKED: tl.constexpr, PRECISION: tl.constexpr,
+    packed, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid: sequences · heads. After `linear_backward`: completes dq and dtau by, and ds, dsb to, what S and s need."""
     pid = tl.program_id(0)
     n, h, i = pid // H, pid % H, tl.arange(0, BLOCK_K)
-    start, length, phase = span_of(cu_seqlens, position, n, num_tokens, CHUNK, PACKED)
+    start, length, phase = span_of(cu_seqlens, position, n, num_tokens, CHUNK, packed)
     rows, inside = rows_of(0, start, length, phase, h, H, CHUNK, BLOCK_K)
     refused = tl.max(tl.load(flags + rows, mask=inside, other=0).to(tl.int32)) > 1
     full, last = phase + length >= CHUNK, tl.load(tau + CHUNK - 1).to(tl.float32)

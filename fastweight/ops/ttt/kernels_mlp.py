@@ -124,21 +124,21 @@ def _copy(
     tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["num_tokens", "packed", "keep"])
 def mlp_forward(
     q, k, v, rate, tau, ln_weight, ln_bias, w1, b1, w2, b2, s1, t1, s2, t2, position, cu_seqlens,
     y, w1_out, b1_out, w2_out, b2_out, s1_out, t1_out, s2_out, t2_out, flags, suspects,
     kept_w1, kept_b1, kept_w2, kept_b2, num_tokens, eps, H,
     D: tl.constexpr, BLOCK_D: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, EVERY: tl.constexpr,
-    PACKED: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr, GUARD: tl.constexpr,
+    packed, keep, PRECISION: tl.constexpr, GUARD: tl.constexpr,
 ):  # fmt: skip
     """Grid: sequences · heads. Arguments as in `linear_forward`, with four parts of a memory for its two."""
     pid = tl.program_id(0)
     if GUARD and tl.load(suspects + pid) == 0:
         return
     n, h, i = pid // H, pid % H, tl.arange(0, BLOCK_K)
-    start, length, phase = span_of(cu_seqlens, position, n, num_tokens, CHUNK, PACKED)
+    start, length, phase = span_of(cu_seqlens, position, n, num_tokens, CHUNK, packed)
     gamma = load_vector(ln_weight, h, D, BLOCK_D)[None, :]
     beta = load_vector(ln_bias, h, D, BLOCK_D)[None, :]
     taus = tl.load(tau + i, mask=i < CHUNK, other=0.0).to(tl.float32)[:, None]
@@ -148,7 +148,7 @@ def mlp_forward(
     bias2 = load_vector(b2, pid, D, BLOCK_D)
     faults = 0
     for c in range((phase + length + CHUNK - 1) // CHUNK):
-        if KEEP and c % EVERY == 0:
+        if (keep > 0) & (c % EVERY == 0):
             index = (slot + c // EVERY) * H + h
             _copy(w1_out, b1_out, w2_out, pid, kept_w1, kept_b1, kept_w2, index, D, BLOCK_D, C, BLOCK_C)
             store_vector(kept_b2, bias2, index, D, BLOCK_D)
@@ -252,20 +252,20 @@ def mlp_forward(
         tl.store(suspects + pid, faults)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_sequences", "first"])
+@triton.jit(do_not_specialize=["num_tokens", "num_sequences", "first", "packed"])
 def mlp_replay(
     k, v, rate, tau, ln_weight, ln_bias, s1, t1, s2, t2, position, cu_seqlens, flags,
     kept_w1, kept_b1, kept_w2, kept_b2, owner, base, all_w1, all_b1, all_w2, all_b2,
     num_tokens, num_sequences, first, eps, H,
     D: tl.constexpr, BLOCK_D: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, EVERY: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, EVERY: tl.constexpr, packed, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid: (stretches, heads). As `linear_replay`; all_w1 … all_b2 [stretches · EVERY, H, …] in float32."""
     stretch, h = tl.program_id(0), tl.program_id(1)
     n = tl.load(owner + stretch)
     if n >= num_sequences:
         return
-    start, length, phase = span_of(cu_seqlens, position, n, num_tokens, CHUNK, PACKED)
+    start, length, phase = span_of(cu_seqlens, position, n, num_tokens, CHUNK, packed)
     begin = first + (stretch - tl.load(base + n)) * EVERY
     end = tl.minimum(begin + EVERY, (phase + length + CHUNK - 1) // CHUNK)
     gamma = load_vector(ln_weight, h, D, BLOCK_D)[None, :]

@@ -64,13 +64,13 @@ def _middle(
     return x.to(k.dtype), write1, middle, before, first, second
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_sequences", "first"])
+@triton.jit(do_not_specialize=["num_tokens", "num_sequences", "first", "packed"])
 def mlp_reads(
     dy, q, k, v, rate, tau, ln_weight, ln_bias, s1, t1, s2, t2, position, cu_seqlens, flags, owner, base,
     all_w1, all_b1, all_w2, all_b2, z2s, d_reads, d_writes2, d_keys, actives, d_middles, d_hiddens, d_writes1,
     dq, dtau, dgamma, dbeta, ds1, dt1, ds2, dt2, num_tokens, num_sequences, first, eps, H,
     D: tl.constexpr, BLOCK_D: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, EVERY: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, EVERY: tl.constexpr, packed, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid: (places, heads), a place being one mini-batch: stretches · EVERY of them (see `linear_replay`).
 
@@ -83,7 +83,7 @@ def mlp_reads(
     n = tl.load(owner + stretch)
     if n >= num_sequences:
         return
-    start, length, phase = span_of(cu_seqlens, position, n, num_tokens, CHUNK, PACKED)
+    start, length, phase = span_of(cu_seqlens, position, n, num_tokens, CHUNK, packed)
     c = first + (stretch - tl.load(base + n)) * EVERY + at % EVERY
     if c * CHUNK >= phase + length:
         return
@@ -182,14 +182,14 @@ def mlp_reads(
     store_tile(d_keys, tl.dot(tl.trans(d_raw1), queries, input_precision=PRECISION), own, here, D, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "first", "stop"])
+@triton.jit(do_not_specialize=["num_tokens", "first", "stop", "packed"])
 def mlp_backward(
     q, k, v, rate, tau, ln_weight, ln_bias, s1, t1, s2, t2, position, cu_seqlens, flags, base,
     all_w1, all_b1, all_w2, all_b2, z2s, d_reads, d_writes2, d_keys, actives, d_middles, d_hiddens, d_writes1,
     ds1_out, dt1_out, ds2_out, dt2_out, dk, dv, drate, dlast, dgamma, dbeta,
     dw1, db1, dw2, db2, ds1, dt1, ds2, dt2, num_tokens, first, stop, eps, H,
     D: tl.constexpr, BLOCK_D: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, EVERY: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, EVERY: tl.constexpr, packed, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid: sequences · heads. Mini-batches stop − 1 … first of each sequence, backwards.
 
@@ -198,7 +198,7 @@ def mlp_backward(
     """
     pid = tl.program_id(0)
     n, h, i = pid // H, pid % H, tl.arange(0, BLOCK_K)
-    start, length, phase = span_of(cu_seqlens, position, n, num_tokens, CHUNK, PACKED)
+    start, length, phase = span_of(cu_seqlens, position, n, num_tokens, CHUNK, packed)
     gamma = load_vector(ln_weight, h, D, BLOCK_D)[None, :]
     beta = load_vector(ln_bias, h, D, BLOCK_D)[None, :]
     last = tl.load(tau + CHUNK - 1).to(tl.float32)

@@ -16,9 +16,9 @@ import triton.language as tl
 
 
 @triton.jit
-def span_of(cu_seqlens, position, n, num_tokens, CHUNK: tl.constexpr, PACKED: tl.constexpr):
+def span_of(cu_seqlens, position, n, num_tokens, CHUNK: tl.constexpr, packed):
     """First token (int64), number of tokens, and tokens its running mini-batch held before, of sequence n."""
-    if PACKED:
+    if packed > 0:
         start = tl.load(cu_seqlens + n).to(tl.int64)
         length = (tl.load(cu_seqlens + n + 1).to(tl.int64) - start).to(tl.int32)
     else:

@@ -77,11 +77,12 @@ class Layout(NamedTuple):
         return self.tokens // (self.chunk * KEEP_EVERY) + 2 * self.sequences
 
     def constants(self, width: int | None = None) -> dict[str, Any]:
-        """What every kernel is compiled for. width: hidden units of the memory, if it has any."""
+        """What kernels are compiled for, and whether sequences are packed. width: the memory's hidden units, if any."""
         hidden = {} if width is None else {"C": width, "BLOCK_C": min(HIDDEN_BLOCK, block(width))}
         return hidden | {
             "D": self.dim, "BLOCK_D": block(self.dim), "CHUNK": self.chunk, "BLOCK_K": block(self.chunk),
-            "EVERY": KEEP_EVERY, "PACKED": self.packed, "PRECISION": "ieee" if self.dtype == torch.float32 else "tf32",
+            "EVERY": KEEP_EVERY, "packed": int(self.packed),
+            "PRECISION": "ieee" if self.dtype == torch.float32 else "tf32",
         }  # fmt: skip
 
     def launch(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:

@@ -23,7 +23,7 @@ def linear(
             layout.launch(
                 linear_forward, (layout.sequences * layout.heads,), q, k, v, rate, tau, ln_weight, ln_bias, w, b, s, sb,
                 position, position if cu_seqlens is None else cu_seqlens, y, w_out, b_out, s_out, sb_out, flags,
-                suspects, *kept, layout.length, eps, layout.heads, KEEP=keep, GUARD=guard, **layout.constants(),
+                suspects, *kept, layout.length, eps, layout.heads, keep=int(keep), GUARD=guard, **layout.constants(),
             )  # fmt: skip
     return results
 

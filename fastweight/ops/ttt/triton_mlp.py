@@ -28,7 +28,7 @@ def mlp(
             layout.launch(
                 mlp_forward, (layout.sequences * layout.heads,), *inputs,
                 position if cu_seqlens is None else cu_seqlens, *results[:10], suspects, *results[10:], layout.length,
-                eps, layout.heads, KEEP=keep, GUARD=guard, **layout.constants(w1.shape[-1]),
+                eps, layout.heads, keep=int(keep), GUARD=guard, **layout.constants(w1.shape[-1]),
             )  # fmt: skip
     return results
 
