@@ -43,9 +43,10 @@ class Prepare:
     out: Path
     """Folder of the new store."""
     tokenizer: str = "bytes"
-    """bytes; bpe or sp (SentencePiece), trained here on the corpus; sp:FILE.model; or a folder with a tokenizer."""
+    """bytes; bpe, sp (SentencePiece) or case (SentencePiece over text whose capital letters are marks), trained here on
+    the corpus; sp:FILE.model, case:SPEC; or a folder with a tokenizer."""
     bpe_vocab_size: int = 4096
-    """Size of the vocabulary that --tokenizer bpe or sp trains."""
+    """Size of the vocabulary that --tokenizer bpe, sp or case trains."""
     heldout_fraction: float = 0.05
     """Part of the documents that is kept from training, chosen by the hash of their text."""
     text_field: str = "text"

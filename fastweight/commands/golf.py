@@ -217,12 +217,14 @@ def _audit(arguments: list[str]) -> int:
 
 
 def _demo(arguments: list[str]) -> int | None:
+    from fastweight.golf.auditing import STAGE
     from fastweight.golf.demo import DemoSettings, run_demo
+    from fastweight.golf.folder import RunFolder
 
     @dataclass(frozen=True, kw_only=True)
     class Demo:
         """A small recurrent model learns the standard library of this Python, is packed under a cap, and scored from
-        the file by a fresh process, without and with learning.
+        the file by a fresh process, without and with learning; then the auditor tests that score by experiment.
 
         Nothing is downloaded and no GPU is needed. With the same Python, packages and number of threads the figures
         come out the same to the last digit. Run again, it goes on where it was interrupted.
@@ -236,12 +238,12 @@ def _demo(arguments: list[str]) -> int | None:
     ledger = run_demo(args.out, args.demo, say=say)
     if ledger is None:
         return 130
-    _show(ledger, args.out / "run")
+    _show(ledger, args.out / "run", RunFolder(args.out / "run").record(STAGE))
     return None
 
 
-def _show(ledger: dict[str, Any], run: Path) -> None:
-    """The tables on stdout, and one JSON line."""
+def _show(ledger: dict[str, Any], run: Path, audited: dict[str, Any] | None = None) -> None:
+    """The tables on stdout, and one JSON line. audited: the record of an audit, if there was one."""
     from fastweight import ranks
     from fastweight.golf.sheet import markdown
 
@@ -251,8 +253,13 @@ def _show(ledger: dict[str, Any], run: Path) -> None:
     say(f"written: {run}/ledger.json, ledger.md, ledger.png")
     stages = {stage["stage"]: stage["bits_per_byte"] for stage in ledger["stages"]}
     artifact = {name: ledger["artifact"][name] for name in ("bytes", "total_bytes", "margin_bytes", "sha256")}
+    verdict = {}
+    if audited is not None:
+        body = audited["certificate"]["body"]
+        say(f"audit: {body['verdict']}", f"written: {run}/certificate.json, audit.md")
+        verdict = {"audit": body["verdict"]}
     emit({"run": str(run), "score": ledger["score"], "reportable": ledger["reportable"],
-          "objections": ledger["objections"], "bits_per_byte": stages, "artifact": artifact})  # fmt: skip
+          "objections": ledger["objections"], "bits_per_byte": stages, "artifact": artifact, **verdict})  # fmt: skip
 
 
 def _emit_once(result: dict[str, Any]) -> None:

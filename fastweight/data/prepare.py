@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fastweight.data.bpe import BPETokenizer
+from fastweight.data.case_tokenizer import CaseTokenizer
 from fastweight.data.encoding import Counted, TextBatch, encoded_in_order
 from fastweight.data.locks import exclusive
 from fastweight.data.parts import part_of
@@ -26,9 +27,10 @@ from fastweight.data.tokenizers import load_tokenizer
 
 _BATCH_CHARACTERS = 1 << 20
 _COMMIT_SECONDS = 5.0
-_TRAINABLE: dict[str, type[BPETokenizer] | type[SentencePieceTokenizer]] = {
+_TRAINABLE: dict[str, type[BPETokenizer] | type[SentencePieceTokenizer] | type[CaseTokenizer]] = {
     "bpe": BPETokenizer,
     "sp": SentencePieceTokenizer,
+    "case": CaseTokenizer,
 }
 
 
@@ -68,9 +70,10 @@ def prepare(
 ) -> dict[str, Any]:
     """Tokenize `source` into the token store `out` and return its manifest. Run again after a kill, it continues.
 
-    source: see `open_source`. tokenizer: see `load_tokenizer`, or "bpe" or "sp" (SentencePiece) to train one of
-    `bpe_vocab_size` entries on the training documents. heldout_fraction: documents whose text hashes into this fraction
-    go to split "heldout", all copies of a text to the same side. shard_tokens: a shard closes at this many tokens.
+    source: see `open_source`. tokenizer: see `load_tokenizer`, or "bpe", "sp" (SentencePiece) or "case" (the same over
+    text whose capitals are marks) to train one of `bpe_vocab_size` entries on the training documents.
+    heldout_fraction: documents whose text hashes into this fraction go to split "heldout", all copies of a text to the
+    same side. shard_tokens: a shard closes at this many tokens.
     workers: processes that tokenize; the store is the same for any number, also if it changes on the way. part: (k, n)
     prepares the k-th of n runs of the source's files, each of about the same size, on this machine; `merge` then makes
     of all parts the very store that one run would have made.

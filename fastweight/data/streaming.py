@@ -4,6 +4,8 @@ import codecs
 
 import numpy as np
 
+from fastweight.data.case_ops import MarkReader
+from fastweight.data.case_tokenizer import CaseTokenizer
 from fastweight.data.tokenizer_base import Tokenizer, check_ids
 
 _REPLACEMENT = "\ufffd"
@@ -21,6 +23,8 @@ class StreamDecoder:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
+        self._marks = MarkReader() if isinstance(tokenizer, CaseTokenizer) else None
+        self._inner = StreamDecoder(tokenizer.inner) if isinstance(tokenizer, CaseTokenizer) else None
         self._table = tokenizer.token_bytes
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._ids: list[int] = []
@@ -29,6 +33,8 @@ class StreamDecoder:
     def push(self, ids: np.ndarray | list[int]) -> str:
         """Take the next ids and return the text that is complete now. Raises ValueError for ids out of range."""
         ids = check_ids(ids, self._tokenizer.vocab_size, self._tokenizer.name)
+        if self._inner is not None and self._marks is not None:
+            return self._marks.push(self._inner.push(ids))
         if self._table is not None:
             return self._utf8.decode(b"".join([self._table[i] for i in ids.tolist()]))
         return "".join([self._push_one(i) for i in ids.tolist()])
@@ -39,6 +45,9 @@ class StreamDecoder:
 
     def finish(self) -> str:
         """Return what is left; an unfinished character becomes U+FFFD. The decoder is then ready for a new sequence."""
+        if self._inner is not None and self._marks is not None:
+            rest, self._marks = self._marks.push(self._inner.finish()), MarkReader()
+            return rest
         if self._table is not None:
             rest = self._utf8.decode(b"", final=True)
             self._utf8.reset()

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import torch
 
+from fastweight.audit import AuditSettings
 from fastweight.configs import require
 from fastweight.data import prepare
+from fastweight.golf.auditing import audit_run
 from fastweight.golf.folder import RunFolder
 from fastweight.golf.ledger import Ledger
 from fastweight.golf.run import finish
@@ -21,6 +23,7 @@ from fastweight.train import DataConfig, LogConfig, LoopConfig, TrainConfig
 
 Say = Callable[[str], None]
 SEQ_LEN, WINDOW = 256, 128
+AUDITED_TOKENS = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +43,7 @@ class DemoSettings:
 
 
 def run_demo(out: str | Path, settings: DemoSettings, *, source: str = "python-stdlib", say: Say) -> Ledger | None:
-    """Prepare, train, pack, score; returns the ledger, or None if a signal stopped the training.
+    """Prepare, train, pack, score, audit; returns the ledger, or None if a signal stopped the training.
 
     Everything is kept in `out`: the text in data, the run in run. Called again, it goes on. The whole held-out split is
     scored, one file in a hundred. Raises ValueError if `out` holds a demo with other settings.
@@ -57,7 +60,10 @@ def run_demo(out: str | Path, settings: DemoSettings, *, source: str = "python-s
     if trained["stopped"]:
         return None
     calibrate(folder)
-    return finish(folder.path, PackSettings(cap_bytes=settings.cap_bytes), demo_scoring(), say=say)
+    ledger = finish(folder.path, PackSettings(cap_bytes=settings.cap_bytes), demo_scoring(), say=say)
+    say("audit     the packed file while it learns, by experiment, on a part of the held-out text")
+    audit_run(folder.path, demo_scoring(), demo_audit(settings), max_tokens=AUDITED_TOKENS)
+    return ledger
 
 
 def demo_model(seed: int) -> Model:
@@ -91,6 +97,11 @@ def demo_run(store: str, settings: DemoSettings) -> TrainConfig:
         seed=settings.seed,
         device="cpu",
     )  # fmt: skip
+
+
+def demo_audit(settings: DemoSettings) -> AuditSettings:
+    """Few experiments, as minutes allow; drawn from the demo's seed, so that it can be repeated bit by bit."""
+    return AuditSettings(excerpts=2, positions=4, excerpt_tokens=256, cap_bytes=settings.cap_bytes, seed=settings.seed)
 
 
 def demo_scoring() -> EvalSettings:

@@ -53,6 +53,12 @@ def evaluate_run(
     return [record for record in records if record is not None]
 
 
+def learning_job(folder: RunFolder, settings: EvalSettings) -> dict[str, Any]:
+    """How the learning stage reads the packed file: reading, learner, and what it is made from."""
+    require(settings.learner != "none", "golf: without a learner there is no learning stage. Choose one (--learner).")
+    return _job(folder, settings, LEARNING)
+
+
 def _common(folder: RunFolder, settings: EvalSettings, store: str, quiet: bool) -> dict[str, Any]:
     config = load_run_config(folder.train)
     local = os.environ.get("LOCAL_RANK")

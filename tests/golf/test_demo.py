@@ -1,5 +1,6 @@
 """The demo in small: from text to ledger, the same each time, also when it was interrupted on the way."""
 
+import json
 import os
 import signal
 
@@ -7,6 +8,7 @@ import pytest
 from golf.golf_cases import PROGRAM_BYTES
 from training_cases import call_at_forward
 
+from fastweight.audit import verify
 from fastweight.data import prepare
 from fastweight.golf import demo
 from fastweight.golf.folder import RunFolder
@@ -35,6 +37,9 @@ def test_the_demo_ends_with_a_reportable_score_and_interrupted_it_ends_with_the_
     assert whole["reportable"]
     assert [s["stage"] for s in whole["stages"]] == ["raw", "averaged", "packed", "sliding", "document", "learning"]
     assert whole["artifact"]["total_bytes"] <= SETTINGS.cap_bytes
+    certificate = verify(json.loads((tmp_path / "whole" / "run" / "certificate.json").read_text()))
+    assert certificate["verdict"] == "passed"
+    assert (tmp_path / "whole" / "run" / "audit.md").read_text().startswith("# Audit: passed")
 
     make = demo.demo_model
     stop = lambda: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
