@@ -101,16 +101,12 @@ def _run(
     _check_shapes(op, q, {"k": k, "v": v}, inner_lr, tau, (ln_weight, ln_bias), chunk_size)
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     _check_state(op, q, state, sequences)
-    wide = torch.promote_types(q.dtype, state.weights.w1.dtype)
-    k, v, rate, bad = _drop_bad_tokens(k.to(wide), v.to(wide), inner_lr.to(wide))
-    tau, ln_weight, ln_bias = tau.to(wide), ln_weight.to(wide), ln_bias.to(wide)
-    fast, sums = map_tensors(lambda t: t.to(wide), (state.weights, state.pending))
-    y, weights, pending, skipped = dispatch.call(
-        op, backend, q, q.to(wide), k, v, rate, tau, ln_weight, ln_bias, fast, sums, state.position,
+    y, weights, pending, bad = dispatch.call(
+        op, backend, q, q, k, v, inner_lr, tau, ln_weight, ln_bias, state.weights, state.pending, state.position,
         eps=eps, cu_seqlens=cu_seqlens,
     )  # fmt: skip
-    faults = count_faults(state.faults, bad if skipped is None else bad | skipped, state.position, cu_seqlens)
-    return y.to(q.dtype), TTTState(weights, pending, advance(state.position, q.shape[1], cu_seqlens), faults)
+    faults = count_faults(state.faults, bad, state.position, cu_seqlens)
+    return y, TTTState(weights, pending, advance(state.position, q.shape[1], cu_seqlens), faults)
 
 
 def _check_shapes(
@@ -144,16 +140,4 @@ def _check_state(op: str, q: Tensor, state: TTTState, sequences: int) -> None:
                 raise ValueError(f"{op}: state.{part}.{name} must be {want} to fit q {list(q.shape)}, got {got}.")
 
 
-def _drop_bad_tokens(k: Tensor, v: Tensor, rate: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Tokens with something not finite teach nothing (their rate is 0); also say which tokens [B, T] had that."""
-    # NaN and infinity show in the extremes; that is far cheaper than asking every element.
-    good = rate.isfinite()
-    for x in (k, v):
-        good = good & x.amax(-1).isfinite() & x.amin(-1).isfinite()
-    if k.shape[1] > 1 and bool(good.all()):
-        return k, v, rate, ~good.all(-1)
-    k, v = (torch.where(good[..., None], x, torch.zeros_like(x)) for x in (k, v))
-    return k, v, torch.where(good, rate, torch.zeros_like(rate)), ~good.all(-1)
-
-
-from fastweight.ops.ttt import chunked, naive  # noqa: E402, F401  # they register themselves
+from fastweight.ops.ttt import chunked, naive, triton  # noqa: E402, F401  # they register themselves

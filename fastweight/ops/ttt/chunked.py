@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from fastweight.ops import dispatch
 from fastweight.ops.sequences import ChunkPlan, plan_chunks, sequence_lengths
 from fastweight.ops.ttt import TTTWeights
-from fastweight.ops.ttt.naive import naive
+from fastweight.ops.ttt.naive import unrolled
+from fastweight.ops.ttt.widened import widened
 
 Fast = tuple[Tensor, ...]  # W1 over b1, and for the MLP W2, b2; rows and heads are one dimension
 Write = tuple[Tensor, Tensor]  # x and G; the gradient of token j is x_jᵀ G_j
@@ -59,6 +60,7 @@ class Rule(NamedTuple):
 
 @dispatch.register_backend("ttt_mlp", "chunked")
 @dispatch.register_backend("ttt_linear", "chunked")
+@widened
 def chunked(
     q: Tensor, k: Tensor, v: Tensor, rate: Tensor, tau: Tensor, ln_weight: Tensor, ln_bias: Tensor,
     weights: TTTWeights, pending: TTTWeights, position: Tensor, *, eps: float, cu_seqlens: Tensor | None,
@@ -66,7 +68,7 @@ def chunked(
     norm, tokens = (ln_weight, ln_bias, eps), (q, k, v, rate)
     lengths = sequence_lengths(q.shape[0], q.shape[1], cu_seqlens)
     if max(lengths) == 1:
-        return naive(*tokens, tau, *norm[:2], weights, pending, position, eps=eps, cu_seqlens=cu_seqlens)
+        return unrolled(*tokens, tau, *norm[:2], weights, pending, position, eps=eps, cu_seqlens=cu_seqlens)
     phases = (position % tau.numel()).tolist()
     plan = plan_chunks(lengths, phases, tau.numel(), q.device)
     heads = q.shape[2]

@@ -9,14 +9,13 @@ from torch.nn import functional as F
 from fastweight.ops import dispatch
 from fastweight.ops.sequences import sequence_lengths
 from fastweight.ops.ttt import TTTWeights
+from fastweight.ops.ttt.widened import widened
 from fastweight.state import map_tensors, zip_tensors
 
 Result = tuple[Tensor, TTTWeights, TTTWeights, Tensor]
 
 
-@dispatch.register_backend("ttt_mlp", "naive")
-@dispatch.register_backend("ttt_linear", "naive")
-def naive(
+def unrolled(
     q: Tensor, k: Tensor, v: Tensor, rate: Tensor, tau: Tensor, ln_weight: Tensor, ln_bias: Tensor,
     weights: TTTWeights, pending: TTTWeights, position: Tensor, *, eps: float, cu_seqlens: Tensor | None,
 ) -> Result:  # fmt: skip
@@ -32,6 +31,11 @@ def naive(
     y, skipped = (torch.cat([entry[i] for entry in done], 1) for i in (0, 3))
     weights, pending = (zip_tensors(lambda *t: torch.cat(t), *(entry[i] for entry in done)) for i in (1, 2))
     return y, weights, pending, skipped
+
+
+naive = dispatch.register_backend("ttt_mlp", "naive")(
+    dispatch.register_backend("ttt_linear", "naive")(widened(unrolled))
+)
 
 
 def _read(

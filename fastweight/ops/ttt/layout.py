@@ -1,0 +1,126 @@
+"""How the kernels of both memories are cut up and launched: tile sizes, kept states, and stretches to replay."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+KEEP_EVERY = 8  # mini-batches between two kept states
+REPLAY_BYTES = 3 << 29  # most that the replayed states of one part of the backward pass may take
+MAX_DIM, MAX_CHUNK = 128, 64
+HIDDEN_BLOCK = 64  # hidden units of a memory in registers at once
+
+# (num_warps, num_stages) of each kernel, by the width of its tiles over D.
+LAUNCH = {
+    "linear_forward": {16: (1, 2), 32: (2, 2), 64: (4, 2), 128: (8, 2)},
+    "linear_replay": {16: (1, 2), 32: (2, 2), 64: (4, 2), 128: (8, 2)},
+    "linear_backward": {16: (1, 1), 32: (2, 1), 64: (4, 1), 128: (8, 1)},
+    "linear_opening": {16: (1, 1), 32: (2, 1), 64: (4, 1), 128: (8, 1)},
+    "linear_step": {16: (1, 1), 32: (2, 1), 64: (4, 1), 128: (8, 1)},
+    "mlp_step": {16: (2, 1), 32: (4, 1), 64: (8, 1), 128: (8, 1)},
+    "mlp_forward": {16: (2, 1), 32: (4, 1), 64: (4, 1), 128: (8, 1)},
+    "mlp_replay": {16: (2, 1), 32: (4, 1), 64: (4, 1), 128: (8, 1)},
+    "mlp_reads": {16: (2, 1), 32: (4, 1), 64: (4, 1), 128: (8, 1)},
+    "mlp_backward": {16: (2, 1), 32: (4, 1), 64: (4, 1), 128: (8, 1)},
+}
+
+
+def block(size: int) -> int:
+    """The tile that holds `size` entries: a power of two, and at least what matrix units take."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def launch_options(kernel: str, dim: int, dtype: torch.dtype) -> dict[str, int]:
+    """Warps, stages and registers of `kernel`."""
+    warps, stages = LAUNCH[kernel][block(dim)]
+    # Products in float32 are made without matrix units and need more threads.
+    warps = min(8, 2 * warps) if dtype == torch.float32 else warps
+    # Left without a bound, the assembler gives some of the largest kernels 32 registers and local memory for the rest.
+    return {"num_warps": warps, "num_stages": stages, "maxnreg": 255}
+
+
+def shared_bytes(dim: int, chunk: int, dtype: torch.dtype) -> int:
+    """A bound of the shared memory of the largest kernel, fitted to what the compiler asked for on sm_90."""
+    return dtype.itemsize * block(dim) * (300 + 32 * block(chunk) // 5)
+
+
+class Layout(NamedTuple):
+    """Sizes of one call. length: tokens of each sequence, or of all where they are packed."""
+
+    sequences: int
+    length: int
+    heads: int
+    dim: int
+    chunk: int
+    packed: bool
+    dtype: torch.dtype
+
+    @staticmethod
+    def of(q: Tensor, tau: Tensor, cu_seqlens: Tensor | None) -> "Layout":
+        batch, length, heads, dim = q.shape
+        sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        return Layout(sequences, length, heads, dim, tau.shape[0], cu_seqlens is not None, q.dtype)
+
+    @property
+    def tokens(self) -> int:
+        return self.length if self.packed else self.sequences * self.length
+
+    @property
+    def every(self) -> int:
+        """Mini-batches of a stretch, from one kept state to the next."""
+        return KEEP_EVERY
+
+    @property
+    def slots(self) -> int:
+        """Room for the kept states of one head, whatever the lengths and phases of the sequences."""
+        return self.tokens // (self.chunk * KEEP_EVERY) + 2 * self.sequences
+
+    def constants(self, width: int | None = None) -> dict[str, Any]:
+        """What kernels are compiled for, and whether sequences are packed. width: the memory's hidden units, if any."""
+        hidden = {} if width is None else {"C": width, "BLOCK_C": min(HIDDEN_BLOCK, block(width))}
+        return hidden | {
+            "D": self.dim, "BLOCK_D": block(self.dim), "CHUNK": self.chunk, "BLOCK_K": block(self.chunk),
+            "EVERY": KEEP_EVERY, "packed": int(self.packed),
+            "PRECISION": "ieee" if self.dtype == torch.float32 else "tf32",
+        }  # fmt: skip
+
+    def launch(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+        """Start `kernel` with the warps and stages that the table has for it."""
+        kernel[grid](*arguments, **constants, **launch_options(kernel.fn.__name__, self.dim, self.dtype))
+
+
+class Part(NamedTuple):
+    """Mini-batches first … stop − 1 of every sequence, as stretches of KEEP_EVERY that are replayed side by side.
+
+    owner: [stretches], the sequence of each, or their number where there is none. base: [N], each sequence's first.
+    """
+
+    first: int
+    stop: int
+    base: Tensor
+    owner: Tensor
+
+
+def parts(layout: Layout, position: Tensor, cu_seqlens: Tensor | None, state_bytes: int) -> Iterator[Part]:
+    """The parts of a backward pass, last first. state_bytes: of one replayed state of one head.
+
+    Waits for the device only for packed sequences whose states do not fit in REPLAY_BYTES: their longest must be known.
+    """
+    lengths = torch.full_like(position, layout.length) if cu_seqlens is None else cu_seqlens.diff().to(position)
+    chunks = (position % layout.chunk + lengths + layout.chunk - 1) // layout.chunk
+    stretches = (chunks + KEEP_EVERY - 1) // KEEP_EVERY
+    each, longest = state_bytes * KEEP_EVERY * layout.heads, layout.length
+    if layout.packed and layout.slots * each > REPLAY_BYTES:
+        longest = int(lengths.max())
+    most = -(-(longest + 2 * layout.chunk - 2) // (layout.chunk * KEEP_EVERY))
+    step = max(1, REPLAY_BYTES // (layout.sequences * each))
+    if layout.slots * each <= REPLAY_BYTES:
+        step = most
+    for first in range((most - 1) // step * step, -1, -step):
+        counts = (stretches - first).clamp(0, step)
+        ends = counts.cumsum(0)
+        places = torch.arange(min(layout.sequences * step, layout.slots), device=position.device)
+        owner = torch.searchsorted(ends, places, right=True, out_int32=True)
+        stop = (first + step) * KEEP_EVERY
+        yield Part(first * KEEP_EVERY, stop, (ends - counts).to(torch.int32), owner)

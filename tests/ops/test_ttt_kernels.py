@@ -1,0 +1,201 @@
+"""The TTT kernels, interpreted on the CPU, against the token-by-token definition in float64."""
+
+import pytest
+import torch
+from interpreter import interpreted, needs_triton
+from tolerances import GRADIENT, OUTPUT, assert_close, assert_trees_close
+from ttt_cases import CHUNK, DIM, assert_same, inputs, random_state, run, values_and_gradients
+
+from fastweight.ops.ttt import layout
+from fastweight.ops.ttt.triton import refuses
+from fastweight.state import map_tensors, tensors
+
+pytestmark = needs_triton
+KINDS = ["linear", "mlp"]
+kinds = pytest.mark.parametrize("kind", KINDS)
+HALF = {"output": OUTPUT[torch.bfloat16], "gradient": GRADIENT[torch.bfloat16]}
+SINGLE = {"output": OUTPUT[torch.float32], "gradient": GRADIENT[torch.float32]}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _kernels():
+    from fastweight.ops.ttt import kernels_linear, kernels_mlp, kernels_mlp_backward, kernels_shared, kernels_step
+
+    interpreted(kernels_shared, kernels_linear, kernels_mlp, kernels_mlp_backward, kernels_step)
+
+
+def wide(tree):
+    return map_tensors(lambda t: t.double() if t.is_floating_point() else t, tree)
+
+
+def compare(kind, args, state, *, output, gradient, **options):
+    """Values and all gradients of the kernels against the definition in float64."""
+    got = values_and_gradients(kind, args, state, "triton", **options)
+    want = values_and_gradients(kind, [x.double() for x in args], wide(state), "naive", **options)
+    assert_same(got, want, output, gradient)
+
+
+@kinds
+@pytest.mark.parametrize("length", [1, 63])
+def test_kernels_equal_the_definition(kind, length, poisoned_empty):
+    compare(kind, inputs(2, length, torch.float32, 16), random_state(kind, 2, torch.float32, 16), **SINGLE)
+
+
+@kinds
+@pytest.mark.parametrize("chunk", [3, 40])
+def test_kernels_equal_the_definition_for_any_mini_batch_size(kind, chunk):
+    compare(kind, inputs(2, 20, torch.float32, chunk), random_state(kind, 2, torch.float32, chunk), **SINGLE)
+
+
+@kinds
+def test_half_precision_stays_close_to_the_definition(kind):
+    args = [x.half() if i < 3 else x for i, x in enumerate(inputs(1, 100, torch.float32, 16))]
+    compare(kind, args, random_state(kind, 1, torch.float32, 16), **HALF)
+
+
+@kinds
+def test_packed_documents_equal_the_definition(kind, poisoned_empty):
+    lengths = [1, 17, 8, 3, 10]
+    ends = torch.tensor([0, *lengths]).cumsum(0)
+    state = random_state(kind, len(lengths), torch.float32)
+    compare(kind, inputs(1, sum(lengths), torch.float32), state, **SINGLE, cu_seqlens=ends)
+
+
+@kinds
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_backward_pass_in_several_parts_equals_the_definition(kind, packed, monkeypatch):
+    monkeypatch.setattr(layout, "KEEP_EVERY", 2)
+    monkeypatch.setattr(layout, "REPLAY_BYTES", 1)  # as little at once as there can be
+    ends = torch.tensor([0, 17, 23]) if packed else None
+    args = inputs(*((1, 23) if packed else (2, 14)), torch.float32, 3)
+    compare(kind, args, random_state(kind, 2, torch.float32, 3), **SINGLE, cu_seqlens=ends)
+
+
+def test_a_hidden_layer_in_several_blocks_equals_the_definition(monkeypatch):
+    monkeypatch.setattr(layout, "HIDDEN_BLOCK", 16)
+    compare("mlp", inputs(1, 20, torch.float32), random_state("mlp", 1, torch.float32, width=37), **SINGLE)
+
+
+@kinds
+@pytest.mark.parametrize("cut", [1, 8, 13])
+def test_a_cut_anywhere_changes_nothing(kind, cut):
+    args, state = inputs(2, 20, torch.float32), random_state(kind, 2, torch.float32)
+    want, want_after = run(kind, args, state, "triton")
+    first, middle = run(kind, [x[:, :cut] for x in args[:4]] + args[4:], state, "triton")
+    second, after = run(kind, [x[:, cut:] for x in args[:4]] + args[4:], middle, "triton")
+    assert_close(torch.cat([first, second], 1), want, OUTPUT[torch.float32])
+    assert_trees_close(after, want_after, OUTPUT[torch.float32])
+
+
+@kinds
+def test_token_by_token_equals_the_definition(kind, poisoned_empty, monkeypatch):
+    monkeypatch.setattr(layout, "HIDDEN_BLOCK", 16)
+    args, state = inputs(2, 10, torch.float32), random_state(kind, 2, torch.float32, width=21)
+    want, want_after = run(kind, [x.double() for x in args], wide(state), "naive")
+    for t in range(10):  # both sequences finish a mini-batch of 8 on the way, at different tokens
+        y, state = run(kind, [x[:, t : t + 1] for x in args[:4]] + args[4:], state, "triton")
+        assert_close(y, want[:, t : t + 1], OUTPUT[torch.float32], f"token {t}")
+    assert_trees_close(state, want_after, OUTPUT[torch.float32])
+
+
+@kinds
+@pytest.mark.parametrize("what", ["input", "gradient"])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, about the overflow that is meant to be
+def test_a_token_with_a_fault_teaches_nothing_and_is_counted(kind, what):
+    args, state = inputs(2, 30, torch.float32), random_state(kind, 2, torch.float32)
+    silent = [x.double() for x in args]
+    silent[3][0, 11, 0] = 0
+    if what == "input":
+        args[1][0, 11, 0, 2] = float("nan")
+    else:
+        args[2][0, 11, 0] = 3e38  # v is finite, the sum inside the gradient is not
+    y, after, gradients = values_and_gradients(kind, args, state, "triton")
+    want_y, want_after, want = values_and_gradients(kind, silent, wide(state), "naive")
+    want[3][0, 11, 0] = 0  # it cannot teach at another rate either
+    assert after.faults.first.tolist() == [3 + 11, -1]
+    assert after.faults.count.tolist() == [1, 0]
+    assert_same((y, after._replace(faults=want_after.faults), gradients), (want_y, want_after, want), **SINGLE)
+
+
+@kinds
+@pytest.mark.parametrize("what", ["input", "gradient"])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_single_token_with_a_fault_teaches_nothing_and_is_counted(kind, what):
+    args, state = inputs(2, 1, torch.float32), random_state(kind, 2, torch.float32)
+    silent = [x.double() for x in args]
+    silent[3][0, 0, 0] = 0
+    args[1 if what == "input" else 2][0, 0, 0] = float("nan") if what == "input" else 3e38
+    y, after = run(kind, args, state, "triton")
+    want, want_after = run(kind, silent, wide(state), "naive")
+    assert after.faults.first.tolist() == [3, -1]
+    assert_close(y, want, OUTPUT[torch.float32])
+    assert_trees_close(after._replace(faults=want_after.faults), want_after, OUTPUT[torch.float32])
+
+
+@kinds
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_an_update_of_the_last_token_that_overflows_is_not_applied(kind):
+    args, state = inputs(2, 1, torch.float32, 6), random_state(kind, 2, torch.float32, 6)
+    sums = map_tensors(lambda t: 100 * t, state.pending)
+    state = state._replace(position=torch.tensor([5, 2]), pending=sums)  # sequence 0 ends its mini-batch
+    args[4][-1] = 3e38
+    (_, got), (_, want) = (run(kind, args, state, backend) for backend in ("triton", "naive"))
+    assert want.faults.count.tolist() == [1, 0]
+    assert_trees_close(got, want, OUTPUT[torch.float32])
+
+
+@kinds
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_an_update_that_overflows_is_not_applied_and_is_counted_at_the_end_of_its_mini_batch(kind):
+    state = random_state(kind, 1, torch.float32, phases=False)
+    args = [x[:, :1].repeat(1, CHUNK, *[1] * (x.dim() - 2)) if x.dim() > 2 else x for x in inputs(1, 8, torch.float32)]
+    args[2][:] = torch.tensor([1e36, -1e36] * (DIM // 2))
+    args[3][:] = 10  # each token's contribution is finite, the eight together are not
+    args[4] = torch.full((CHUNK,), 30.0)
+    _, after = run(kind, args, state, "triton")
+    assert_trees_close(after.weights, state.weights, 0)
+    assert not any(t.any() for _, t in tensors(after.pending))
+    assert after.faults.count.tolist() == [1]
+    assert after.faults.first.tolist() == [CHUNK - 1]
+
+
+def test_what_the_kernels_cannot_run_is_refused_with_the_reason_and_the_way_out():
+    args, state = inputs(1, 4, torch.float32), random_state("linear", 1, torch.float32)
+    given = (*args, state.weights, state.pending, state.position)
+    assert refuses(args[0], *given) is None
+    q = args[0].double()
+    assert 'got torch.float64. Use backend="chunked"' in str(refuses(q, q, *given[1:]))
+    assert "up to 128 channels, got 129" in str(refuses(torch.zeros(1, 1, 1, 129)))
+    assert "up to 64 tokens, got 65" in str(refuses(args[0], *args[:4], torch.ones(65), *given[5:]))
+    large = torch.zeros(1, 1, 1, 128)
+    assert "354 KiB of shared memory" in str(refuses(large, large, *args[1:4], torch.ones(64), *given[5:]))
+    assert "of one dtype, got torch.float32, torch.float16" in str(
+        refuses(args[0], args[0], args[1].half(), *given[2:])
+    )
+    assert "state in float32, got torch.float64" in str(refuses(args[0], *args, wide(state.weights), *given[8:]))
+    moved = args[1].to("meta")
+    assert "one device, got cpu, meta" in str(refuses(args[0], args[0], moved, *given[2:]))
+
+
+@kinds
+def test_the_differentiable_unit_passes_the_checks_of_torch(kind):
+    from fastweight.ops.ttt.triton_linear import linear
+    from fastweight.ops.ttt.triton_mlp import mlp
+
+    args, state = inputs(1, 5, torch.float32, 4), random_state(kind, 1, torch.float32, 4)
+    memory = [t for tree in (state.weights, state.pending) for t in tree if t is not None]
+    given = [x.requires_grad_() for x in (*args, *memory)]
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    unit = linear if kind == "linear" else mlp
+    torch.library.opcheck(unit, (*given, state.position, None, 1e-6, True), test_utils=tests)
+
+
+@kinds
+@pytest.mark.filterwarnings("ignore:.*lru_cache")  # the question for the package triton; its answer stays the same
+def test_a_compiled_function_holds_the_op_without_a_break(kind):
+    args, state = inputs(1, 5, torch.float32, 4), random_state(kind, 1, torch.float32, 4)
+    compiled = torch.compile(lambda *x: run(kind, x, state, "triton")[0], backend="eager", fullgraph=True)
+    args[0].requires_grad_()
+    y = compiled(*args)
+    assert y.requires_grad
+    assert torch.equal(y, run(kind, args, state, "triton")[0])

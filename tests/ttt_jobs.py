@@ -1,0 +1,50 @@
+"""The TTT kernels as jobs for `ahead_of_time.compile_for`: the arguments' types follow from their names."""
+
+import importlib
+
+import torch
+
+from fastweight.ops.ttt.layout import HIDDEN_BLOCK, KEEP_EVERY, block, launch_options
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+INTEGERS = {
+    "position": "*i64",
+    "cu_seqlens": "*i64",
+    "flags": "*i8",
+    "suspects": "*i32",
+    "owner": "*i32",
+    "base": "*i32",
+    "eps": "fp32",
+}
+SIZES = ("num_tokens", "num_sequences", "first", "stop", "H", "packed", "keep")
+TOKENS = ("q", "k", "v", "y", "dy", "dq", "dk", "dv", "all_w")  # in the dtype of q
+TOKENS += ("d_reads", "actives", "d_middles", "d_hiddens", "d_writes1")
+
+
+def job(name: str, dim: int, dtype: str = "bf16", chunk: int = 16, **constants: object) -> dict:
+    """Kernel `name` for heads of `dim` channels."""
+    late = name in ("mlp_reads", "mlp_backward")
+    step = name.endswith("step")
+    part = "step" if step else name.split("_")[0] + ("_backward" if late else "")
+    module = f"fastweight.ops.ttt.kernels_{part}"
+    values = {
+        "D": dim, "BLOCK_D": block(dim), "CHUNK": chunk, "BLOCK_K": block(chunk), "EVERY": KEEP_EVERY,
+        "C": 4 * dim, "BLOCK_C": HIDDEN_BLOCK,
+        "GUARD": False, "PRECISION": "ieee" if dtype == "fp32" else "tf32",
+    } | constants  # fmt: skip
+    parameters = importlib.import_module(module).__dict__[name].arg_names
+    signature = {p: _type(p, dtype) for p in parameters}
+    return {
+        "kernel": f"{module}:{name}",
+        "signature": signature,
+        "constants": {p: values[p] for p in parameters if signature[p] == "constexpr"},
+        **launch_options(name, dim, DTYPES[dtype]),
+    }
+
+
+def _type(parameter: str, dtype: str) -> str:
+    if parameter.isupper() and parameter not in SIZES:
+        return "constexpr"
+    if parameter in SIZES:
+        return "i32"
+    return INTEGERS.get(parameter, f"*{dtype}" if parameter in TOKENS else "*fp32")
