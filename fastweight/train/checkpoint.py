@@ -8,6 +8,7 @@ from step to step.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +21,6 @@ from fastweight import files
 from fastweight.configs import to_json
 from fastweight.data import Tokenizer
 from fastweight.model import Model, load
-from fastweight.optim import Optimizer, WeightAverage
 from fastweight.state import ModelState, load_state
 from fastweight.train.folders import CheckpointError
 from fastweight.train.tally import Tally
@@ -44,9 +44,14 @@ def save_model(folder: Path, model: Model, tokenizer: Tokenizer) -> None:
     tokenizer.save(folder / "tokenizer")
 
 
-def save_trainer(folder: Path, optimizer: Optimizer, tally: Tally, carried: list[ModelState] | None) -> None:
-    """Write everything but the model and averaged weights into the checkpoint `folder`."""
-    _save_tensors(folder / "optimizer.safetensors", optimizer.state_tensors())
+def save_trainer(
+    folder: Path, optimizer: Mapping[str, Tensor], tally: Tally, carried: list[ModelState] | None
+) -> None:
+    """Write everything but the model and averaged weights into the checkpoint `folder`.
+
+    optimizer: what it remembers, whole.
+    """
+    _save_tensors(folder / "optimizer.safetensors", optimizer)
     save_file(random_state(), folder / "rng.safetensors")
     for i, state in enumerate(carried or []):
         state.save(folder / f"carried-{i}.safetensors")
@@ -54,12 +59,12 @@ def save_trainer(folder: Path, optimizer: Optimizer, tally: Tally, carried: list
     files.write_text(folder / "trainer.json", to_json(record) + "\n")
 
 
-def save_average(folder: Path, average: WeightAverage) -> None:
-    """Write the averaged weights into the checkpoint `folder`."""
-    _save_tensors(folder / AVERAGED, average.state_tensors())
+def save_average(folder: Path, average: Mapping[str, Tensor]) -> None:
+    """Write the averaged weights, whole, into the checkpoint `folder`."""
+    _save_tensors(folder / AVERAGED, average)
 
 
-def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
 
 

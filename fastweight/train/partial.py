@@ -1,5 +1,6 @@
 """Runs that train a part of a model: the frozen rest is written once, checkpoints hold what is trained alone."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -39,9 +40,9 @@ def read_base(out: Path, crc32: str) -> Model:
     return model
 
 
-def save_trained(folder: Path, model: Model, names: list[str]) -> None:
-    """Write the parameters `names` of `model` into the checkpoint `folder`."""
-    save_file({name: t.detach().cpu().contiguous() for name, t in _named(model, names).items()}, folder / TRAINED)
+def save_trained(folder: Path, trained: Mapping[str, Tensor]) -> None:
+    """Write the trained parameters, whole, into the checkpoint `folder`."""
+    save_file({name: t.detach().cpu().contiguous() for name, t in trained.items()}, folder / TRAINED)
 
 
 def load_trained(folder: Path, model: Model, names: list[str]) -> None:

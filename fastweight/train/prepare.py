@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from fastweight.configs import require
 from fastweight.convert.mag import liza_layers, mag_weights
+from fastweight.distributed.team import Team
 from fastweight.model import Model
 from fastweight.train.config import LORA, MEMORY, TrainConfig
 from fastweight.train.loops import check_loops
@@ -26,6 +27,17 @@ def check_parts(model: Model, config: TrainConfig) -> None:
     check_loops(model, config.loops)
     check_mag(model, config.mag, config.steps)
     _check_memory_is_read(model, config)
+
+
+def check_team(config: TrainConfig, team: Team) -> None:
+    """Refuse what a run of several processes cannot do."""
+    if team.size == 1:
+        return
+    advice = "Run it in one process."
+    require(config.lora.rank == 0, f"train: adapters (lora.rank) cannot be trained by several processes. {advice}")
+    require(config.mag is None, f"train: a mag schedule cannot be followed by several processes. {advice}")
+    kind = config.objective.kind
+    require(kind != "transfer", f'train: objective "{kind}" cannot be trained by several processes. {advice}')
 
 
 def _check_memory_is_read(model: Model, config: TrainConfig) -> None:
