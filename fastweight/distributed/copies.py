@@ -8,6 +8,7 @@ from torch import Tensor
 from fastweight.distributed.shards import cut_like, full, is_sharded
 from fastweight.distributed.team import Team
 from fastweight.model import Model
+from fastweight.optim.muon import SECOND_MOMENT
 
 
 def plain_model(model: Model, team: Team) -> Model:
@@ -42,9 +43,14 @@ def gather(named: dict[str, Tensor], team: Team) -> dict[str, Tensor]:
 
 
 def cut_state(named: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """This process's part of whole tensors "parameter" or "parameter|quantity", each cut as its parameter is."""
+    """This process's part of whole tensors "parameter" or "parameter|quantity", each cut as its parameter is.
+
+    Quantities that every process keeps whole stay so.
+    """
     cut = {}
     for name, tensor in named.items():
-        like = parameters.get(name, parameters.get(name.rpartition("|")[0]))
-        cut[name] = tensor if like is None else cut_like(tensor, like)
+        parameter, _, quantity = name.rpartition("|")
+        like = parameters.get(parameter or name)
+        stays = like is None or quantity == SECOND_MOMENT or tensor.shape != like.shape
+        cut[name] = tensor if stays else cut_like(tensor, like)
     return cut

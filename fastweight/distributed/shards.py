@@ -100,8 +100,8 @@ def full(tensor: Tensor) -> Tensor:
 
 
 def cut_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """This process's part of the whole `tensor`, if `like` is cut and of the same shape; without communication."""
-    if not _is_cut(like) or tensor.shape != like.shape:
+    """This process's part of the whole `tensor`, if `like` is cut; without communication."""
+    if not _is_cut(like):
         return tensor
     from torch.distributed.tensor import distribute_tensor
 

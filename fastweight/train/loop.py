@@ -164,7 +164,8 @@ class Trainer:
     def step(self, batches: list[Batch]) -> None:
         """One step and all that is due after it."""
         config, log, tally = self.config, self.config.log, self.tally
-        started, tokens = time.monotonic(), self.team.size * sum(batch.tokens.numel() for batch in batches)
+        started = time.monotonic()
+        (tokens,) = self.team.sum([sum(batch.tokens.numel() for batch in batches)])
         rate = self._update(batches)
         tally.step, tally.tokens = tally.step + 1, tally.tokens + tokens
         seconds, before = self._interval
