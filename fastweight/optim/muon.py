@@ -101,7 +101,9 @@ class Muon(torch.optim.Optimizer):
         if not banks or banks[0].cut is None:
             return
         directions, rows = [bank.directions for bank in banks], [bank.shape[0] for bank in banks]
-        for bank, update, squares in zip(banks, *map_cut(self._orthogonal, directions, rows, banks[0].cut), strict=True):
+        for bank, update, squares in zip(
+            banks, *map_cut(self._orthogonal, directions, rows, banks[0].cut), strict=True
+        ):
             self._apply(bank, update, squares if self.normuon else None)
 
     def state_shapes(self, p: Tensor) -> dict[str, tuple[int, ...]]:
@@ -126,9 +128,11 @@ class Muon(torch.optim.Optimizer):
             by_shape.setdefault((p.shape, p.dtype, p.device), []).append(i)
         return [
             Bank(
-                group, [parameters[i] for i in members], torch.stack([directions[i] for i in members]),
+                group,
+                [parameters[i] for i in members],
+                torch.stack([directions[i] for i in members]),
                 cut_of(parameters[members[0]]),
-            )  # fmt: skip
+            )
             for members in by_shape.values()
         ]
 

@@ -14,9 +14,7 @@ from fastweight.train.objectives import Objective
 from fastweight.train.tally import NATS_PER_BIT
 
 
-def heldout_losses(
-    model: Model, objective: Objective, split: Split, config: TrainConfig, team: Team
-) -> dict[str, Any]:
+def heldout_losses(model: Model, objective: Objective, split: Split, config: TrainConfig, team: Team) -> dict[str, Any]:
     """loss_nats per target, bits_per_byte, and what else the objective measures, over the first windows of `split`.
 
     As many whole windows of data.seq_len as fit log.heldout_tokens, at least one, each read from its own start and

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastweight import files
 from fastweight.configs import require, to_json
 from fastweight.data import Batch, Store
-from fastweight.distributed.copies import cut_state, gather, plain_model
+from fastweight.distributed.copies import plain_model, read_state
 from fastweight.distributed.shards import full, go_on, whole
 from fastweight.distributed.team import Team
 from fastweight.mixers.ttt import inner_lr_warmup
@@ -31,6 +32,7 @@ from fastweight.train.mag import MagFollower
 from fastweight.train.metrics import Metrics, NoMetrics, finite
 from fastweight.train.objectives import make_objective
 from fastweight.train.report import Report, describe_heldout, summary, warn_of_faults
+from fastweight.train.saving import TeamWriter
 from fastweight.train.signals import SIGNALS, StopRequest
 from fastweight.train.source import shares, step_batches
 from fastweight.train.tally import Tally, TrainResult
@@ -60,6 +62,7 @@ class Trainer:
         self.optimizer = Optimizer(model, config.optimizer)
         self.trained = [name for name, p in model.named_parameters() if p.requires_grad]
         self.average = make_average(model, config)
+        self.writer = TeamWriter(out, self.team, config.log.keep_checkpoints)
         self.mag = MagFollower(model, config.mag)
         self.loops = LoopFollower(model, config.loops, config.seed)
         self.carried: list[ModelState] | None = None
@@ -95,41 +98,55 @@ class Trainer:
             self.loops.settle(1.0)
         if self.saved_step != tally.step:
             self.save()
+        self.writer.finish()
         return self._finish("" if ended == "steps" else ended)
 
     def save(self) -> None:
-        """Write a checkpoint of now."""
-        self.tally.seconds, team = self._seconds(), self.team
-        named = dict(self.model.named_parameters()) if self.config.partial else {}
-        model = None if self.config.partial else plain_model(self.model, team)
-        trained = gather({name: named[name] for name in self.trained if name in named}, team)
-        moments = gather(self.optimizer.state_tensors(), team)
-        average = None if self.average is None else gather(self.average.state_tensors(), team)
-        carried = gather_rows(self.carried, team)
+        """Write a checkpoint of now; a team only begins to, and goes on."""
+        self.tally.seconds, step, keep = self._seconds(), self.tally.step, self.config.log.keep_checkpoints
+        carried = gather_rows(self.carried, self.team)
+        if self.team.size == 1:
+            folders.write_checkpoint(self.out, step, lambda folder: self._write(folder, carried), keep)
+        else:
+            self.writer.start(step, self._tensors(), lambda folder: self._write_rest(folder, carried))
+        self.saved_step = step
 
-        def write(folder: Path) -> None:
-            if model is None:
-                partial.save_trained(folder, trained)
-            else:
-                checkpoint.save_model(folder, model, self.store.tokenizer)
-            checkpoint.save_trainer(folder, moments, self.tally, carried)
-            if average is not None:
-                checkpoint.save_average(folder, average)
+    def _write(self, folder: Path, carried: list[ModelState] | None) -> None:
+        """All of a checkpoint of one process."""
+        if self.config.partial:
+            partial.save_trained(folder, self.model, self.trained)
+        else:
+            checkpoint.save_model(folder, self.model, self.store.tokenizer)
+        checkpoint.save_trainer(folder, self.optimizer, self.tally, carried)
+        if self.average is not None:
+            checkpoint.save_average(folder, self.average.state_tensors())
 
-        if team.leads:
-            folders.write_checkpoint(self.out, self.tally.step, write, self.config.log.keep_checkpoints)
-        self.saved_step = self.tally.step
+    def _write_rest(self, folder: Path, carried: list[ModelState] | None) -> None:
+        """What of a team's checkpoint its leader writes alone."""
+        if not self.config.partial:
+            checkpoint.save_config(folder, self.model, self.store.tokenizer)
+        checkpoint.save_trainer(folder, None, self.tally, carried)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """What of a checkpoint has the size of the model, by the names of `checkpoint.open_tensors`."""
+        weights = dict(self.model.named_parameters())
+        word = "trained" if self.config.partial else "model"
+        named = {f"{word}:{name}": weights[name] for name in (self.trained if self.config.partial else weights)}
+        averaged = {} if self.average is None else self.average.state_tensors()
+        named |= {f"optimizer:{name}": tensor for name, tensor in self.optimizer.state_tensors().items()}
+        return named | {f"averaged:{name}": tensor for name, tensor in averaged.items()}
 
     def restore(self, resumed: checkpoint.Resumed) -> None:
         """Take over what a checkpoint holds besides model and tally."""
         parameters = dict(self.model.named_parameters())
-        self.optimizer.load_state_tensors(cut_state(resumed.optimizer, parameters))
+        with checkpoint.open_tensors(resumed.folder) as tensors:
+            self.optimizer.load_state_tensors(read_state(tensors.under("optimizer"), parameters))
+            if self.average is not None:
+                self.average.load_state_tensors(read_state(tensors.under("averaged"), parameters))
         checkpoint.set_random_state(resumed.rng)
         share, rows = shares(self.config.data, self.team.size)
         if resumed.carried is not None:
             self.carried = deal_rows(resumed.carried, rows, share // rows, self.team.rank)
-        if self.average is not None:
-            self.average.load_state_tensors(cut_state(resumed.averaged, parameters))
         self.saved_step = self.tally.step
 
     def _ended(self, stop: StopRequest) -> str:
@@ -141,8 +158,11 @@ class Trainer:
         return "time" if self.config.max_seconds and self._seconds() >= self.config.max_seconds else ""
 
     def _signal(self, stop: StopRequest) -> str:
-        """The signal that asked this process, or any other of the team, to stop."""
-        asked = self.team.sum([int(stop.name == number.name) for number in SIGNALS])
+        """The signal that asked this process, or any other of the team, to stop; on the way, a checkpoint that all have
+        written is made to count."""
+        *asked, written = self.team.sum([*(int(stop.name == number.name) for number in SIGNALS), int(self.writer.done)])
+        if written == self.team.size:
+            self.writer.finish()
         return next((number.name for number, votes in zip(SIGNALS, asked, strict=True) if votes), "")
 
     def _is_logged(self, step: int) -> bool:

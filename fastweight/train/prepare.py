@@ -3,8 +3,11 @@
 import contextlib
 from collections.abc import Iterator
 
+import torch
+
 from fastweight.configs import require
 from fastweight.convert.mag import liza_layers, mag_weights
+from fastweight.distributed.shards import is_sharded
 from fastweight.distributed.team import Team
 from fastweight.model import Model
 from fastweight.train.config import LORA, MEMORY, TrainConfig
@@ -27,6 +30,15 @@ def check_parts(model: Model, config: TrainConfig) -> None:
     check_loops(model, config.loops)
     check_mag(model, config.mag, config.steps)
     _check_memory_is_read(model, config)
+
+
+def compile_blocks(model: Model) -> None:
+    """Compile each block; of a cut one what it computes, without the putting together of its weights."""
+    for block in model.blocks:
+        if is_sharded(block):
+            block.forward = torch.compile(block.forward)
+        else:
+            block.compile()
 
 
 def check_team(config: TrainConfig, team: Team) -> None:
@@ -67,8 +79,7 @@ def prepared(model: Model, config: TrainConfig) -> Iterator[list[str]]:
         if config.partial:
             set_trainable(model, trained_names(model, config, config.trainable))
         if config.compile:
-            for block in model.blocks:
-                block.compile()
+            compile_blocks(model)
         yield [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     finally:
         if config.lora.rank:

@@ -13,9 +13,8 @@ from fastweight.configs import require, to_json
 from fastweight.data import Store, Windows
 from fastweight.devices import pick_device
 from fastweight.distributed.mesh import MeshConfig
-from fastweight.distributed.shards import shard_model
 from fastweight.distributed.team import Team, joined, local_device
-from fastweight.model import Model, load
+from fastweight.model import Model
 from fastweight.train import checkpoint, folders, partial
 from fastweight.train.config import TrainConfig
 from fastweight.train.loop import RESULT, Trainer
@@ -24,6 +23,7 @@ from fastweight.train.prepare import check_parts, check_team, prepared
 from fastweight.train.report import Report, describe_run, describe_trained
 from fastweight.train.signals import stop_requests
 from fastweight.train.source import make_view, shares
+from fastweight.train.start import new_start, placed, resumed_start
 from fastweight.train.tally import Tally, TrainResult
 
 FORMAT, VERSION = "fastweight-run", 1
@@ -65,36 +65,27 @@ def _run(
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), stop_requests() as stop:
         torch.manual_seed(config.seed)
         if resume:
-            record = read_record(out)
-            same = record["store"] == _fingerprint(store)
-            require(same, f"{store.path} holds other data than the run in {out} was started with. Give its own store.")
-            folder = folders.open_checkpoint(out, resume if isinstance(resume, str) else None)
-            trained = partial.read_base(out, record["base"]) if config.partial else checkpoint.read_model(folder)
-            resumed = checkpoint.read_trainer(folder, device)
+            _check_store(out, store)
+            start = resumed_start(config, out, read_record(out), resume, team)
         else:
-            trained, folder, resumed = _new_model(config, store, model), None, None
-        trained = trained.to(device)
-        _check_vocabulary(trained, store)
-        _check_data(store, config, team)
-        _check_statistics(trained, config)
-        check_parts(trained, config)
-        check_team(config, team)
+            start = new_start(config, store, model, team)
+        resumed = None if start.checkpoint is None else checkpoint.read_trainer(start.checkpoint, device)
+        _check(config, start.model, store, team)
+        team.wait()  # nothing is written before all processes have found the settings good
+        if resumed is None and team.leads:
+            _record(config, start.model, store, out)
+        trained = placed(start, team, device)
         for line in describe_run(config, trained, store, device, team):
             report.say(line)
-        team.wait()  # no process writes before all have found the settings good
-        if resumed is None and team.leads:
-            _record(config, trained, store, out)
         tally = Tally() if resumed is None else resumed.tally
         step = -1 if resumed is None else tally.step
         metrics = Metrics(out, config.log, step, config.to_dict()) if team.leads else NoMetrics()
         try:
             with prepared(trained, config) as names:
-                if folder is not None and config.partial:
-                    partial.load_trained(folder, trained, names)
+                if resumed is not None and config.partial:
+                    partial.load_trained(resumed.folder, trained, names)
                 if config.partial:
                     report.say(describe_trained(config, trained, names))
-                if team.size > 1:
-                    shard_model(trained, team.mesh)
                 trainer = Trainer(config, out, trained, store, tally, report, metrics, team)
                 if resumed is not None:
                     trainer.restore(resumed)
@@ -127,6 +118,11 @@ def _resumed_config(config: TrainConfig | None, out: Path, team: Team) -> TrainC
         return own if own.mesh.fits(team.size) else dataclasses.replace(own, mesh=MeshConfig())
     check_same_run(config, out)
     return config
+
+
+def _check_store(out: Path, store: Store) -> None:
+    same = read_record(out)["store"] == _fingerprint(store)
+    require(same, f"{store.path} holds other data than the run in {out} was started with. Give its own store.")
 
 
 def check_same_run(config: TrainConfig, out: Path) -> None:
@@ -174,15 +170,12 @@ def _fingerprint(store: Store) -> str:
     return hashlib.sha256(to_json(store.manifest["splits"]).encode()).hexdigest()
 
 
-def _new_model(config: TrainConfig, store: Store, model: Model | None) -> Model:
-    source = config.model
-    if model is not None:
-        return model
-    if source.folder:
-        return load(source.folder)
-    require(bool(source.preset), "model: name a preset (model.preset) or a model folder (model.folder).")
-    vocab_size = source.vocab_size or store.tokenizer.vocab_size
-    return Model.from_preset(source.preset, **(source.changes | {"vocab_size": vocab_size}))
+def _check(config: TrainConfig, model: Model, store: Store, team: Team) -> None:
+    _check_vocabulary(model, store)
+    _check_data(store, config, team)
+    _check_statistics(model, config)
+    check_parts(model, config)
+    check_team(config, team)
 
 
 def _check_vocabulary(model: Model, store: Store) -> None:
