@@ -83,8 +83,10 @@ def read_state(parts: Parts, parameters: Mapping[str, Tensor]) -> dict[str, Tens
     for name in parts.names():
         parameter, _, quantity = name.rpartition("|")
         like = parameters.get(parameter or name)
-        stays = like is None or quantity == SECOND_MOMENT or parts.shape(name) != like.shape or cut_of(like) is None
-        found[name] = parts.whole(name) if stays else _cut_as(like, parts.rows(name, _rows(like)))
+        if like is None or quantity == SECOND_MOMENT or parts.shape(name) != like.shape or cut_of(like) is None:
+            found[name] = parts.whole(name)
+        else:
+            found[name] = _cut_as(like, parts.rows(name, _rows(like)))
     return found
 
 

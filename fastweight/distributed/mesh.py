@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from fastweight.configs import check_types, require
 
+REPLICATE, SHARD = "replicate", "shard"
+
 
 @dataclass(frozen=True, kw_only=True)
 class MeshConfig:
@@ -24,13 +26,11 @@ class MeshConfig:
 
     def fits(self, processes: int) -> bool:
         """Whether so many processes can be arranged like this."""
-        return processes % (self.replicate * self.shard or self.replicate) == 0 and (
-            not self.shard or processes == self.replicate * self.shard
-        )
+        return self.replicate * self._shards(processes) == processes
 
     def sizes(self, processes: int) -> tuple[int, int]:
         """(replicate, shard) for so many processes. Raises ValueError if they do not fit."""
-        shard = self.shard or max(1, processes // self.replicate)
+        shard = self._shards(processes)
         wanted = self.replicate * shard
         require(
             wanted == processes,
@@ -39,6 +39,9 @@ class MeshConfig:
             "fastweight train ...), or change mesh.replicate and mesh.shard.",
         )
         return self.replicate, shard
+
+    def _shards(self, processes: int) -> int:
+        return self.shard or max(1, processes // self.replicate)
 
 
 def share_of_batch(batch_size: int, processes: int) -> int:

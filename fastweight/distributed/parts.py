@@ -19,12 +19,12 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F
 
 
 class Piece(NamedTuple):
-    """Rows start to start + count - 1 of a tensor of `total` rows: the tensor `key` of an open file."""
+    """Rows start to start + size - 1 of a tensor of `total` rows: the tensor `key` of an open file."""
 
     file: Any
     key: str
     start: int
-    count: int
+    size: int
     total: int
 
 
@@ -63,7 +63,7 @@ class Parts:
         self._pieces = pieces
         for name, found in pieces.items():
             found.sort(key=lambda piece: piece.start)
-            ends = [0, *(piece.start + piece.count for piece in found)]
+            ends = [0, *(piece.start + piece.size for piece in found)]
             complete = [piece.start for piece in found] == ends[:-1] and {piece.total for piece in found} == {ends[-1]}
             require(complete, f"rows of {name!r} are missing, or there twice.")
 
@@ -84,7 +84,7 @@ class Parts:
         """Some rows of a tensor; no others are read."""
         found = [torch.empty((0, *self.shape(name)[1:]), dtype=self.dtype(name))]
         for piece in self._pieces[name]:
-            start, stop = (min(max(row - piece.start, 0), piece.count) for row in (wanted.start, wanted.stop))
+            start, stop = (min(max(row - piece.start, 0), piece.size) for row in (wanted.start, wanted.stop))
             found += [piece.file.get_slice(piece.key)[start:stop]] if start < stop else []
         return torch.cat(found)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from fastweight.distributed.mesh import SHARD
 from fastweight.model import Model
 from fastweight.state import ModelState
 
@@ -116,7 +117,7 @@ def _is_cut(tensor: Tensor) -> bool:
 def _shard(module: nn.Module, mesh: DeviceMesh) -> None:
     from torch.distributed.fsdp import fully_shard
 
-    sharded: Any = fully_shard(module, mesh=mesh if mesh.size(0) > 1 else mesh[mesh.mesh_dim_names[-1]])
+    sharded: Any = fully_shard(module, mesh=mesh if mesh.size(0) > 1 else mesh[SHARD])
     sharded.set_gradient_divide_factor(1.0)
     sharded.set_force_sum_reduction_for_comms(True)  # gloo knows no other
 

@@ -4,15 +4,16 @@ import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
 
-from fastweight.distributed.mesh import MeshConfig
+from fastweight.distributed.mesh import REPLICATE, SHARD, MeshConfig
 
-REPLICATE, SHARD = "replicate", "shard"
 FAILED = "fastweight/failed"
 
 
@@ -97,9 +98,9 @@ def joined(timeout_seconds: int) -> Iterator[Team]:
     dist.destroy_process_group()
 
 
-def _start(rank: int, size: int, timeout: timedelta) -> dist.Store:
+def _start(rank: int, size: int, timeout: timedelta) -> Any:
     """Join the others. Host memory goes over gloo, that of GPUs over NCCL."""
-    store, *_ = next(dist.rendezvous("env://", rank, size, timeout=timeout))
+    store, *_ = next(rendezvous("env://", rank, size, timeout=timeout))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     return store

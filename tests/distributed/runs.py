@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from training_cases import tiny_config, tiny_model
+from training_cases import PARTIAL, converted_model, tiny_config, tiny_model
 
 from fastweight import BlockConfig, FeedForwardConfig, Model, ModelConfig
 from fastweight.layers import InPlaceConfig
@@ -25,14 +25,21 @@ KINDS = {
     "attention": AttentionConfig(num_heads=2, num_kv_heads=1, window=5, num_sinks=3, qk_norm="full"),
     "delta": DeltaConfig(num_heads=2, head_dim=4, value_dim=6, gated=True),
     "lact": LactConfig(num_heads=4, num_fast_heads=2, chunk_size=7, window=9, base_lr=0.05, low_rank=3, prenorm=True),
-    "liza": LizaConfig(num_heads=4, num_kv_heads=2, memory_window=6, mag_weight=0.2, mag="learned", feature_map="softmax"),
+    "liza": LizaConfig(num_heads=4, num_kv_heads=2, memory_window=6, mag_weight=0.2, mag="learned"),
     "ttt_linear": TTTLinearConfig(num_heads=2, mini_batch_size=8),
     "ttt_mlp": TTTMLPConfig(num_heads=2, mini_batch_size=7, share_qk=False, expansion=3),
 }
+SAVED = {"checkpoint_every": 8, "keep_checkpoints": 4}
 MUON = {
-    "name": "muon", "normuon": True, "muon_rows": "equalised", "muon_cautious": True,
-    "muon_coefficients": "polar-express", "averaging": AveragingConfig(kind="ema", decay=0.9), "heldout_tokens": 96,
-}  # fmt: skip
+    "name": "muon",
+    "normuon": True,
+    "muon_rows": "equalised",
+    "muon_cautious": True,
+    "muon_coefficients": "polar-express",
+    "averaging": AveragingConfig(kind="ema", decay=0.9),
+    "heldout_tokens": 96,
+    **SAVED,
+}
 
 
 def mixer_model(kind: str) -> Model:
@@ -63,11 +70,16 @@ def double_tiny() -> Model:
     return tiny_model(torch.float64)
 
 
+def double_converted() -> Model:
+    return converted_model(torch.float64)
+
+
 RUNS: dict[str, tuple[Callable[[], Model], dict]] = {
-    **{kind: (partial(mixer_model, kind), {"seq_len": 40}) for kind in KINDS},
+    **{kind: (partial(mixer_model, kind), {"seq_len": 40, "stats_every": 10}) for kind in KINDS},
     "muon": (double_tiny, MUON),
+    "memory": (double_converted, {**PARTIAL["distill"], **SAVED}),
     "packed": (double_tiny, {"view": "bins", "seq_len": 256, "micro_batch_size": 1}),
-    "carried": (double_tiny, {"view": "streams", "carry_state": True}),
+    "carried": (double_tiny, {"view": "streams", "carry_state": True, **SAVED}),
     "looped": (looped_model, {"activation_checkpointing": True}),
 }
 

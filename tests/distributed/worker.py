@@ -1,28 +1,57 @@
-"""One process of several: makes the runs named on the command line, one after another."""
+"""One process of several: makes the runs that a JSON list names, one after another.
 
+Each entry: run (a name of runs.RUNS), out, replicate; resume (a checkpoint's name) to go on in `out`; fault, what
+process 1 does before step 4: "raise", "stop" (SIGTERM to itself).
+"""
+
+import json
+import os
+import signal
 import sys
-import time
 from pathlib import Path
 
+import pytest
 import torch
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import runs  # noqa: E402  # found beside this file
+from distributed import runs  # found in the folder of all tests
 
-from fastweight.distributed.mesh import MeshConfig  # noqa: E402
-from fastweight.distributed.team import joined  # noqa: E402
-from fastweight.train import train  # noqa: E402
+from fastweight.distributed.mesh import MeshConfig
+from fastweight.distributed.team import joined
+from fastweight.train import train
+from fastweight.train.loop import Trainer
+
+FAULT_STEP = 4
 
 
-def main(store: str, out: str, replicate: str, *names: str) -> None:
+def main(store: str, jobs: list[dict]) -> None:
     torch.set_num_threads(1)
-    with joined(120):
-        for name in names:
-            began = time.time()
-            config = runs.run_config(store, name, mesh=MeshConfig(replicate=int(replicate)))
-            train(config, Path(out) / name, model=runs.RUNS[name][0](), quiet=True)
-            print(name, round(time.time() - began, 1), flush=True)
+    with joined(60):
+        for job in jobs:
+            with pytest.MonkeyPatch.context() as patch:
+                if "fault" in job:
+                    patch.setattr(Trainer, "step", faulty(job["fault"]))
+                make(store, job)
 
 
-main(*sys.argv[1:])
+def make(store: str, job: dict) -> None:
+    config = runs.run_config(store, job["run"], mesh=MeshConfig(replicate=job.get("replicate", 1)))
+    model = None if "resume" in job else runs.RUNS[job["run"]][0]()
+    train(config, job["out"], resume=job.get("resume", False), model=model, quiet=True)
+
+
+def faulty(kind: str):
+    step = Trainer.step
+
+    def run(self, batches) -> None:
+        if self.team.rank == 1 and self.tally.step == FAULT_STEP:
+            if kind == "raise":
+                raise ValueError("the disk of this machine is full")
+            os.kill(os.getpid(), signal.SIGTERM)
+        step(self, batches)
+
+    return run
+
+
+main(sys.argv[1], json.loads(sys.argv[2]))
