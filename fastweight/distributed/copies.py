@@ -109,7 +109,7 @@ def _empty_twin(model: Model, dtypes: list[torch.dtype], team: Team, device: tor
     twin.origin = model.origin
     for own, other in zip(twin.memories(), model.memories(), strict=True):
         own.backend, own.learning = other.backend, other.learning
-    shard_model(twin, team.mesh)
+    shard_model(twin, team.mesh, team.gather)
     return twin.to_empty(device=device)
 
 

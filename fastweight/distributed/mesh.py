@@ -1,9 +1,11 @@
 """How the processes of a run are arranged: replicas of the model, each cut into shards."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from fastweight.configs import check_types, require
 
+Gather = Literal["own", "bfloat16"]
 REPLICATE, SHARD = "replicate", "shard"
 
 
@@ -15,6 +17,9 @@ class MeshConfig:
     """Copies of the model."""
     shard: int = 0
     """Processes that share one copy; 0: all there are, divided by `replicate`."""
+    gather: Gather = "own"
+    """Dtype in which the weights of a block travel to those who compute it: their own, or bfloat16, which is half the
+    traffic and memory of float32, and rounds norms and initial memories too. Gradients are summed in float32."""
     timeout_seconds: int = 600
     """A process that waits longer than this for the others ends the run."""
 

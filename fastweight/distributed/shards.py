@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from fastweight.distributed.mesh import SHARD
+from fastweight.distributed.mesh import SHARD, Gather
 from fastweight.model import Model
 from fastweight.state import ModelState
 
@@ -41,8 +41,10 @@ class Sealed:
         self.state = state
 
 
-def shard_model(model: Model, mesh: DeviceMesh) -> None:
+def shard_model(model: Model, mesh: DeviceMesh, gather: Gather = "own") -> None:
     """Cut the weights of `model`, the same on every process, over the last dimension of `mesh`, in place.
+
+    gather: dtype in which a block's weights are put together; embedding and head keep their own.
 
     Gradients are sums over all processes. Parameters become DTensors; `full` puts one together. Memories that a
     sequence starts with are made inside the blocks.
@@ -51,10 +53,10 @@ def shard_model(model: Model, mesh: DeviceMesh) -> None:
 
     for block in model.blocks:
         block.register_forward_hook(_seal)
-        _shard(block, mesh)
+        _shard(block, mesh, torch.bfloat16 if gather == "bfloat16" else None)
         block.register_forward_pre_hook(_begin)
         block.register_forward_hook(_open)
-    _shard(model, mesh)
+    _shard(model, mesh, None)
     for method in ("features", "logits"):
         register_fsdp_forward_method(model, method)
     model.init_state = lambda num_sequences: _start(model, num_sequences)
@@ -114,10 +116,12 @@ def _is_cut(tensor: Tensor) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
-def _shard(module: nn.Module, mesh: DeviceMesh) -> None:
-    from torch.distributed.fsdp import fully_shard
+def _shard(module: nn.Module, mesh: DeviceMesh, dtype: torch.dtype | None) -> None:
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    sharded: Any = fully_shard(module, mesh=mesh if mesh.size(0) > 1 else mesh[SHARD])
+    reduced = None if dtype is None else torch.float32
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=reduced, cast_forward_inputs=False)
+    sharded: Any = fully_shard(module, mesh=mesh if mesh.size(0) > 1 else mesh[SHARD], mp_policy=policy)
     sharded.set_gradient_divide_factor(1.0)
     sharded.set_force_sum_reduction_for_comms(True)  # gloo knows no other
 

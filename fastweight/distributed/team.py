@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
-from fastweight.distributed.mesh import REPLICATE, SHARD, MeshConfig
+from fastweight.distributed.mesh import REPLICATE, SHARD, Gather, MeshConfig
 
 FAILED = "fastweight/failed"
 
@@ -27,6 +27,7 @@ class Team:
     def __init__(self, rank: int = 0, size: int = 1):
         self.rank, self.size = rank, size
         self._mesh: DeviceMesh | None = None
+        self.gather: Gather = "own"
 
     @property
     def leads(self) -> bool:
@@ -40,7 +41,7 @@ class Team:
 
     def arrange(self, config: MeshConfig, device: torch.device) -> None:
         """Place the processes as `config` says. Raises ValueError if their number does not fit."""
-        sizes = config.sizes(self.size)
+        sizes, self.gather = config.sizes(self.size), config.gather
         if self.size > 1:
             self._mesh = init_device_mesh(device.type, sizes, mesh_dim_names=(REPLICATE, SHARD))
 

@@ -27,7 +27,7 @@ from fastweight.train.heldout import heldout_losses
 from fastweight.train.inner import inner_statistics
 from fastweight.train.loops import LoopFollower
 from fastweight.train.lora import add_adapters, merge_and_unload, save_adapter
-from fastweight.train.loss import Counts, count
+from fastweight.train.loss import Counts, autocast, count
 from fastweight.train.mag import MagFollower
 from fastweight.train.metrics import Metrics, NoMetrics, finite
 from fastweight.train.objectives import make_objective
@@ -315,7 +315,9 @@ class Trainer:
         self.report.advance(tally.step, self._fraction(), summary(values))
 
     def _log_inner(self, batch: Batch) -> None:
-        with torch.compiler.set_stance("force_eager"), whole(self.model):
+        # Weights that were put together in bfloat16 meet inputs in float32.
+        mixed = autocast(self.device, self.team.gather if self.team.gather == "bfloat16" else "float32")
+        with torch.compiler.set_stance("force_eager"), whole(self.model), mixed:
             layers = inner_statistics(self.model, batch.to(self.device), self.config.log.stats_tokens)
         self.metrics.write("inner", self.tally.step, {"layers": layers})
 

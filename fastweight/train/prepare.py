@@ -43,6 +43,11 @@ def compile_blocks(model: Model) -> None:
 
 def check_team(config: TrainConfig, team: Team) -> None:
     """Refuse what a run of several processes cannot do."""
+    narrow, precision = config.mesh.gather == "bfloat16", config.precision
+    require(
+        not narrow or precision == "bfloat16",
+        f'mesh: gather "bfloat16" computes in bfloat16, but precision is {precision!r}. Set precision to "bfloat16".',
+    )
     if team.size == 1:
         return
     advice = "Run it in one process."

@@ -58,6 +58,7 @@ def two(store, alone, tmp_path_factory):
         shutil.copytree(alone(name), folder / f"alone-{name}")
         jobs.append({"run": name, "out": str(folder / f"alone-{name}"), "resume": "step-000008"})
     jobs.append({"run": "delta", "out": str(folder / "stopped"), "fault": "stop"})
+    jobs.append({"run": "lact", "out": str(folder / "bfloat16"), "gather": "bfloat16", **runs.BFLOAT16})
     done = make_runs(2, store, jobs)
     assert done.returncode == 0, done.stderr[-4000:]
     return folder

@@ -40,6 +40,7 @@ MUON = {
     "heldout_tokens": 96,
     **SAVED,
 }
+BFLOAT16 = {"dtype": "float32", "changes": {"precision": "bfloat16"}}
 
 
 def mixer_model(kind: str) -> Model:

@@ -3,8 +3,9 @@
 import shutil
 
 import pytest
+import torch
 from distributed import runs
-from tolerances import assert_close
+from tolerances import OUTPUT, assert_close
 
 import fastweight
 from fastweight.mixers import mixer_kinds
@@ -73,6 +74,16 @@ def test_averaged_weights_are_measured_on_the_same_text(two, alone):
         (mine,), (theirs,) = (read_metrics(out, kind) for out in (two / "muon", alone("muon")))
         assert mine["loss_nats"] == pytest.approx(theirs["loss_nats"], rel=TOLERANCE)
         assert mine["bits_per_byte"] == pytest.approx(theirs["bits_per_byte"], rel=TOLERANCE)
+
+
+def test_weights_that_travel_in_bfloat16_cost_no_more_than_its_rounding(two, store, tmp_path):
+    config = runs.run_config(store, "lact", **runs.BFLOAT16["changes"])
+    train(config, tmp_path, model=runs.RUNS["lact"][0]().float(), quiet=True)
+    losses, wanted = (
+        [record["loss_nats"] for record in read_metrics(out, "train")] for out in (two / "bfloat16", tmp_path)
+    )
+    assert losses == pytest.approx(wanted, rel=OUTPUT[torch.bfloat16])
+    assert losses != wanted
 
 
 def test_a_checkpoint_of_two_becomes_a_plain_model_folder(two, alone, tmp_path):

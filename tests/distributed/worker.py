@@ -1,7 +1,7 @@
 """One process of several: makes the runs that a JSON list names, one after another.
 
-Each entry: run (a name of runs.RUNS), out, replicate; resume (a checkpoint's name) to go on in `out`; fault, what
-process 1 does before step 4: "raise", "stop" (SIGTERM to itself).
+Each entry: run (a name of runs.RUNS) and out; replicate, gather, dtype of the weights, changes of settings; resume (a
+checkpoint's name) to go on in `out`; fault, what process 1 does before step 4: "raise", "stop" (SIGTERM to itself).
 """
 
 import json
@@ -36,8 +36,9 @@ def main(store: str, jobs: list[dict]) -> None:
 
 
 def make(store: str, job: dict) -> None:
-    config = runs.run_config(store, job["run"], mesh=MeshConfig(replicate=job.get("replicate", 1)))
-    model = None if "resume" in job else runs.RUNS[job["run"]][0]()
+    mesh = MeshConfig(replicate=job.get("replicate", 1), gather=job.get("gather", "own"))
+    config = runs.run_config(store, job["run"], mesh=mesh, **job.get("changes", {}))
+    model = None if "resume" in job else runs.RUNS[job["run"]][0]().to(getattr(torch, job.get("dtype", "float64")))
     train(config, job["out"], resume=job.get("resume", False), model=model, quiet=True)
 
 
