@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
+from fastweight.configs import require
 from fastweight.distributed.mesh import REPLICATE, SHARD, Gather, MeshConfig
 
 FAILED = "fastweight/failed"
@@ -94,9 +95,20 @@ def joined(timeout_seconds: int) -> Iterator[Team]:
     except Exception as error:
         if store.add(FAILED, 1) > 1:
             raise SystemExit(1) from error
+        if is_lost(error):
+            raise ConnectionError(
+                f"process {rank} of {size} has lost another one, or waited for it longer than mesh.timeout_seconds "
+                f"({timeout_seconds}): {str(error).splitlines()[0]} Look there for the reason, then resume the run."
+            ) from error
         error.add_note(f"(process {rank} of {size})")
         raise
     dist.destroy_process_group()
+
+
+def is_lost(error: Exception) -> bool:
+    """Whether an error says that another process is gone, or does not answer: gloo and NCCL have no type for it."""
+    signs = ("Connection closed", "Connection reset", "Broken pipe", "Timed out", "timed out", "NCCL error")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
 def _start(rank: int, size: int, timeout: timedelta) -> Any:
@@ -108,9 +120,24 @@ def _start(rank: int, size: int, timeout: timedelta) -> Any:
 
 
 def local_device(device: torch.device) -> torch.device:
-    """The GPU of this process where `device` means any GPU: torchrun numbers the processes of a machine."""
+    """The GPU of this process where `device` means any GPU: torchrun numbers the processes of a machine.
+
+    Raises ValueError if this machine has fewer GPUs than processes, or if all would take the same one.
+    """
     number = os.environ.get("LOCAL_RANK")
-    if device.type != "cuda" or device.index is not None or number is None:
+    if device.type != "cuda" or number is None:
         return device
+    require(
+        device.index is None or int(os.environ.get("WORLD_SIZE", "1")) == 1,
+        f"device {str(device)!r} is one GPU, but each process needs its own. Use cuda or auto.",
+    )
+    if device.index is not None:
+        return device
+    count = torch.cuda.device_count()
+    require(
+        int(number) < count,
+        f"this machine has {count} GPU(s), process {number} on it has none. Start at most {count} here, or use "
+        "--device cpu.",
+    )
     torch.cuda.set_device(int(number))
     return torch.device("cuda", int(number))

@@ -14,12 +14,15 @@ from fastweight.train.objectives import Objective
 from fastweight.train.tally import NATS_PER_BIT
 
 
-def heldout_losses(model: Model, objective: Objective, split: Split, config: TrainConfig, team: Team) -> dict[str, Any]:
+def heldout_losses(
+    model: Model, objective: Objective, split: Split, config: TrainConfig, team: Team | None = None
+) -> dict[str, Any]:
     """loss_nats per target, bits_per_byte, and what else the objective measures, over the first windows of `split`.
 
     As many whole windows of data.seq_len as fit log.heldout_tokens, at least one, each read from its own start and
     without dropout. The processes of a team share the windows. Sums in float64.
     """
+    team = team or Team()
     view = Windows(split, config.data.seq_len)
     num_windows = min(len(view), max(1, config.log.heldout_tokens // config.data.seq_len))
     starts = range(0, num_windows, config.data.rows)

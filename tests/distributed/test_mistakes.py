@@ -5,10 +5,12 @@ import shutil
 import time
 
 import pytest
+import torch
 from distributed.conftest import launch, make_runs
 from safetensors.torch import load_file
 
 from fastweight.distributed.mesh import MeshConfig, share_of_batch
+from fastweight.distributed.team import is_lost, local_device
 from fastweight.train import CheckpointError, DataConfig, export, read_metrics
 from fastweight.train.source import shares
 
@@ -51,6 +53,31 @@ def test_micro_batches_that_do_not_divide_a_share_are_refused():
 
 def test_micro_batches_larger_than_a_share_are_the_share():
     assert shares(DataConfig(batch_size=8, micro_batch_size=4), 4) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [("cuda", r"this machine has 1 GPU\(s\), process 1 on it has none"), ("cuda:0", "each process needs its own")],
+)
+def test_a_process_without_a_gpu_of_its_own_is_told(device, message, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=message):
+        local_device(torch.device(device))
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:1"), True),
+        (RuntimeError("[unbound_buffer.cc:81] Timed out waiting 60000ms for recv operation to complete"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("the disk timed out"), False),
+    ],
+)
+def test_a_lost_process_is_told_from_a_mistake(error, lost):
+    assert is_lost(error) == lost
 
 
 def test_a_process_that_fails_ends_all_with_its_error(store, tmp_path):
