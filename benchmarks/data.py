@@ -23,11 +23,13 @@ os.environ.setdefault("RAYON_NUM_THREADS", "1")  # before tokenizers is imported
 
 import torch
 
+from benchmarks.timing import print_table
 from fastweight.data import Bins, Documents, Split, Store, Streams, Windows, loader, prepare
 from fastweight.data.batches import View
 from fastweight.files import write_text
 
 SEQ_LEN, BATCH_SIZE = 1024, 64
+COLUMNS = ["what", "M tokens/s", "lowest", "highest"]
 
 
 def main() -> None:
@@ -43,7 +45,7 @@ def main() -> None:
             split = Store.open(Path(folder) / f"{tokenizer}-0").split("train")
             for name, build in _views().items():
                 rows.append(_measure_reading(f"read {name}, {tokenizer}", build(split), options))
-    _print_table(rows)
+    print_table("Data on one core", COLUMNS, [cells(row) for row in rows])
     if options.json:
         write_text(options.json, json.dumps({**_where(), "rows": rows}, indent=2) + "\n")
 
@@ -90,11 +92,9 @@ def _row(name: str, rates: list[float]) -> dict[str, Any]:
     return {"name": name, "tokens_per_second": statistics.median(rates), "lowest": min(rates), "highest": max(rates)}
 
 
-def _print_table(rows: list[dict[str, Any]]) -> None:
-    print(f"{'':36} {'M tokens/s':>12} {'lowest':>10} {'highest':>10}")
-    for row in rows:
-        numbers = [row[key] / 1e6 for key in ("tokens_per_second", "lowest", "highest")]
-        print(f"{row['name']:36} {numbers[0]:12.2f} {numbers[1]:10.2f} {numbers[2]:10.2f}")
+def cells(row: dict[str, Any]) -> list[str]:
+    """One line of the table."""
+    return [row["name"], *(f"{row[key] / 1e6:.3g}" for key in ("tokens_per_second", "lowest", "highest"))]
 
 
 def _where() -> dict[str, str]:

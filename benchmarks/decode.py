@@ -17,6 +17,7 @@ import torch
 
 from benchmarks.timing import machine, print_table, write_json
 from fastweight import Model, ModelState
+from fastweight.stepping import Stepper
 
 POSITIONS = (1_000, 100_000)
 PRESETS = ("tiny-delta", "tiny-gated-delta", "tiny-ttt-linear", "tiny-ttt-mlp", "tiny-lact", "tiny-window")
@@ -55,10 +56,11 @@ def measure(preset: str, positions: list[int], device: torch.device) -> dict[str
     text = torch.randint(VOCABULARY, (1, max(positions)), device=device)
     states = [read(model, text[:, :position]) for position in positions]
     num_bytes = [state.num_bytes for state in states]
+    steppers = [Stepper(model, state) for state in states]
     turns: list[list[list[float]]] = [[] for _ in positions]
     for turn in range(-4, TURNS):
         for i in range(len(positions)) if turn % 2 else reversed(range(len(positions))):
-            taken, states[i] = decode(model, states[i])
+            taken = decode(steppers[i])
             if turn >= 0:  # the first turns warm up
                 turns[i].append(taken)
     found = [summary(t, position, size) for t, position, size in zip(turns, positions, num_bytes, strict=True)]
@@ -76,17 +78,16 @@ def read(model: Model, text: torch.Tensor) -> ModelState:
     return state
 
 
-def decode(model: Model, state: ModelState) -> tuple[list[float], ModelState]:
-    """Seconds of each of STEPS_PER_TURN greedy steps, and the state after them."""
-    token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+def decode(stepper: Stepper) -> list[float]:
+    """Seconds of each of STEPS_PER_TURN greedy steps."""
+    token = torch.zeros(1, 1, dtype=torch.int64, device=stepper.model.device)
     seconds = []
     for _ in range(STEPS_PER_TURN):
         start = time.perf_counter()
-        logits, state = model(token, state)
-        token = logits[:, -1:].argmax(-1)
+        token = stepper(token)[:, -1:].argmax(-1)
         token.item()  # waits for the device, as a reader of the text does
         seconds.append(time.perf_counter() - start)
-    return seconds, state
+    return seconds
 
 
 def summary(turns: list[list[float]], position: int, num_bytes: int) -> dict[str, Any]:

@@ -122,7 +122,12 @@ def summarise(found: list[dict[str, Any]], name: str) -> str:
     return f"{statistics.mean(values):.3f}{spread}"
 
 
-def report(results: list[dict[str, Any]], far: int) -> list[list[object]]:
+def columns(far: int) -> list[str]:
+    """Heads of the table; far: from which byte on the later part of a document counts."""
+    return ["memory", "parameters", "bits/byte", f"from byte {far} on", "the same, frozen", "training s"]
+
+
+def report(results: list[dict[str, Any]]) -> list[list[object]]:
     rows: list[list[object]] = []
     for memory in dict.fromkeys(r["memory"] for r in results):
         found = [r for r in results if r["memory"] == memory]
@@ -171,10 +176,9 @@ def main(
                       f"far {last['on_far']:.3f}, {last['train_seconds']:.0f} s", flush=True)  # fmt: skip
     far = setting.min_tokens // 4
     about = machine("cuda" if torch.cuda.is_available() and setting.device != "cpu" else "cpu")
-    columns = ["memory", "parameters", "bits/byte", f"from byte {far} on", "the same, frozen", "training s"]
     tokens = setting.steps * setting.seq_len * setting.batch_size
     title = f"{tokens:,} bytes of training, {setting.optimizer}, {seeds} seeds, {about['device']}"
-    print_table(title, columns, report(results, far))
+    print_table(title, columns(far), report(results))
     write_json(json, {"machine": about, "setting": setting.__dict__, "results": results})
 
 

@@ -18,6 +18,9 @@ GPU_PRESETS = ("lact-760m-muon", "lact-760m-momentum", "transformer-760m", "tran
 CPU_PRESETS = ("tiny-lact", "tiny-attention")
 
 
+COLUMNS = ["preset", "parameters", "ms/step (quartiles)", "tokens/s", "TFLOP/s", "peak GiB"]
+
+
 def training(presets: tuple[str, ...], options: train.Options) -> list[dict[str, Any]]:
     """One record per preset; one that does not fit the device says so."""
     found = []
@@ -72,9 +75,8 @@ def main(
     )  # fmt: skip
     trained = training(presets, options)
     about = machine(where)
-    columns = ["preset", "parameters", "ms/step (quartiles)", "tokens/s", "TFLOP/s", "peak GiB"]
     title = f"Training, 1 × {options.seq_len} tokens per step, {options.precision}, {about['device']}"
-    print_table(title, columns, [training_row(r) for r in trained])
+    print_table(title, COLUMNS, [training_row(r) for r in trained])
     write_json(json, {"machine": about, "training": trained})
     at = list(positions) if any(positions) else [2048, 131072] if cuda else [512, 4096]
     with torch.inference_mode():

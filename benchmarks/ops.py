@@ -111,10 +111,11 @@ def time_work(
 
 
 def row(r: dict[str, Any]) -> list[str]:
-    both = r["both"]
-    rate = f"{r['forward']['tflops']:.3g} / {both['tflops']:.3g}"
-    floor = f"{r['forward']['floor_ms']:.2g} / {both['floor_ms']:.2g}"
-    return [r["name"], r["shape"], r["by"], shown(r["forward"]), shown(both), rate, floor]
+    parts = (r["forward"], r["both"])
+    known = all("tflops" in part for part in parts)  # tables from before there were limits do not
+    rate = " / ".join(f"{part['tflops']:.3g}" for part in parts) if known else "–"
+    floor = " / ".join(f"{part['floor_ms']:.2g}" for part in parts) if known else "–"
+    return [r["name"], r["shape"], r["by"] if "by" in r else r["backend"], *map(shown, parts), rate, floor]
 
 
 def main(

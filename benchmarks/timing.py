@@ -6,7 +6,6 @@ import json
 import platform
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -97,14 +96,17 @@ def _version(package: str) -> str | None:
         return None
 
 
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """A Markdown table, so that the output can be pasted into the docs."""
+def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Markdown."""
     cells = [[str(c) for c in row] for row in rows]
     widths = [max(len(c) for c in column) for column in zip(columns, *cells, strict=True)]
-    print(f"\n{title}\n")
-    for row in (list(columns), ["-" * w for w in widths], *cells):
-        print("| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |")
-    sys.stdout.flush()
+    lines = (list(columns), ["-" * w for w in widths], *cells)
+    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in lines)
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """A title and a Markdown table on stdout."""
+    print(f"\n{title}\n\n{table(columns, rows)}", flush=True)
 
 
 def write_json(path: Path | None, data: dict[str, Any]) -> None:

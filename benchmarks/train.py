@@ -6,6 +6,7 @@ Every tiny preset with AdamW, and the first one also with Muon, on random bytes:
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -77,22 +78,27 @@ def time_steps(preset: str, optimizer: str, options: Options, folder: Path) -> d
     return result | {"parameters": model.num_parameters, "tflops": operations / result["median_ms"] / 1e9}
 
 
+def row(r: dict[str, Any]) -> list[str]:
+    """One line of the table."""
+    spread = f"{r['low_ms']:.0f}–{r['high_ms']:.0f}"
+    memory = f"{r['peak_gib']:.1f}" if "peak_gib" in r else "–"
+    rate = f"{r['tflops']:.3g}" if "tflops" in r else "–"
+    return [
+        r["preset"], r["optimizer"], f"{r['median_ms']:.0f}", spread, f"{r['tokens_per_second']:,.0f}", rate, memory,
+    ]  # fmt: skip
+
+
 def main(options: Options) -> None:
     runs = [(preset, "adamw") for preset in options.presets] + [(options.presets[0], "muon")]
-    tokens, rows, records = options.seq_len * options.batch_size, [], []
+    tokens, records = options.seq_len * options.batch_size, []
     for preset, optimizer in runs:
         with tempfile.TemporaryDirectory() as folder:
             timing = time_steps(preset, optimizer, options, Path(folder))
         rate = 1e3 * tokens / timing["median_ms"]
-        spread = f"{timing['low_ms']:.0f}–{timing['high_ms']:.0f}"
-        memory = f"{timing['peak_gib']:.1f}" if "peak_gib" in timing else "–"
-        rows.append(
-            [preset, optimizer, f"{timing['median_ms']:.0f}", spread, f"{rate:,.0f}", f"{timing['tflops']:.3g}", memory]
-        )
         records.append({"preset": preset, "optimizer": optimizer, "tokens_per_second": rate, **timing})
     where = machine(options.device)
     title = f"Training, {options.batch_size} × {options.seq_len} tokens per step, {options.precision}, {where}"
-    print_table(title, COLUMNS, rows)
+    print_table(title, COLUMNS, [row(r) for r in records])
     shape = {"seq_len": options.seq_len, "batch_size": options.batch_size, "precision": options.precision}
     write_json(options.json, {"machine": where, **shape, "runs": records})
 

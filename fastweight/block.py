@@ -63,6 +63,11 @@ class Block(nn.Module):
             None if feed_forward is None else feed_forward.init_state(num_sequences),
         )
 
+    def settled(self, state: BlockState) -> BlockState | None:
+        """See `Mixer.settled`."""
+        mixer = self.mixer.settled(state.mixer)
+        return None if mixer is None else state._replace(mixer=mixer)
+
     def memories(self) -> list[Mixer | InPlaceFeedForward]:
         """The parts that have an op and may learn: the mixer, and the feed-forward if it has a memory."""
         return [self.mixer] + ([self.feed_forward] if isinstance(self.feed_forward, InPlaceFeedForward) else [])

@@ -21,6 +21,7 @@ COMMANDS = {
     "report": ("conversion", "print the report of a conversion"),
     "import": ("convert", "published checkpoint → model folder"),
     "export": ("convert", "model folder → published checkpoint"),
+    "grow": ("grow", "make a model deeper without changing what it computes"),
     "presets": ("presets", "named model sizes with their parameter counts"),
     "doctor": ("doctor", "versions, devices, and which backend each op takes and why"),
 }

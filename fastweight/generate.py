@@ -1,8 +1,10 @@
 """Generating text: one token after another from a state of constant size."""
 
+import contextlib
 import hashlib
 import random
 import secrets
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from torch import Tensor
 from fastweight.configs import require
 from fastweight.model import Model
 from fastweight.state import ModelState, load_state
+from fastweight.stepping import Stepper
 
 PREFILL_TOKENS = 1024
 WEIGHTS_FILE = "model.safetensors"
@@ -22,6 +25,7 @@ class Generation:
     """Iterates over generated token ids; made by `generate`.
 
     state: has read every token, prompt and generated, except `last_token`, which is read when the next one is wanted.
+    Ctrl-C comes between two tokens, so it stays so.
     seed: the seed in use, also where none was given. Token number p of the text is drawn with a number that depends on
     (seed, p) alone, so stopping, saving and continuing with the same seed changes nothing.
     """
@@ -30,10 +34,17 @@ class Generation:
         self, model: Model, state: ModelState, last_token: int, choose: Callable[[Tensor, float], int], *,
         seed: int, max_tokens: int | None, stop: frozenset[int],
     ):  # fmt: skip
-        self.model, self.state, self.last_token, self.seed = model, state, last_token, seed
+        self.model, self.last_token, self.seed = model, last_token, seed
+        self._stepper = Stepper(model, state)
+        self._logits: Tensor | None = None
         self.stopped: int | None = None
         self._choose, self._stop, self._left = choose, stop, max_tokens
         self._position = int(state.position[0])
+
+    @property
+    def state(self) -> ModelState:
+        """What the model has read."""
+        return self._stepper.state
 
     def __iter__(self) -> Iterator[int]:
         return self
@@ -41,11 +52,11 @@ class Generation:
     def __next__(self) -> int:
         if self._left == 0 or self.stopped is not None:
             raise StopIteration
-        with torch.inference_mode():
-            logits, state = self.model(torch.tensor([[self.last_token]], device=self.model.device), self.state)
-        token = self._choose(logits[0, -1], uniform(self.seed, self._position + 1))
-        # Together, so that Ctrl-C before here leaves a state that has not read last_token, as it is saved.
-        self.state, self.last_token, self._position = state, token, self._position + 1
+        with torch.inference_mode(), _uninterrupted():
+            if self._logits is None:  # else the last call read the token and failed to draw the next
+                self._logits = self._stepper(torch.tensor([[self.last_token]], device=self.model.device))[0, -1]
+            self.last_token = self._choose(self._logits, uniform(self.seed, self._position + 1))
+            self._position, self._logits = self._position + 1, None
         self._left = None if self._left is None else self._left - 1
         if self.last_token in self._stop:
             self.stopped = self.last_token
@@ -131,6 +142,16 @@ def _read(
         if progress is not None:
             progress(start + piece.shape[1], len(ids))
     return state
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Hold Ctrl-C back: state and last token change together or not at all."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def uniform(seed: int, position: int) -> float:

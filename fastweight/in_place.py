@@ -55,6 +55,12 @@ class InPlaceFeedForward(FeedForward):
         self.backend = "auto"
         self.learning = True
 
+    def settled(self, state: InPlaceState) -> InPlaceState:
+        return state
+
+    def acts_at(self, position: int) -> bool:
+        return (position + 1) % self.settings.chunk_size == 0
+
     def reset_parameters(self, init_std: float) -> None:
         init_linears(self, init_std)
         self.memory.reset_parameters()

@@ -146,6 +146,15 @@ class Model(nn.Module):
         last = None if self.smear is None else self.embedding.weight.new_zeros(num_sequences, 1, self.config.d_model)
         return ModelState(visits, position, self.signature, last=last)
 
+    def settled(self, state: ModelState) -> ModelState | None:
+        """The same state in tensors that no later token makes larger; None if it grows with the text."""
+        visits = tuple(
+            self.blocks[i].settled(part)  # type: ignore[operator]
+            for i, part in zip(self.visits, state.visits, strict=True)
+        )
+        known = None if None in visits else visits
+        return None if known is None else ModelState(known, state.position, state.signature, state.note, state.last)
+
     def forward(
         self, tokens: Tensor, state: ModelState | None = None, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, ModelState]:

@@ -16,12 +16,14 @@ USAGE = """usage: fastweight data COMMAND [OPTIONS]
 A token store is a folder with the tokens of a corpus, ready to train on and to score.
 
 commands:
-  prepare        tokenize text into a store; run again after an interruption, it continues
-  verify         read every byte of a store and compare it with its checksums
-  info           what a store holds
-  import-shards  a store from contest shards (.bin)
-  export-shards  contest shards from a store
-  overlap        does the training text hold text of the held-out one?
+  prepare          tokenize text into a store; run again after an interruption, it continues
+  merge            one store from the parts that several machines prepared
+  verify           read every byte of a store and compare it with its checksums
+  info             what a store holds
+  import-shards    a store from contest shards (.bin)
+  import-megatron  a store from a Megatron data set (.bin and .idx)
+  export-shards    contest shards from a store
+  overlap          does the training text hold text of the held-out one?
 
 examples:
   fastweight data prepare --source python-stdlib --tokenizer bytes --out data/stdlib
@@ -35,8 +37,9 @@ class Prepare:
     """Tokenize text into a token store. Run the same command again after an interruption: it continues."""
 
     source: str
-    """python-stdlib (the interpreter's own library), a file, folder or glob of text, jsonl or parquet, or hf:NAME.
-    text:PATH reads files as text whatever their suffix."""
+    """python-stdlib (the interpreter's own library); a file, folder or glob of text, jsonl or parquet, here or by URL
+    (s3://, gs://, hf://); dclm, fineweb, fineweb-edu (also fineweb-10bt, fineweb-edu-10bt), or dclm:PATH for a copy;
+    hf:NAME. text:PATH reads files as text whatever their suffix."""
     out: Path
     """Folder of the new store."""
     tokenizer: str = "bytes"
@@ -49,6 +52,20 @@ class Prepare:
     """Column or key that holds the text."""
     shard_tokens: int = 1 << 27
     """Tokens per file of the store."""
+    workers: int = 1
+    """Processes that tokenize; the store is the same for any number."""
+    part: str = "1/1"
+    """K/N: prepare only the K-th of N runs of the source's files, on this machine; `data merge` joins all parts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merge:
+    """Make one store of the parts that `data prepare --part K/N` wrote: byte for byte what one run would have made."""
+
+    parts: tyro.conf.Positional[Annotated[tuple[Path, ...], tyro.conf.arg(metavar="PART...")]]
+    """Folders of all parts, in any order."""
+    out: Path
+    """Folder of the new store."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +89,7 @@ PREPARE_EXAMPLES = [
     "fastweight data prepare --source 'books/**/*.txt' --tokenizer bpe --bpe-vocab-size 8192 --out data/books",
     "fastweight data prepare --source 'books/**/*.txt' --tokenizer sp --bpe-vocab-size 1024 --out data/books-sp",
     "fastweight data prepare --source web.jsonl.zst --text-field content --tokenizer my-tokenizer/ --out data/web",
+    "fastweight data prepare --source 'web/*.parquet' --tokenizer my-tokenizer/ --part 3/16 --workers 8 --out parts/3",
 ]
 
 
@@ -79,9 +97,11 @@ def main(name: str, arguments: list[str]) -> int | None:
     """Run `fastweight data ...`."""
     commands = {
         "prepare": prepare,
+        "merge": merge,
         "verify": verify,
         "info": info,
         "import-shards": data_shards.import_shards,
+        "import-megatron": data_shards.import_megatron,
         "export-shards": data_shards.export_shards,
         "overlap": data_shards.overlap,
     }
@@ -103,9 +123,28 @@ def prepare(arguments: list[str]) -> None:
     with progress_bar("preparing", "files") as update:
         data.prepare(
             args.source, args.tokenizer, args.out, heldout_fraction=args.heldout_fraction, text_field=args.text_field,
-            bpe_vocab_size=args.bpe_vocab_size, shard_tokens=args.shard_tokens,
+            bpe_vocab_size=args.bpe_vocab_size, shard_tokens=args.shard_tokens, workers=args.workers,
+            part=_part(args.part),
             progress=lambda p: update(p.num_files_done, p.num_files),
         )  # fmt: skip
+    describe(args.out)
+
+
+def _part(text: str) -> tuple[int, int]:
+    number, slash, count = text.partition("/")
+    if not (slash and number.isdecimal() and count.isdecimal()):
+        raise ValueError(f"--part must be K/N, as 3/16, got {text!r}.")
+    return int(number), int(count)
+
+
+def merge(arguments: list[str]) -> None:
+    """Run `fastweight data merge`."""
+    examples = ["fastweight data merge parts/1 parts/2 parts/3 --out data/web"]
+    args = parse(Merge, "data merge", examples, arguments)
+    import fastweight.data as data
+
+    with progress_bar("merging", "documents") as update:
+        data.merge(args.parts, args.out, update)
     describe(args.out)
 
 

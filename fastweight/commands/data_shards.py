@@ -1,4 +1,4 @@
-"""fastweight data import-shards | export-shards | overlap"""
+"""fastweight data import-shards | import-megatron | export-shards | overlap"""
 
 import dataclasses
 from dataclasses import dataclass
@@ -30,6 +30,24 @@ class ImportShards:
     """Tokens per file of the store."""
     expect_heldout_documents: MaybeInt = None
     """Documents that the val shards must hold (50000 in the contest); another number is an error."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportMegatron:
+    """Turn a Megatron data set (PREFIX.bin, PREFIX.idx) into a token store. Run it again after an interruption."""
+
+    prefix: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="PREFIX")]]
+    """Path of the two files without .bin and .idx."""
+    tokenizer: str
+    """The tokenizer that made the ids: a folder with a tokenizer, sp:FILE.model, or bytes."""
+    out: Path
+    """Folder of the new store."""
+    end_id: MaybeInt = None
+    """The id that closes each document (--append-eod); it is left out, a store marks where documents begin."""
+    heldout_fraction: float = 0.05
+    """Part of the documents that is kept from training, chosen by the hash of their ids."""
+    shard_tokens: int = 1 << 27
+    """Tokens per file of the store."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +83,22 @@ class Overlap:
     """Blocks in memory at a time; fewer take more passes over the split that is read."""
     out: MaybePath = None
     """Also write the JSON to this file."""
+
+
+def import_megatron(arguments: list[str]) -> None:
+    """Run `fastweight data import-megatron`."""
+    examples = ["fastweight data import-megatron corpus_text_document --tokenizer my-tokenizer/ --out data/corpus"]
+    args = parse(ImportMegatron, "data import-megatron", examples, arguments)
+    import fastweight.data as data
+    from fastweight.commands.data import describe
+
+    say(f"data set  {args.prefix}", f"tokenizer {args.tokenizer}", f"store     {args.out}")
+    with progress_bar("importing", "documents") as update:
+        data.import_megatron(
+            args.prefix, args.tokenizer, args.out, end_id=args.end_id, heldout_fraction=args.heldout_fraction,
+            shard_tokens=args.shard_tokens, progress=lambda p: update(p.num_files_done, p.num_files),
+        )  # fmt: skip
+    describe(args.out)
 
 
 def import_shards(arguments: list[str]) -> None:

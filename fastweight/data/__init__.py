@@ -1,8 +1,11 @@
 """Corpora, tokenizers, the token store, the sampler and batches: text in, `Batch` out."""
 
 from fastweight.data.batches import IGNORED, Batch, check_batch, loader, read_once
+from fastweight.data.megatron import import_megatron
+from fastweight.data.mixture import Mixture
 from fastweight.data.overlap import DocumentOverlap, Overlap, overlap
-from fastweight.data.packing import Bins, Documents
+from fastweight.data.packing import Bins, Documents, LongDocuments
+from fastweight.data.parts import merge
 from fastweight.data.prepare import PrepareProgress, prepare
 from fastweight.data.sampler import Sampler, permute
 from fastweight.data.shard_export import export_shards
@@ -32,6 +35,8 @@ __all__ = [
     "DocumentOverlap",
     "Documents",
     "FileTokenizer",
+    "LongDocuments",
+    "Mixture",
     "Overlap",
     "PrepareProgress",
     "Sampler",
@@ -49,9 +54,11 @@ __all__ = [
     "check_batch",
     "export_shards",
     "find_shards",
+    "import_megatron",
     "import_shards",
     "load_tokenizer",
     "loader",
+    "merge",
     "open_source",
     "overlap",
     "permute",

@@ -40,6 +40,11 @@ class Batch:
         return Batch(**moved)
 
     @property
+    def max_seqlen(self) -> int:
+        """Tokens of the longest sequence: what variable-length attention wants beside cu_seqlens."""
+        return self.tokens.shape[1] if self.cu_seqlens is None else int(self.cu_seqlens.diff().max())
+
+    @property
     def num_targets(self) -> int:
         """How many targets are asked for."""
         return int((self.targets != IGNORED).sum())
@@ -85,10 +90,15 @@ def _check_rows(batch: Batch) -> None:
 
 
 class View(Protocol):
-    """A way to cut a split into samples. len: samples per epoch. lanes: rows if the order is fixed, else None."""
+    """A way to cut a split into samples. len: samples per epoch.
+
+    lanes: rows per batch if it fixes them, else None. ordered: sample numbers go on without end in an order of its own.
+    """
 
     @property
     def lanes(self) -> int | None: ...
+    @property
+    def ordered(self) -> bool: ...
     def __len__(self) -> int: ...
     def batch(self, sample_numbers: np.ndarray) -> Batch: ...
 
@@ -100,18 +110,18 @@ def loader(
 
     batch_size: samples of the global batch; rank r takes the r-th of `world_size` equal slices, so the global batch is
     the same for any number of ranks. Batch number n depends on (view, batch_size, seed) alone: resume is `start_step`.
-    A view with lanes fixes the order itself: batch_size must be its lanes, and `seed` is not used here.
+    An ordered view fixes the order itself and `seed` is not used here; with lanes, batch_size must be their number.
     Raises ValueError at the call if the sizes do not fit.
     """
     _check_sizes(view, batch_size, start_step, rank, world_size)
-    sampler = Sampler(len(view), seed)
+    sampler = None if view.ordered else Sampler(len(view), seed)
     share = batch_size // world_size
 
     def batches(step: int) -> Iterator[Batch]:
         while True:
             first = step * batch_size + rank * share
             numbers = np.arange(first, first + share)
-            yield view.batch(numbers if view.lanes else sampler.locate(numbers)[1])
+            yield view.batch(numbers if sampler is None else sampler.locate(numbers)[1])
             step += 1
 
     return batches(start_step)

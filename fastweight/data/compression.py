@@ -4,13 +4,14 @@ import gzip
 import io
 import zlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import IO
+
+from fastweight.data.remote import Location
 
 _CHUNK_BYTES = 1 << 18
 
 
-def open_bytes(path: Path) -> IO[bytes]:
+def open_bytes(path: Location) -> IO[bytes]:
     """Open `path` for reading bytes, decompressed by its suffix (.gz, .zst).
 
     Reading raises ValueError that names the file if the compressed data is truncated or damaged, ImportError if
@@ -45,16 +46,16 @@ class _Chunks(io.RawIOBase):
         return size
 
 
-def _gzip_chunks(path: Path) -> Iterator[bytes]:
+def _gzip_chunks(path: Location) -> Iterator[bytes]:
     try:
-        with gzip.open(path) as file:
+        with path.open("rb") as packed, gzip.open(packed) as file:
             while chunk := file.read(_CHUNK_BYTES):
                 yield chunk
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(_damaged(path, error)) from error
 
 
-def _zstd_chunks(path: Path) -> Iterator[bytes]:
+def _zstd_chunks(path: Location) -> Iterator[bytes]:
     """Frame by frame, because zstandard's own stream reader takes a cut file for a short one."""
     try:
         import zstandard
@@ -75,5 +76,5 @@ def _zstd_chunks(path: Path) -> Iterator[bytes]:
         raise ValueError(_damaged(path, "the last frame has no end"))
 
 
-def _damaged(path: Path, reason: object) -> str:
+def _damaged(path: Location, reason: object) -> str:
     return f"{path}: truncated or damaged ({reason}). Copy it again."

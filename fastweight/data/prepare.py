@@ -12,22 +12,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from fastweight.data.bpe import BPETokenizer
+from fastweight.data.encoding import Counted, TextBatch, encoded_in_order
 from fastweight.data.locks import exclusive
+from fastweight.data.parts import part_of
 from fastweight.data.resume import explained, fingerprint, read_progress, refuse_changes, sweep
 from fastweight.data.sentencepiece_tokenizer import SentencePieceTokenizer
-from fastweight.data.sources import Source, open_source
+from fastweight.data.sources import Source, SourceFile, open_source
 from fastweight.data.store import MANIFEST, PROGRESS, TOKENIZER_FOLDER, StoreError, read_manifest
 from fastweight.data.store_writer import StoreWriter
-from fastweight.data.tokenizer_base import (
-    NormalisingTokenizer,
-    Tokenizer,
-    UnencodableTextError,
-    normalises,
-    utf8,
-)
+from fastweight.data.tokenizer_base import Tokenizer, utf8
 from fastweight.data.tokenizers import load_tokenizer
 
 _BATCH_CHARACTERS = 1 << 20
@@ -36,9 +30,6 @@ _TRAINABLE: dict[str, type[BPETokenizer] | type[SentencePieceTokenizer]] = {
     "bpe": BPETokenizer,
     "sp": SentencePieceTokenizer,
 }
-
-
-_Counted = tuple[np.ndarray, ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,6 +62,8 @@ def prepare(
     text_field: str = "text",
     bpe_vocab_size: int = 4096,
     shard_tokens: int = 1 << 27,
+    workers: int = 1,
+    part: tuple[int, int] = (1, 1),
     progress: Callable[[PrepareProgress], None] | None = None,
 ) -> dict[str, Any]:
     """Tokenize `source` into the token store `out` and return its manifest. Run again after a kill, it continues.
@@ -78,15 +71,25 @@ def prepare(
     source: see `open_source`. tokenizer: see `load_tokenizer`, or "bpe" or "sp" (SentencePiece) to train one of
     `bpe_vocab_size` entries on the training documents. heldout_fraction: documents whose text hashes into this fraction
     go to split "heldout", all copies of a text to the same side. shard_tokens: a shard closes at this many tokens.
+    workers: processes that tokenize; the store is the same for any number, also if it changes on the way. part: (k, n)
+    prepares the k-th of n runs of the source's files, each of about the same size, on this machine; `merge` then makes
+    of all parts the very store that one run would have made.
     Raises ValueError for bad options, an empty source, or an `out` begun with another source, tokenizer or option;
     OSError if the disk refuses, and what was recorded before stays good.
     """
     if not 0 <= heldout_fraction < 1:
         raise ValueError(f"prepare: heldout_fraction must lie in [0, 1), got {heldout_fraction}.")
+    if workers < 1:
+        raise ValueError(f"prepare: workers must be at least 1, got {workers}.")
     source = open_source(source, text_field) if isinstance(source, str) else source
     trained = isinstance(tokenizer, str) and tokenizer in _TRAINABLE
+    if trained and part[1] > 1:
+        raise ValueError(
+            f"prepare: each part would train a {tokenizer} tokenizer of its own. Train one first (prepare one part "
+            "without --part, its folder tokenizer/ is the tokenizer) and give that folder to all parts."
+        )
     tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str) and not trained else tokenizer
-    out = Path(out)
+    out, files = Path(out), part_of(source.files(), *part)
     options = {
         "source": source.name,
         "source_hash": fingerprint(source.files()),
@@ -94,6 +97,7 @@ def prepare(
         "heldout_fraction": heldout_fraction,
         "text_field": text_field,
         "shard_tokens": shard_tokens,
+        **({"part": f"{part[0]}/{part[1]}"} if part[1] > 1 else {}),
     }
     with explained(out), exclusive(out / ".lock"):
         if (out / MANIFEST).is_file():
@@ -106,7 +110,7 @@ def prepare(
             ready = _trained(tokenizer, source, out, earlier, options, bpe_vocab_size)
         else:
             ready = tokenizer
-        return _Preparation(source, ready, out, options, earlier, progress).run()
+        return _Preparation(source, files, ready, out, options, earlier, workers, progress).run()
 
 
 def _trained(
@@ -131,8 +135,12 @@ def _trained(
 
 def is_heldout(text: str, fraction: float) -> bool:
     """Return whether `text` is held out: its hash, read as a number in [0, 1), is below `fraction`."""
-    number = int.from_bytes(hashlib.blake2b(utf8(text), digest_size=8).digest(), "big")
-    return number < fraction * 2**64
+    return heldout_number(utf8(text)) < fraction
+
+
+def heldout_number(content: bytes) -> float:
+    """The hash of a document as a number in [0, 1)."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big") / 2**64
 
 
 class _Preparation:
@@ -141,14 +149,16 @@ class _Preparation:
     def __init__(
         self,
         source: Source,
+        files: list[SourceFile],
         tokenizer: Tokenizer,
         out: Path,
         options: dict[str, Any],
         earlier: dict[str, Any] | None,
+        workers: int,
         progress: Callable[[PrepareProgress], None] | None,
     ) -> None:
         self.source, self.tokenizer, self.options, self.report = source, tokenizer, options, progress
-        self.files = source.files()
+        self.files, self.workers = files, workers
         self.position = _Position(**earlier["position"]) if earlier else _Position()
         record = earlier["record"] if earlier else None
         self.writer = StoreWriter(out, tokenizer, shard_tokens=options["shard_tokens"], record=record)
@@ -157,8 +167,8 @@ class _Preparation:
     def run(self) -> dict[str, Any]:
         try:
             self._commit()
-            for batch in self._batches():
-                self._write(batch)
+            for batch, encoded in encoded_in_order(self.tokenizer, self.writer.path, self._batches(), self.workers):
+                self._write(batch, encoded)
                 if time.monotonic() - self.last_commit > _COMMIT_SECONDS:
                     self._commit()
             return self._finish()
@@ -175,7 +185,7 @@ class _Preparation:
                 yield _Position(file=number, document=document), text
             document = 0
 
-    def _batches(self) -> Iterator[list[tuple[_Position, str]]]:
+    def _batches(self) -> Iterator[TextBatch]:
         """Documents in groups of about a million characters: large enough for a tokenizer with threads."""
         batch, characters = [], 0
         for position, text in self._documents():
@@ -187,26 +197,17 @@ class _Preparation:
         if batch:
             yield batch
 
-    def _write(self, batch: list[tuple[_Position, str]]) -> None:
+    def _write(self, batch: TextBatch, encoded: list[Counted | None]) -> None:
         texts = [text for _, text in batch if text]
         self.position.documents_empty += len(batch) - len(texts)
-        for text, encoded in zip(texts, self._encode(texts)):
-            if encoded is None:
+        for text, counted in zip(texts, encoded, strict=True):
+            if counted is None:
                 self.position.documents_unencodable += 1
                 continue
             heldout = is_heldout(text, self.options["heldout_fraction"])
-            self.writer.add("heldout" if heldout else "train", *encoded)
+            self.writer.add("heldout" if heldout else "train", *counted)
         last = batch[-1][0]
         self.position.file, self.position.document = last.file, last.document
-
-    def _encode(self, texts: list[str]) -> list[_Counted | None]:
-        """Ids and byte counts of each text, with the original counts if the tokenizer normalises; None: unencodable."""
-        if normalises(self.tokenizer):
-            return [_encode_or_none(self.tokenizer, text) for text in texts]
-        try:
-            return list(self.tokenizer.encode_batch(texts))
-        except UnencodableTextError:
-            return [_encode_or_none(self.tokenizer, text) for text in texts]
 
     def _commit(self) -> None:
         self.writer.commit(
@@ -237,13 +238,3 @@ class _Preparation:
         if self.report is not None:
             self.report(self._progress(len(self.files)))
         return manifest
-
-
-def _encode_or_none(tokenizer: Tokenizer, text: str) -> _Counted | None:
-    try:
-        encoded = tokenizer.encode(text)
-        if isinstance(tokenizer, NormalisingTokenizer) and tokenizer.normalises:
-            return *encoded, tokenizer.original_bytes(text)
-    except UnencodableTextError:
-        return None
-    return encoded

@@ -8,6 +8,7 @@ from typing import Any
 
 from fastweight.configs import near_names
 from fastweight.data.compression import open_bytes
+from fastweight.data.remote import Location
 
 _TEXT_SUFFIXES = (".txt", ".text", ".md")
 _LINE_SUFFIXES = (".jsonl", ".ndjson", ".json")
@@ -23,7 +24,7 @@ def kind_of(path: str | Path) -> str | None:
     return next((kind for kind in ("parquet", "arrow") if name.endswith(f".{kind}")), None)
 
 
-def read_text(path: Path, text_field: str) -> Iterator[str]:
+def read_text(path: Location, text_field: str) -> Iterator[str]:
     """Yield the whole file as one document. Not UTF-8 is an error: guessing would change the text."""
     del text_field
     with open_bytes(path) as file:
@@ -34,7 +35,7 @@ def read_text(path: Path, text_field: str) -> Iterator[str]:
         raise ValueError(f"{path}: not UTF-8 at byte {error.start}. Convert it, e.g. iconv -t UTF-8.") from error
 
 
-def read_jsonl(path: Path, text_field: str) -> Iterator[str]:
+def read_jsonl(path: Location, text_field: str) -> Iterator[str]:
     """Yield one document per line: the value of `text_field`. Blank lines are passed over."""
     with open_bytes(path) as file:
         for number, line in enumerate(file, start=1):
@@ -54,19 +55,20 @@ def _text_of_line(line: bytes, text_field: str, where: str) -> str:
     return check_text(record[text_field], where, text_field)
 
 
-def read_parquet(path: Path, text_field: str) -> Iterator[str]:
+def read_parquet(path: Location, text_field: str) -> Iterator[str]:
     """Yield one document per row of column `text_field`."""
     parquet = _arrow_module("pyarrow.parquet", path)
-    with _readable(path, "parquet"), parquet.ParquetFile(path) as table:
+    with _readable(path, "parquet"), path.open("rb") as file, parquet.ParquetFile(file) as table:
         _check_column(table.schema_arrow.names, text_field, path)
         batches = table.iter_batches(batch_size=256, columns=[text_field])
         yield from _rows(batches, text_field, path)
 
 
-def read_arrow(path: Path, text_field: str) -> Iterator[str]:
+def read_arrow(path: Location, text_field: str) -> Iterator[str]:
     """Yield one document per row of column `text_field`; both the Arrow file and the stream format."""
     ipc, arrow = _arrow_module("pyarrow.ipc", path), _arrow_module("pyarrow", path)
-    with _readable(path, "arrow"), arrow.memory_map(str(path)) as data:
+    opened = arrow.memory_map(str(path)) if isinstance(path, Path) else path.open("rb")
+    with _readable(path, "arrow"), opened as data:
         is_file = data.read(6) == b"ARROW1"
         data.seek(0)
         reader = ipc.open_file(data) if is_file else ipc.open_stream(data)
@@ -75,7 +77,7 @@ def read_arrow(path: Path, text_field: str) -> Iterator[str]:
         yield from _rows(batches, text_field, path)
 
 
-READERS: dict[str, Callable[[Path, str], Iterator[str]]] = {
+READERS: dict[str, Callable[[Location, str], Iterator[str]]] = {
     "text": read_text,
     "jsonl": read_jsonl,
     "parquet": read_parquet,
@@ -83,7 +85,7 @@ READERS: dict[str, Callable[[Path, str], Iterator[str]]] = {
 }
 
 
-def _rows(batches: Any, text_field: str, path: Path) -> Iterator[str]:
+def _rows(batches: Any, text_field: str, path: Location) -> Iterator[str]:
     row = 0
     for batch in batches:
         column = batch.column(batch.schema.get_field_index(text_field))
@@ -92,7 +94,7 @@ def _rows(batches: Any, text_field: str, path: Path) -> Iterator[str]:
             row += 1
 
 
-def _check_column(names: list[str], text_field: str, path: Path) -> None:
+def _check_column(names: list[str], text_field: str, path: Location) -> None:
     if text_field not in names:
         raise ValueError(f"{path}: no column {text_field!r}; set text_field.{near_names(text_field, names)}")
 
@@ -113,7 +115,7 @@ def check_text(value: Any, where: str, text_field: str) -> str:
     return value
 
 
-def _arrow_module(name: str, path: Path) -> Any:
+def _arrow_module(name: str, path: Location) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -123,7 +125,7 @@ def _arrow_module(name: str, path: Path) -> Any:
 class _readable:
     """Turns what a decoder raises on a damaged file into a ValueError that names the file."""
 
-    def __init__(self, path: Path, kind: str) -> None:
+    def __init__(self, path: Location, kind: str) -> None:
         self.path, self.kind = path, kind
 
     def __enter__(self) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 from fastweight.data.readers import READERS, kind_of
+from fastweight.data.remote import RemoteFile, is_url
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,9 +43,10 @@ class FileSource:
 
     def documents(self, file: SourceFile) -> Iterator[str]:
         """Yield the documents of `file`. Raises ValueError that names the file and the line or row that is wrong."""
-        kind = self._kind or kind_of(file.path)
+        kind = self._kind or kind_of(file.name)
         assert kind is not None
-        return READERS[kind](Path(file.path), self._text_field)
+        place = RemoteFile(file.path) if is_url(file.path) else Path(file.path)
+        return READERS[kind](place, self._text_field)
 
 
 def as_files(root: Path, paths: list[Path]) -> list[SourceFile]:

@@ -14,6 +14,8 @@ from pathlib import Path
 from fastweight.configs import near_names
 from fastweight.data.huggingface import is_saved_dataset, open_dataset
 from fastweight.data.readers import READERS, kind_of, read_text
+from fastweight.data.remote import is_url
+from fastweight.data.remote_sources import PRESETS, find_remote
 from fastweight.data.source_base import FileSource, Source, SourceFile, as_files
 
 __all__ = ["STDLIB", "FileSource", "Source", "SourceFile", "StdlibSource", "open_source"]
@@ -52,29 +54,37 @@ def open_source(spec: str, text_field: str = "text") -> Source:
     """Return the source that `spec` names.
 
     spec: "python-stdlib"; or a file, folder or glob, whose files are read by their suffix (.txt .text .md .jsonl
-    .ndjson .json, each also with .gz or .zst; .parquet .arrow); or "KIND:PATTERN" to read all of them as text, jsonl,
-    parquet or arrow; or "hf:FOLDER[:SPLIT]" (written by `save_to_disk`) or "hf:NAME[:SPLIT]" (needs `datasets`).
+    .ndjson .json, each also with .gz or .zst; .parquet .arrow); or the URL of such files in object storage (s3://,
+    gs://, hf://, …; with * and **); or a name of `PRESETS` (dclm, fineweb, …), or "NAME:PATTERN" for a copy of it; or
+    "KIND:PATTERN" to read all of them as text, jsonl, parquet or arrow; or "hf:FOLDER[:SPLIT]" (written by
+    `save_to_disk`) or "hf:NAME[:SPLIT]" (needs `datasets`).
     text_field: the column or key that holds the text.
     Raises ValueError for an unknown kind, nothing found, or a suffix that says nothing.
     """
+    if spec in PRESETS:
+        return FileSource(spec, find_remote(PRESETS[spec]), None, text_field)
     kind, colon, rest = spec.partition(":")
+    if colon and kind in PRESETS:
+        return open_source(rest, text_field)
     if spec == STDLIB:
         return StdlibSource()
     if colon and kind == "hf":
         return open_dataset(rest, text_field)
     if colon and kind in READERS:
-        return FileSource(spec, _find(rest, spec, any_suffix=True), kind, text_field)
+        return FileSource(spec, find_remote(rest) if is_url(rest) else _find(rest, spec), kind, text_field)
+    if is_url(spec):
+        return FileSource(spec, _readable(find_remote(spec), spec), None, text_field)
     if is_saved_dataset(Path(spec)):
         return open_dataset(spec, text_field)
     if Path(spec).exists() or glob.has_magic(spec):
-        return FileSource(spec, _find(spec, spec, any_suffix=False), None, text_field)
-    known = [STDLIB, "hf:", *(f"{reader}:" for reader in READERS)]
+        return FileSource(spec, _readable(_find(spec, spec), spec), None, text_field)
+    known = [STDLIB, *PRESETS, "hf:", *(f"{reader}:" for reader in READERS)]
     wrong = f"{kind}:" if colon else spec
     raise ValueError(f"source {spec!r}: no such file or folder, and no such kind.{near_names(wrong, known)}")
 
 
-def _find(pattern: str, spec: str, *, any_suffix: bool) -> list[SourceFile]:
-    """Every file that `pattern` (file, folder or glob) stands for, or an error that says what was there."""
+def _find(pattern: str, spec: str) -> list[SourceFile]:
+    """Every file on this machine that `pattern` (file, folder or glob) stands for."""
     path = Path(pattern)
     if path.is_dir():
         root, found = path, [p for p in path.rglob("*") if not _hidden(p.relative_to(path))]
@@ -87,17 +97,22 @@ def _find(pattern: str, spec: str, *, any_suffix: bool) -> list[SourceFile]:
     found = [p for p in found if p.is_file()]
     if not found:
         raise ValueError(f"source {spec!r}: no files there. Check the path; in a glob, ** crosses folders.")
-    readable = found if any_suffix else [p for p in found if kind_of(p)]
+    return as_files(root, found)
+
+
+def _readable(found: list[SourceFile], spec: str) -> list[SourceFile]:
+    """The files whose suffix says how to read them, all the same way, or an error that says what was there."""
+    readable = [file for file in found if kind_of(file.name)]
     if not readable:
         raise ValueError(
-            f"source {spec!r}: {len(found)} file(s), e.g. {min(found).name}, but none with a known suffix. "
-            f"Say how to read them: {', '.join(f'{kind}:{pattern}' for kind in READERS)}."
+            f"source {spec!r}: {len(found)} file(s), e.g. {Path(found[0].name).name}, but none with a known suffix. "
+            f"Say how to read them: {', '.join(f'{kind}:{spec}' for kind in READERS)}."
         )
-    kinds = sorted({str(kind_of(p)) for p in readable})
-    if not any_suffix and len(kinds) > 1:
+    kinds = sorted({str(kind_of(file.name)) for file in readable})
+    if len(kinds) > 1:
         choices = ", ".join(f"{kind}:<glob>" for kind in kinds)
         raise ValueError(f"source {spec!r}: mixes {' and '.join(kinds)} files. Choose one with {choices}.")
-    return as_files(root, readable)
+    return readable
 
 
 def _is_utf8(path: Path) -> bool:

@@ -24,6 +24,8 @@ class Streams:
     longest one in rows of ignored targets (`efficiency` says what that and the padding cost).
     """
 
+    ordered = True
+
     def __init__(self, split: Split, seq_len: int, lanes: int, seed: int = 0) -> None:
         need_positive("Streams: seq_len", seq_len)
         need_positive("Streams: lanes", lanes)

@@ -14,6 +14,7 @@ class Windows:
     """
 
     lanes = None
+    ordered = False
 
     def __init__(self, split: Split, seq_len: int) -> None:
         need_positive("Windows: seq_len", seq_len)

@@ -196,6 +196,15 @@ class AttentionLayer(Mixer):
         return self.q_norm(q), self.k_norm(k)
 
 
+def settle_cache(cache: AttentionState, window: int | None) -> AttentionState | None:
+    """The cache with all the slots it will ever have; None if there is no end to them."""
+    if window is None:
+        return None
+    missing = window - 1 - cache.k.shape[1]
+    k, v = (F.pad(t, (0, 0, 0, 0, missing, 0)) for t in (cache.k, cache.v))
+    return cache._replace(k=k, v=v)
+
+
 @register("attention")
 class Attention(AttentionLayer):
     """Causal softmax attention (Vaswani et al. 2017, arXiv:1706.03762). [B, T, D] → [B, T, D].
@@ -213,6 +222,9 @@ class Attention(AttentionLayer):
 
     def init_state(self, num_sequences: int) -> AttentionState:
         return self.init_cache(num_sequences, self.config.num_sinks)
+
+    def settled(self, state: AttentionState) -> AttentionState | None:
+        return settle_cache(state, self.config.window)
 
     def parallel(
         self, x: Tensor, state: AttentionState, *, cu_seqlens: Tensor | None = None

@@ -62,6 +62,14 @@ class Mixer(nn.Module):
         """Read one token per sequence, x [B, 1, D]."""
         return self.parallel(x, state)
 
+    def settled(self, state: Any) -> Any | None:
+        """The same state in tensors that no later token makes larger; None if it grows with the text."""
+        return state
+
+    def acts_at(self, position: int) -> bool:
+        """Whether the step that reads the token at `position` does more than others, so that the host must know."""
+        return False
+
     def forward(self, x: Tensor, state: Any, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Any]:
         return self.parallel(x, state, cu_seqlens=cu_seqlens)
 

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from fastweight.configs import near_names, require
 from fastweight.layers import RMSNorm, state_dtype
+from fastweight.mixers.attention import settle_cache
 from fastweight.mixers.base import Mixer, MixerConfig, register
 from fastweight.ops.attention import AttentionState, attention
 from fastweight.ops.lact import MUON, MUON_DTYPES, UPDATES, LactPending, LactState, Rule, init_lact, lact
@@ -174,6 +175,13 @@ class Lact(Mixer):
         if self.gate is not None:
             y = y * F.silu(self.gate(x)).unsqueeze(-1).to(y.dtype)
         return self.out(seen.flatten(2) + y.flatten(2)), LactMixerState(fast, window)
+
+    def settled(self, state: LactMixerState) -> LactMixerState | None:
+        window = settle_cache(state.window, self.config.window)
+        return None if window is None else LactMixerState(state.fast, window)
+
+    def acts_at(self, position: int) -> bool:
+        return position > 0 and position % self.config.chunk_size == 0
 
     def inner_losses(self, x: Tensor, state: LactMixerState) -> dict[str, Tensor]:
         """−⟨f(k), v⟩ of each completed chunk, mean over its tokens, heads and batch: see docs/layers.md."""

@@ -17,22 +17,24 @@ class Implementation(NamedTuple):
     """One backend of one op. refuses(x, …) says why it cannot run such inputs, or None if it can.
 
     It gets what `run` would get, or `x` alone when there is no call yet: then device, dtype and head dimension decide.
+    traceable: torch.compile can follow `run`; if not, it stands in a compiled block as one call that is not compiled.
     """
 
     run: Callable[..., Any]
     refuses: Callable[..., str | None]
+    traceable: bool = False
 
 
 _OPS: dict[str, dict[str, Implementation]] = {}
 
 
 def register_backend(
-    op: str, name: str, refuses: Callable[..., str | None] = lambda *args, **kwargs: None
+    op: str, name: str, refuses: Callable[..., str | None] = lambda *args, **kwargs: None, *, traceable: bool = False
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator: the function becomes backend `name` of `op`."""
 
     def keep(run: Callable[..., Any]) -> Callable[..., Any]:
-        _OPS.setdefault(op, {})[name] = Implementation(run, refuses)
+        _OPS.setdefault(op, {})[name] = Implementation(run, refuses, traceable)
         return run
 
     return keep
@@ -67,9 +69,18 @@ def choose(op: str, backend: str, x: Tensor, *args: Any, **kwargs: Any) -> str:
 
 def call(op: str, backend: str, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     """Run `op` on `args` with autocast off: ops choose their precision themselves. x: decides device and dtype."""
-    run = _OPS[op][choose(op, backend, x, *args, **kwargs)].run
-    with torch.autocast(x.device.type, enabled=False):
+    chosen = _OPS[op][choose(op, backend, x, *args, **kwargs)]
+    opaque = torch.compiler.is_compiling() and not chosen.traceable
+    return (_run_uncompiled if opaque else _run)(chosen.run, x.device.type, *args, **kwargs)
+
+
+def _run(run: Callable[..., Any], device_type: str, *args: Any, **kwargs: Any) -> Any:
+    with torch.autocast(device_type, enabled=False):
         return run(*args, **kwargs)
+
+
+# One break of the graph in place of one at each step that looks at numbers.
+_run_uncompiled: Callable[..., Any] = torch.compiler.disable(_run)
 
 
 def _why_not(implementation: Implementation, name: str, x: Tensor, *args: Any, **kwargs: Any) -> str | None:

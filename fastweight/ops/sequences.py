@@ -56,6 +56,16 @@ def advance(position: Tensor, num_tokens: int, cu_seqlens: Tensor | None) -> Ten
     return position + cu_seqlens.diff().to(position)
 
 
+def rows_due(due: Tensor) -> Tensor:
+    """Indices of the rows where `due` [N] is true, for a branch on the host.
+
+    While a GPU's work is recorded there are none: who records a step has made sure of it (fastweight.stepping).
+    """
+    if due.is_cuda and torch.cuda.is_current_stream_capturing():
+        return torch.empty(0, dtype=torch.int64, device=due.device)
+    return due.nonzero().flatten()
+
+
 def count_faults(faults: Faults, bad: Tensor, position: Tensor, cu_seqlens: Tensor | None) -> Faults:
     """Add the tokens marked in `bad` [B, T] (or [1, total]) to each sequence's faults."""
     where = token_positions(position, bad.shape[1], cu_seqlens)

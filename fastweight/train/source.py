@@ -32,12 +32,11 @@ def step_batches(
     micro-batch size nor on the number of processes.
     """
     view, share, rows = make_view(split, config, seed), *shares(config, processes)
-    sampler = Sampler(len(view), seed)
+    sampler = None if view.ordered else Sampler(len(view), seed)
     for step in itertools.count(start_step):
         first = step * config.batch_size + rank * share
         pieces = [np.arange(start, start + rows) for start in range(first, first + share, rows)]
-        # A view with lanes fixes the order itself: a lane is a row of the whole batch.
-        yield [view.batch(piece if view.lanes is not None else sampler.locate(piece)[1]) for piece in pieces]
+        yield [view.batch(piece if sampler is None else sampler.locate(piece)[1]) for piece in pieces]
 
 
 def shares(config: DataConfig, processes: int) -> tuple[int, int]:

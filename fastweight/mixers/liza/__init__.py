@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fastweight.configs import require
 from fastweight.layers import keep_wide
-from fastweight.mixers.attention import AttentionLayer
+from fastweight.mixers.attention import AttentionLayer, settle_cache
 from fastweight.mixers.base import register
 from fastweight.mixers.liza.config import LizaConfig
 from fastweight.mixers.liza.memory import LizaMemory, LizaMemoryState
@@ -146,6 +146,14 @@ class Liza(AttentionLayer):
             seen, cache = self._attend(*projected.turned, projected.v, cache, cu_seqlens, linear)
             heads = self._mix(seen, heads)
         return self.merge(heads.to(projected.v.dtype), x), LizaState(cache, memory)
+
+    def settled(self, state: LizaState) -> LizaState | None:
+        branches = self.branches()
+        cache, memory = self._fit(state, branches)
+        if cache is None:
+            return LizaState(None, memory)
+        cache = settle_cache(cache, self._window(branches.linear)[0])
+        return None if cache is None else LizaState(cache, memory)
 
     def transfer_outputs(self, x: Tensor, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Both branches' heads [B, T, num_heads, head_dim] over x [B, T, D], each from an empty state, before mixing.

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from fastweight.ops import dispatch
 from fastweight.ops.in_place import REACH, WIDTH, InPlaceState, InPlaceTail, Rule
-from fastweight.ops.sequences import ChunkPlan, advance, plan_chunks, sequence_lengths
+from fastweight.ops.sequences import ChunkPlan, advance, plan_chunks, rows_due, sequence_lengths
 from fastweight.state import Faults, map_tensors, zip_tensors
 
 
@@ -98,7 +98,7 @@ def _step(
     pending = torch.baddbmm(state.pending, values.transpose(1, 2), keys)
     spoiled, position = state.spoiled | bad, state.position + 1
     memory, faults = state.memory, state.faults
-    due = (position % rule.chunk_size == 0).nonzero().flatten()
+    due = rows_due(position % rule.chunk_size == 0)
     if due.numel():
         carried = Carried(memory, faults, position - rule.chunk_size)
         chosen, chunk = map_tensors(lambda t: t.index_select(0, due), (carried, Chunk(pending, spoiled)))

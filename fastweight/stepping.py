@@ -1,0 +1,94 @@
+"""Decoding token by token: on a GPU the step is recorded once as a CUDA graph and replayed.
+
+A step of a model with constant state is hundreds of small kernels with always the same shapes; launched one by one,
+the host is what takes the time. Recorded, the state lives in fixed tensors that each step overwrites. Steps in which a
+memory does more than usual (a chunk ends) are run as usual.
+"""
+
+import torch
+from torch import Tensor
+
+from fastweight.model import Model
+from fastweight.state import ModelState, tensors, zip_tensors
+
+WARM_UP_STEPS = 3  # before recording, so that libraries have chosen their kernels
+
+
+class Stepper:
+    """`logits = stepper(tokens)` reads one token per sequence; `stepper.state` is what it has read so far.
+
+    static: keep the state in place and replay a recorded step; None does so on a GPU if the state can be kept (no layer
+    attends to all of the past). On a CPU a static state changes nothing but where the numbers lie.
+    Raises ValueError if static is asked for and the state grows with the text.
+    """
+
+    def __init__(self, model: Model, state: ModelState, *, static: bool | None = None):
+        self.model = model
+        settled = model.settled(state) if static or (static is None and model.device.type == "cuda") else None
+        if static and settled is None:
+            raise ValueError(
+                "Stepper: static needs a state of constant size, this model attends to all of its past. "
+                "Give its attention a window, or leave static out."
+            )
+        self._static = settled is not None
+        self._state = state if settled is None else settled.fork()
+        self._tokens = torch.zeros(state.num_sequences, 1, dtype=torch.int64, device=model.device)
+        self._positions = state.position.tolist() if self._static else []
+        self._memories = [model.blocks[i].memories() for i in model.visits]  # type: ignore[operator]
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._logits: Tensor | None = None
+
+    @property
+    def state(self) -> ModelState:
+        """The state after the tokens read so far, to keep or to fork: later steps leave it as it is."""
+        return self._state.fork() if self._static else self._state
+
+    @torch.inference_mode()
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Logits [N, 1, vocab_size] after tokens [N, 1]; where steps are replayed they are overwritten by the next."""
+        if not self._static:
+            logits, self._state = self.model(tokens, self._state)
+            return logits
+        self._tokens.copy_(tokens)
+        if self._tokens.is_cuda and not self._acts():
+            self._graph = self._graph or self._record()
+            self._graph.replay()
+            assert self._logits is not None
+            logits = self._logits
+        else:
+            logits = self._step()
+        self._positions = [position + 1 for position in self._positions]
+        return logits
+
+    def _acts(self) -> bool:
+        return any(m.acts_at(p) for visit in self._memories for m in visit for p in set(self._positions))
+
+    def _step(self) -> Tensor:
+        logits, after = self.model(self._tokens, self._state)
+        _overwrite(self._state, after)
+        return logits
+
+    def _record(self) -> torch.cuda.CUDAGraph:
+        """The step as a graph; the state stays as it is."""
+        stream = torch.cuda.Stream(self.model.device)
+        stream.wait_stream(torch.cuda.current_stream(self.model.device))
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP_STEPS):
+                self.model(self._tokens, self._state)
+        torch.cuda.current_stream(self.model.device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._logits = self._step()
+        return graph
+
+
+def _overwrite(old: ModelState, new: ModelState) -> None:
+    """Copy the numbers of `new` into the tensors of `old`."""
+    grown = [name for (name, a), (_, b) in zip(_parts(old), _parts(new), strict=True) if a.shape != b.shape]
+    if grown:
+        raise ValueError(f"Stepper: {', '.join(grown)} of the state changed in size within a step, it must not.")
+    zip_tensors(lambda a, b: a.copy_(b), (old.visits, old.position, old.last), (new.visits, new.position, new.last))
+
+
+def _parts(state: ModelState) -> list[tuple[str, Tensor]]:
+    return list(tensors((state.visits, state.position, state.last)))

@@ -1,0 +1,40 @@
+"""The page of benchmarks says what the measured files hold, and the least work of an op is counted right."""
+
+import pytest
+import torch
+
+from benchmarks.costs import cost
+from benchmarks.document import TARGET, page
+from benchmarks.ops import draw, works
+from fastweight.ops.examples import Shape, examples
+
+SIZES = {"window": 4, "mini_batch": 4, "chunk": 8}
+
+
+def test_the_page_is_what_the_measurements_give():
+    assert TARGET.read_text() == page(), "run: python -m benchmarks.document"
+
+
+def test_the_work_of_attention_is_counted_pair_by_pair():
+    shape = Shape(2, 11, 3, 8)
+    for name, window in (("attention, full", 11), ("attention, window 4", 4)):
+        pairs = sum(min(t + 1, window) for t in range(11))
+        found = cost(name, shape, 2, chunk=8, window=4, backward=False)
+        assert found.flops == pytest.approx(2 * 3 * pairs * 4 * 8)  # two products of 8 channels for each pair
+        assert found.bytes == 4 * 2 * 3 * 11 * 8 * 2  # q, k, v and y
+
+
+@pytest.mark.parametrize("name", examples(**SIZES))
+def test_every_example_has_a_cost_and_runs_with_gradients(name):
+    example, shape = examples(**SIZES)[name], Shape(1, 17, 2, 16)
+    inputs = draw(example, shape, "cpu")
+    y = example.run(inputs, "chunked")
+    assert y.shape[:2] == (1, 17)
+    grads = torch.autograd.grad(y.sum(), list(inputs.values()), allow_unused=True)
+    assert sum(g is not None for g in grads) >= 3
+    work = cost(name, shape, 4, chunk=8, window=4, backward=True)
+    assert work.flops > work.bytes > 0
+
+
+def test_every_work_of_the_benchmark_is_an_example():
+    assert {name for name, *_ in works("cpu")} == set(examples(window=256, mini_batch=16, chunk=256))
