@@ -90,6 +90,14 @@ def test_a_process_that_fails_ends_all_with_its_error(store, tmp_path):
     assert time.monotonic() - began < 60  # the time-out of the exchange
 
 
+def test_a_process_that_is_killed_ends_all_and_the_last_checkpoint_stands(store, tmp_path):
+    out, changes = tmp_path / "run", {"checkpoint_every": 2}
+    done = make_runs(2, store, [{"run": "delta", "out": str(out), "fault": "kill", "changes": changes}])
+    assert done.returncode != 0
+    assert done.stderr.count("ConnectionError: process 0 of 2 has lost another one") == 1
+    assert export(out / "checkpoints" / (out / "latest").read_text().strip(), tmp_path / "model").is_dir()
+
+
 def test_a_signal_to_one_process_stops_all_with_a_checkpoint(two):
     folder = two / "stopped"
     assert (folder / "latest").read_text().strip() == "step-000005"  # the step in which it came is finished

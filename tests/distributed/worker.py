@@ -1,7 +1,8 @@
 """One process of several: makes the runs that a JSON list names, one after another.
 
 Each entry: run (a name of runs.RUNS) and out; replicate, gather, dtype of the weights, changes of settings; resume (a
-checkpoint's name) to go on in `out`; fault, what process 1 does before step 4: "raise", "stop" (SIGTERM to itself).
+checkpoint's name) to go on in `out`; fault, what process 1 does before step 4: "raise", "kill", or "stop" (SIGTERM to
+itself).
 """
 
 import json
@@ -49,7 +50,7 @@ def faulty(kind: str):
         if self.team.rank == 1 and self.tally.step == FAULT_STEP:
             if kind == "raise":
                 raise ValueError("the disk of this machine is full")
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), {"stop": signal.SIGTERM, "kill": signal.SIGKILL}[kind])
         step(self, batches)
 
     return run
