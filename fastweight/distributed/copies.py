@@ -50,7 +50,9 @@ def sharded_model(model: Model, team: Team, device: torch.device) -> Model:
 
     def fill(name: str, parameter: Tensor) -> None:
         own = model.get_parameter(name).detach()
-        whole = own.to(device) if team.leads else torch.empty(own.shape, dtype=parameter.dtype, device=device)
+        whole = (
+            own.to(device).contiguous() if team.leads else torch.empty(own.shape, dtype=parameter.dtype, device=device)
+        )
         dist.broadcast(whole, 0)
         local(parameter).copy_(whole[_rows(parameter)])
 

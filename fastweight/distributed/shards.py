@@ -119,7 +119,8 @@ def _is_cut(tensor: Tensor) -> bool:
 def _shard(module: nn.Module, mesh: DeviceMesh, dtype: torch.dtype | None) -> None:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    reduced = None if dtype is None else torch.float32
+    narrow = dtype is not None or any(p.dtype in (torch.bfloat16, torch.float16) for p in module.parameters())
+    reduced = torch.float32 if narrow else None
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=reduced, cast_forward_inputs=False)
     sharded: Any = fully_shard(module, mesh=mesh if mesh.size(0) > 1 else mesh[SHARD], mp_policy=policy)
     sharded.set_gradient_divide_factor(1.0)

@@ -16,6 +16,7 @@ from fastweight import files
 from fastweight.configs import require, to_json
 
 POINTER, FOLDER, MANIFEST, NOTE = "latest", "checkpoints", "manifest.json", ".note"
+PARTS = ".parts"
 Listing = dict[str, dict[str, int | str]]
 
 
@@ -77,8 +78,9 @@ def write_checkpoint(
     """
     name = checkpoint_name(step)
     before = latest(out)
-    for unfinished in (out / FOLDER).glob(".step-*.tmp"):
-        shutil.rmtree(unfinished)
+    for unfinished in [*(out / FOLDER).glob(".step-*.tmp"), *(out / FOLDER).glob(f".step-*{PARTS}")]:
+        if unfinished != parts_folder(out, step):
+            shutil.rmtree(unfinished)
 
     def write_all(folder: Path) -> None:
         write(folder)
@@ -106,7 +108,7 @@ def latest(out: Path) -> str | None:
 
 def begin_parts(out: Path, step: int) -> Path:
     """An empty folder in which several processes put the files of a checkpoint; `finish_parts` makes it one."""
-    for unfinished in (out / FOLDER).glob(".step-*.parts"):
+    for unfinished in (out / FOLDER).glob(f".step-*{PARTS}"):
         shutil.rmtree(unfinished)
     folder = parts_folder(out, step)
     folder.mkdir(parents=True)
@@ -115,7 +117,7 @@ def begin_parts(out: Path, step: int) -> Path:
 
 def parts_folder(out: Path, step: int) -> Path:
     """Where the processes put their files."""
-    return out / FOLDER / f".{checkpoint_name(step)}.parts"
+    return out / FOLDER / f".{checkpoint_name(step)}{PARTS}"
 
 
 def note_part(path: Path) -> None:

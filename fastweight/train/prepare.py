@@ -41,7 +41,7 @@ def compile_blocks(model: Model) -> None:
             block.compile()
 
 
-def check_team(config: TrainConfig, team: Team) -> None:
+def check_team(model: Model, config: TrainConfig, team: Team) -> None:
     """Refuse what a run of several processes cannot do."""
     narrow, precision = config.mesh.gather == "bfloat16", config.precision
     require(
@@ -53,6 +53,12 @@ def check_team(config: TrainConfig, team: Team) -> None:
     advice = "Run it in one process."
     require(config.lora.rank == 0, f"train: adapters (lora.rank) cannot be trained by several processes. {advice}")
     require(config.mag is None, f"train: a mag schedule cannot be followed by several processes. {advice}")
+    dtypes = sorted({str(p.dtype) for p in model.parameters()})
+    require(
+        len(dtypes) == 1,
+        f"train: weights of several dtypes ({', '.join(dtypes)}) cannot be cut for several processes. Convert it "
+        "with model.float(), or run it in one process.",
+    )
     kind = config.objective.kind
     require(kind != "transfer", f'train: objective "{kind}" cannot be trained by several processes. {advice}')
 

@@ -45,6 +45,8 @@ def train(
     resume: True goes on from the latest checkpoint in `out`, a name ("step-000500") from that one; the following steps
     are bit-equal to an uninterrupted run on the same CPU. config may then be None: the run's own is used.
     model: train this model instead of config.model. quiet: nothing on stderr.
+    Started by torchrun, every process must call this alike; config.mesh places them, the first one writes and speaks. A
+    model that is given then stays as it is.
     The first SIGTERM or SIGINT saves after the current step and returns (`stopped`, `exit_code` say so).
     Raises ValueError for settings that do not fit, CheckpointError for a damaged checkpoint, OSError if saving fails,
     DivergedError after max_bad_steps steps in a row that were not finite.
@@ -71,12 +73,12 @@ def _run(
             start = new_start(config, store, model, team)
         resumed = None if start.checkpoint is None else checkpoint.read_trainer(start.checkpoint, device)
         _check(config, start.model, store, team)
-        team.wait()  # nothing is written before all processes have found the settings good
-        if resumed is None and team.leads:
-            _record(config, start.model, store, out)
         trained = placed(start, team, device)
         for line in describe_run(config, trained, store, device, team):
             report.say(line)
+        team.wait()  # nothing is written before all processes have found the settings good
+        if resumed is None and team.leads:
+            _record(config, start.model, store, out)
         tally = Tally() if resumed is None else resumed.tally
         step = -1 if resumed is None else tally.step
         metrics = Metrics(out, config.log, step, config.to_dict()) if team.leads else NoMetrics()
@@ -175,7 +177,7 @@ def _check(config: TrainConfig, model: Model, store: Store, team: Team) -> None:
     _check_data(store, config, team)
     _check_statistics(model, config)
     check_parts(model, config)
-    check_team(config, team)
+    check_team(model, config, team)
 
 
 def _check_vocabulary(model: Model, store: Store) -> None:

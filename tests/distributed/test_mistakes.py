@@ -8,10 +8,13 @@ import pytest
 import torch
 from distributed.conftest import launch, make_runs
 from safetensors.torch import load_file
+from training_cases import PARTIAL, tiny_config, tiny_model
 
+from fastweight.convert.mag_schedule import MagSchedule
 from fastweight.distributed.mesh import MeshConfig, share_of_batch
-from fastweight.distributed.team import is_lost, local_device
-from fastweight.train import CheckpointError, DataConfig, export, read_metrics
+from fastweight.distributed.team import Team, is_lost, local_device
+from fastweight.train import CheckpointError, DataConfig, LoraConfig, export, read_metrics
+from fastweight.train.prepare import check_team
 from fastweight.train.source import shares
 
 
@@ -49,6 +52,27 @@ def test_a_batch_that_the_processes_cannot_share_evenly_is_refused():
 def test_micro_batches_that_do_not_divide_a_share_are_refused():
     with pytest.raises(ValueError, match=r"each of 2 processes reads 6 sequences .* micro_batch_size 4 does not"):
         shares(DataConfig(batch_size=12, micro_batch_size=4), 2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"trainable": ("lora",), "lora": LoraConfig(rank=2)}, "adapters .* cannot be trained by several processes"),
+        ({"mag": MagSchedule(kind="linear", final=0.5, steps=4)}, "a mag schedule cannot be followed by several"),
+        (PARTIAL["transfer"], 'objective "transfer" cannot be trained by several processes'),
+        ({"mesh": MeshConfig(gather="bfloat16")}, "gather \"bfloat16\" .* but precision is 'float32'"),
+    ],
+)
+def test_what_several_processes_cannot_do_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        check_team(tiny_model(), tiny_config("store", **settings), Team(0, 2))
+
+
+def test_weights_of_several_dtypes_are_refused():
+    model = tiny_model()
+    model.norm.bfloat16()
+    with pytest.raises(ValueError, match=r"several dtypes \(torch.bfloat16, torch.float32\) .* model.float\(\)"):
+        check_team(model, tiny_config("store"), Team(0, 2))
 
 
 def test_micro_batches_larger_than_a_share_are_the_share():
