@@ -1,10 +1,10 @@
-# make demo: see it work · make convert-demo: a pretrained model learns to remember · make test: all tests · make check: format, lint, types · make bench: CPU timings
+# make demo: see it work · make convert-demo: a pretrained model learns to remember · make golf-demo: a small model in a small file, scored · make test: all tests · make check: format, lint, types · make bench: CPU timings
 PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYTHONPATH :=
 
-.PHONY: setup demo convert-demo test check format bench clean
+.PHONY: setup demo convert-demo golf-demo test check format bench clean
 
 setup: .venv/.installed
 
@@ -20,6 +20,9 @@ demo: setup
 
 convert-demo: setup
 	$(BIN)/fastweight convert-demo --out convert-demo
+
+golf-demo: setup
+	$(BIN)/fastweight golf demo --out golf-demo
 
 test: setup
 	$(BIN)/python -m pytest -n 2
@@ -38,4 +41,4 @@ bench: setup
 	$(BIN)/python -m benchmarks.ops --json benchmarks/results/ops-cpu.json
 
 clean:
-	rm -rf .venv demo convert-demo build dist *.egg-info
+	rm -rf .venv demo convert-demo golf-demo build dist *.egg-info

@@ -3,6 +3,7 @@
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from fastweight.in_place import InPlaceFeedForward, make_feed_forward
@@ -45,14 +46,8 @@ class Block(nn.Module):
         self.feed_forward_post_norm = make() if post and feeds else nn.Identity()
         self.norm_scale = (index + 1) ** -0.5 if model.depth_scaled_norms else None
         self.visits = model.visits.count(index) if config.per_visit else 1
-        weighted = config.x0_mix or config.residual_factors != "none"
-        self.weights = (
-            ResidualWeights(
-                d_model, x0_mix=config.x0_mix, factors=config.residual_factors, feeds=feeds, visits=self.visits
-            )
-            if weighted
-            else None
-        )
+        own = {"x0_mix": config.x0_mix, "factors": config.residual_factors, "lanes": config.residual == "lanes"}
+        self.weights = ResidualWeights(d_model, feeds=feeds, visits=self.visits, **own) if config.has_weights else None
 
     def init_state(self, num_sequences: int) -> BlockState:
         tail = None if self.conv is None else self.conv.init_tail(num_sequences)
@@ -75,31 +70,56 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, state: BlockState, cu_seqlens: Tensor | None, embedded: Tensor | None = None, visit: int = 0
     ) -> tuple[Tensor, BlockState]:
-        """embedded: what the first block of the model reads, for x0 mixing and a feed-forward that learns it.
+        """x: [B, T, D], or both lanes [2, B, T, D], which a block of residual "lanes" returns in any case.
 
+        embedded: what the first block of the model reads, for x0 mixing and a feed-forward that learns it.
         visit: how many visits of this block came before, where each has weights of its own.
         """
-        tail, memory, weights = state.conv, state.feed_forward, self.weights
+        weights = self.weights
         if weights is not None:
             assert embedded is not None
             x = weights.read(x, embedded, visit)
+        if self.residual == "lanes":
+            return self._write_lanes(x if x.dim() == 4 else torch.stack([x, x]), state, cu_seqlens, embedded, visit)
+        tail = state.conv
         if self.conv is not None and self.conv_norm is not None:
             assert tail is not None
             y, tail = causal_conv(self.conv_norm(x), self.conv.weight, self.conv.bias, tail, cu_seqlens=cu_seqlens)
             x = x + y
-        y, mixer_state = self.mixer(self._scaled(self.mixer_norm(x)), state.mixer, cu_seqlens=cu_seqlens)
-        y = self.mixer_post_norm(y)
-        mixed = x + (y if weights is None else weights.weigh_mixer(y, visit))
+        y, mixer_state = self._mix(x, state.mixer, cu_seqlens, visit)
+        mixed = x + y
         if self.feed_forward is None:
             return mixed, BlockState(tail, mixer_state)
-        read = self._scaled(self.feed_forward_norm(x if self.residual == "parallel" else mixed))
+        read = x if self.residual == "parallel" else mixed
+        y, memory = self._feed(read, state.feed_forward, cu_seqlens, embedded, visit)
+        return mixed + y, BlockState(tail, mixer_state, memory)
+
+    def _write_lanes(
+        self, lanes: Tensor, state: BlockState, cu_seqlens: Tensor | None, embedded: Tensor | None, visit: int
+    ) -> tuple[Tensor, BlockState]:
+        assert self.weights is not None
+        mixed, mixer_state = self._mix(lanes[0], state.mixer, cu_seqlens, visit)
+        fed, memory = self._feed(lanes[1], state.feed_forward, cu_seqlens, embedded, visit)
+        return self.weights.write(lanes, mixed, fed, visit), BlockState(None, mixer_state, memory)
+
+    def _mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None, visit: int) -> tuple[Tensor, Any]:
+        """What the mixer adds."""
+        y, state = self.mixer(self._scaled(self.mixer_norm(x)), state, cu_seqlens=cu_seqlens)
+        y = self.mixer_post_norm(y)
+        return (y if self.weights is None else self.weights.weigh_mixer(y, visit)), state
+
+    def _feed(
+        self, x: Tensor, memory: Any, cu_seqlens: Tensor | None, embedded: Tensor | None, visit: int
+    ) -> tuple[Tensor, Any]:
+        """What the feed-forward adds, and its memory."""
+        assert self.feed_forward is not None
+        read = self._scaled(self.feed_forward_norm(x))
         if isinstance(self.feed_forward, InPlaceFeedForward):
             y, memory = self.feed_forward.parallel(read, memory, embedded=embedded, cu_seqlens=cu_seqlens)
         else:
             y = self.feed_forward(read)
         y = self.feed_forward_post_norm(y)
-        y = y if weights is None else weights.weigh_feed_forward(y, visit)
-        return mixed + y, BlockState(tail, mixer_state, memory)
+        return (y if self.weights is None else self.weights.weigh_feed_forward(y, visit)), memory
 
     def _scaled(self, x: Tensor) -> Tensor:
         return x if self.norm_scale is None else x * self.norm_scale

@@ -16,9 +16,11 @@ COMMANDS = {
     "data": ("data", "prepare, verify and describe token stores"),
     "train": ("train", "train a model by a recipe, or continue a run"),
     "eval": ("evaluate", "bits per byte and loss by position, with memory on, frozen and as sliding windows"),
+    "audit": ("audit", "test a score by experiment (any scorer), write a certificate; verify one"),
     "generate": ("generate", "continue a text; keep what was read in a file and go on later"),
     "convert": ("conversion", "give a pretrained Llama, Qwen, Gemma … a memory, train it, compare it honestly"),
     "report": ("conversion", "print the report of a conversion"),
+    "golf": ("golf", "contest runs: train on the clock, pack under a cap, score the file, account for every step"),
     "import": ("convert", "published checkpoint → model folder"),
     "export": ("convert", "model folder → published checkpoint"),
     "grow": ("grow", "make a model deeper without changing what it computes"),
@@ -52,8 +54,8 @@ def usage() -> str:
             "  fastweight eval runs/first data/stdlib --max-tokens 20000",
             '  fastweight generate runs/first --prompt "def main(" --max-tokens 200',
             "",
-            "Results go to stdout (the last line is JSON), progress to stderr. Exit codes: 0 done, 2 wrong input,",
-            "130 interrupted.",
+            "Results go to stdout (the last line is JSON), progress to stderr. Exit codes: 0 done, 1 rejected",
+            "by an audit, 2 wrong input, 130 interrupted.",
         ]
     )
 

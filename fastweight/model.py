@@ -182,7 +182,7 @@ class Model(nn.Module):
         return self.norm(x), ModelState(visits, position, state.signature, state.note, last)
 
     def _visit_all(self, x: Tensor, states: tuple, cu_seqlens: Tensor | None) -> tuple[Tensor, tuple]:
-        """Visit the blocks in order, with the skips from the first half of the visits to the second."""
+        """Visit the blocks in order, with skips from the first half to the second; two lanes end in their mean."""
         embedded, half = x, len(self.visits) // 2
         visits, kept = [], []
         for place, (i, state) in enumerate(zip(self.visits, states, strict=True)):
@@ -193,7 +193,7 @@ class Model(nn.Module):
             visits.append(state)
             if self.skips is not None and place < half:
                 kept.append(x)
-        return x, tuple(visits)
+        return x.mean(0) if x.dim() == 4 else x, tuple(visits)
 
     def _embed(self, tokens: Tensor, position: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         x, scale = self.embedding(tokens), self.config.embedding_scale

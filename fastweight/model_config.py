@@ -7,7 +7,7 @@ from typing import Any, cast
 from fastweight.configs import check_keys, check_types, near_names, require, to_json
 from fastweight.layers import FeedForwardConfig, check_norm, feed_forward_config
 from fastweight.mixers.base import MixerConfig, mixer_config
-from fastweight.residual import FACTORS, SKIPS
+from fastweight.residual import FACTORS, RESIDUALS, SKIPS
 
 IN_INITS, OUT_INITS = ("normal", "orthogonal"), ("normal", "zero")
 
@@ -16,7 +16,9 @@ IN_INITS, OUT_INITS = ("normal", "orthogonal"), ("normal", "zero")
 class BlockConfig:
     """One block: mixer, then feed-forward, each with its norms and a residual.
 
-    residual: "sequential" (x += mixer; x += feed-forward) or "parallel" (both read the same x; GPT-J).
+    residual: "sequential" (x += mixer; x += feed-forward), "parallel" (both read the same x; GPT-J) or "lanes": the
+    stream parts into two of which mixer and feed-forward each read one and both write to both, with learned weights
+    that are 1 at first ("parallel" then); lanes last to the end of the order, where their mean goes on.
     norm_position: of mixer and feed-forward f: "pre" x + f(norm(x)), "post" x + norm(f(x)) (OLMo 2, arXiv:2501.00656),
     "both" x + norm(f(norm(x))) (Gemma 2, arXiv:2408.00118).
     pre_conv: width of a causal convolution with its own norm and residual before the mixer, 0 for none.
@@ -37,8 +39,12 @@ class BlockConfig:
     def __post_init__(self) -> None:
         check_types(self, "block")
         require(
-            self.residual in ("sequential", "parallel"),
-            f'block: residual must be "sequential" or "parallel", got {self.residual!r}.',
+            self.residual in RESIDUALS,
+            f'block: residual must be "sequential", "parallel" or "lanes", got {self.residual!r}.',
+        )
+        require(
+            self.residual != "lanes" or (self.feed_forward is not None and not self.pre_conv),
+            'block: residual "lanes" needs a feed-forward, which reads the second lane, and no pre_conv.',
         )
         require(
             self.norm_position in ("pre", "post", "both"),
@@ -50,9 +56,15 @@ class BlockConfig:
             f"block: unknown residual_factors {self.residual_factors!r}.{near_names(self.residual_factors, FACTORS)}",
         )
         require(
-            not self.per_visit or self.x0_mix or self.residual_factors != "none",
-            "block: per_visit needs x0_mix or residual_factors; there is nothing that a visit could own.",
+            not self.per_visit or self.has_weights,
+            'block: per_visit needs x0_mix, residual_factors or residual "lanes"; there is nothing that a visit could '
+            "own.",
         )
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether the residual stream of this block has weights."""
+        return self.x0_mix or self.residual_factors != "none" or self.residual == "lanes"
 
     def to_dict(self) -> dict[str, Any]:
         feed_forward = None if self.feed_forward is None else asdict(self.feed_forward)
@@ -153,6 +165,11 @@ class ModelConfig:
         bad = [i for i in order if not 0 <= i < len(self.blocks)]
         require(not bad, f"model: order names block(s) {bad}, but there are {len(self.blocks)} blocks.")
         require(len(order) > 0, "model: order is empty; it must visit at least one block.")
+        lanes = [self.blocks[i].residual == "lanes" for i in order]
+        late = all(lanes[lanes.index(True) :]) if True in lanes else True
+        require(
+            late, f"model: two lanes last to the end, but in the order {order} blocks without lanes come after them."
+        )
 
     def _check_stream(self) -> None:
         require(self.skips in SKIPS, f"model: unknown skips {self.skips!r}.{near_names(self.skips, SKIPS)}")

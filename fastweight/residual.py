@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+RESIDUALS = ("sequential", "parallel", "lanes")
 FACTORS = ("none", "scalar", "channel")
 SKIPS = ("none", "add", "gated")
 
@@ -13,20 +14,24 @@ class ResidualWeights(nn.Module):
 
     u = a·x + b·x0 is what the block reads in place of x (a = 1, b = 0 at first; x0 is the embedding), then
     x = u + A·mixer(u) and x += M·feed_forward(x), A and M scalars or per channel, 1 at first.
-    Source: x0 mixing and per-channel factors as in modded-nanogpt and the Parameter Golf baseline.
+    lanes: there are two streams, of which mixer and feed-forward each read one; lane i gets w_i0 A·mixer + w_i1
+    M·feed_forward, all four w 1 at first.
+    Source: x0 mixing and per-channel factors as in modded-nanogpt and the Parameter Golf baseline, lanes as in its
+    records.
     """
 
-    def __init__(self, d_model: int, *, x0_mix: bool, factors: str, feeds: bool, visits: int):
+    def __init__(self, d_model: int, *, x0_mix: bool, factors: str, feeds: bool, visits: int, lanes: bool = False):
         super().__init__()
         width = {"none": 0, "scalar": 1, "channel": d_model}[factors]
         self.stream = _vectors(d_model, visits) if x0_mix else None
         self.x0 = _vectors(d_model, visits) if x0_mix else None
         self.mixer = _vectors(width, visits) if width else None
         self.feed_forward = _vectors(width, visits) if width and feeds else None
+        self.lanes = _vectors(4, visits) if lanes else None
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """The plain residual stream: a, A and M are 1, b is 0."""
+        """The plain residual stream: a, A, M and w are 1, b is 0."""
         for name, vector in self.named_parameters():
             vector.fill_(0.0 if name.startswith("x0.") else 1.0)
 
@@ -43,6 +48,12 @@ class ResidualWeights(nn.Module):
     def weigh_feed_forward(self, y: Tensor, visit: int) -> Tensor:
         """M·y."""
         return y if self.feed_forward is None else self.feed_forward[visit].to(y.dtype) * y
+
+    def write(self, lanes: Tensor, mixed: Tensor, fed: Tensor, visit: int) -> Tensor:
+        """Both lanes [2, B, T, D] after what mixer and feed-forward say to them, each [B, T, D]."""
+        assert self.lanes is not None
+        (w00, w01), (w10, w11) = self.lanes[visit].to(lanes.dtype).view(2, 2).unbind(0)
+        return lanes + torch.stack([w00 * mixed + w01 * fed, w10 * mixed + w11 * fed])
 
 
 class Skips(nn.Module):

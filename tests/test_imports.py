@@ -13,7 +13,7 @@ PACKAGE = Path(fastweight.__file__).parent
 
 # A module may import what stands before it, never after it.
 LAYERS = [
-    {"configs", "devices", "files", "tensor_files", "state"},
+    {"configs", "devices", "files", "tensor_files", "state", "ranks"},
     {"ops", "data", "optim", "layers", "residual", "init"},
     {"mixers", "in_place"},
     {"model", "model_config", "block", "presets", "golf_presets", "effort"},
@@ -21,8 +21,8 @@ LAYERS = [
     {"evaluate", "plots"},
     {"train"},
     {"recipes", "hf", "doctor"},
-    {"demo", "report"},
-    {"conversion", "convert_demo"},
+    {"demo", "report", "audit"},
+    {"conversion", "convert_demo", "golf"},
     {"tptt", "commands", "cli", "__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -56,7 +56,7 @@ def static(learner):
 
 @pytest.mark.parametrize("scorer", SCORERS)
 @pytest.mark.parametrize("length", [1, 6, 7, 8, 11, 12, 13, 15, 17, 22])
-def test_p3_every_target_is_scored_exactly_once_whatever_the_length(scorer, length):
+def test_golf_p3_every_target_is_scored_exactly_once_whatever_the_length(scorer, length):
     found = run(scorer, varied_model(), documents([length, 2]))
     assert Counter({p: len(nats) for p, nats in found.nats.items()}) == Counter(
         [(0, i) for i in range(1, length + 1)] + [(1, 1), (1, 2)]
@@ -64,7 +64,7 @@ def test_p3_every_target_is_scored_exactly_once_whatever_the_length(scorer, leng
 
 
 @pytest.mark.parametrize("scorer", SCORERS)
-def test_p3_the_sum_does_not_depend_on_how_many_are_read_side_by_side(scorer):
+def test_golf_p3_the_sum_does_not_depend_on_how_many_are_read_side_by_side(scorer):
     model, texts = varied_model(torch.float64), documents()
     sums = []
     for batch_size in (1, 2, 8):
@@ -78,7 +78,7 @@ def test_p3_the_sum_does_not_depend_on_how_many_are_read_side_by_side(scorer):
 
 
 @pytest.mark.parametrize("scorer", LEARNING)
-def test_p4_rate_zero_is_the_same_bit_for_bit_as_never_learning(scorer, monkeypatch):
+def test_golf_p4_rate_zero_is_the_same_bit_for_bit_as_never_learning(scorer, monkeypatch):
     kind = scorer.split()[0]
     model, texts, learner = varied_model(), documents(), static(LEARNERS[kind])
     found = values(run(scorer, model, texts, learner))
@@ -87,7 +87,7 @@ def test_p4_rate_zero_is_the_same_bit_for_bit_as_never_learning(scorer, monkeypa
 
 
 @pytest.mark.parametrize("scorer", LEARNING)
-def test_p4_rate_zero_is_plain_scoring(scorer):
+def test_golf_p4_rate_zero_is_plain_scoring(scorer):
     model, texts, plain = varied_model(torch.float64), documents(), "windows" if scorer == "sgd exact" else "document"
     # Exact learners per document see SEQ_LEN tokens; with as many as the longest document they see what plain ones do.
     settings = {} if plain == "windows" else {"seq_len": 64}
@@ -97,7 +97,7 @@ def test_p4_rate_zero_is_plain_scoring(scorer):
 
 
 @pytest.mark.parametrize("scorer", LEARNING)
-def test_p4_a_chunk_that_never_ends_is_plain_scoring_bit_for_bit(scorer):
+def test_golf_p4_a_chunk_that_never_ends_is_plain_scoring_bit_for_bit(scorer):
     kind, mode = scorer.split()
     model, texts = varied_model(), documents()
     endless = dataclasses.replace(LEARNERS[kind], chunk_size=10**9)
@@ -110,7 +110,7 @@ def test_p4_a_chunk_that_never_ends_is_plain_scoring_bit_for_bit(scorer):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", PER_DOCUMENT)
-def test_p4_documents_are_forgotten_so_that_their_order_does_not_matter(kind, mode):
+def test_golf_p4_documents_are_forgotten_so_that_their_order_does_not_matter(kind, mode):
     model, texts = varied_model(torch.float64), documents()
     order = [4, 0, 3, 1, 5, 2]
     want = run(f"{kind} {mode}", model, texts).nats
@@ -136,14 +136,14 @@ def test_the_model_is_bit_identical_afterwards(scorer):
 
 @pytest.mark.parametrize("kind", LEARNERS)
 @pytest.mark.parametrize("name", ["varied", *TINY])
-def test_p5_cached_equals_exact_at_rate_zero(name, kind):
+def test_golf_p5_cached_equals_exact_at_rate_zero(name, kind):
     model = varied_model() if name == "varied" else Model.from_preset(name, vocab_size=61)
     learner, texts = dataclasses.replace(LEARNERS[kind], lr=0.0, chunk_size=33), documents((100, 0, 7, 70))
     exact, cached = (values(run(f"{kind} {mode}", model, texts, learner, seq_len=128, stride=None)) for mode in MODES)
     np.testing.assert_allclose(cached, exact, rtol=OUTPUT[torch.float32], atol=OUTPUT[torch.float32])
 
 
-def test_p5_the_modes_differ_once_something_is_learned():
+def test_golf_p5_the_modes_differ_once_something_is_learned():
     found = [run(f"in-place {mode}", varied_model(), documents(), seq_len=64).evaluation.nats for mode in MODES]
     assert abs(found[0] - found[1]) > 1e-4
 
@@ -166,12 +166,12 @@ def test_exact_counts_the_tokens_that_are_read_again():
 
 
 @pytest.mark.parametrize("scorer", SCORERS)
-def test_p6_every_distribution_sums_to_one(scorer):
+def test_golf_p6_every_distribution_sums_to_one(scorer):
     found = run(scorer, varied_model(), documents())
     assert max(abs(log_probs.logsumexp(-1).item()) for log_probs in found.log_probs.values()) <= 1e-5
 
 
-def test_p6_the_score_is_the_entry_of_the_target():
+def test_golf_p6_the_score_is_the_entry_of_the_target():
     texts = documents()
     found = run("lora cached", varied_model(), texts)
     for (i, position), nats in found.nats.items():

@@ -18,13 +18,13 @@ def honest(request):
 
 
 @pytest.mark.parametrize("place", PLACES, ids=str)
-def test_p1_tokens_from_a_place_on_change_no_earlier_score_and_not_the_distribution_there(honest, place):
+def test_golf_p1_tokens_from_a_place_on_change_no_earlier_score_and_not_the_distribution_there(honest, place):
     scorer, first = honest
     assert leaks(scorer, varied_model(), documents(), *place, first) == []
 
 
 @pytest.mark.parametrize("scorer", ["sgd exact", "sgd cached", "lora exact", "lora cached"])
-def test_p1_changing_what_was_scored_changes_later_scores(scorer):
+def test_golf_p1_changing_what_was_scored_changes_later_scores(scorer):
     """Else a scorer that never learns would pass; the negative control of the other direction."""
     texts, model = documents([30]), varied_model()
     changed = with_noise_from(texts, 0, 30 - 2 * CHUNK)
@@ -46,7 +46,7 @@ def train_first(monkeypatch):
 
 
 @pytest.mark.parametrize("scorer", LEARNING)
-def test_p1_training_before_scoring_is_found(scorer, train_first):
+def test_golf_p1_training_before_scoring_is_found(scorer, train_first):
     # Position 10 lies inside a chunk, so that targets before it are scored together with it.
     assert leaks(scorer, varied_model(), documents(), 4, 10) != []
 
@@ -66,14 +66,14 @@ def changed_digests(scorer, start):
 
 
 @pytest.mark.parametrize("scorer", LEARNING)
-def test_p2_the_weights_that_score_a_chunk_depend_only_on_the_chunks_before(scorer):
+def test_golf_p2_the_weights_that_score_a_chunk_depend_only_on_the_chunks_before(scorer):
     (before, after), (again, otherwise) = changed_digests(scorer, 2 * CHUNK + 1)
     assert before == again
     assert after != otherwise  # the chunk itself is learned from, afterwards
 
 
 @pytest.mark.parametrize("scorer", LEARNING)
-def test_p2_weights_that_have_learned_from_the_chunk_they_score_are_found(scorer, train_first):
+def test_golf_p2_weights_that_have_learned_from_the_chunk_they_score_are_found(scorer, train_first):
     (before, _), (again, _) = changed_digests(scorer, 2 * CHUNK + 1)
     assert before != again
 

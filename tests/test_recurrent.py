@@ -48,6 +48,12 @@ BLOCKS = {
         block(DeltaConfig(num_heads=2, head_dim=4, gated=True), **MIXED, per_visit=True, norm_position="both"),
         block(residual_factors="scalar"),
     ),
+    "lanes": (
+        block(**MIXED),
+        block(**MIXED, residual="lanes", per_visit=True),
+        block(DeltaConfig(num_heads=2, head_dim=4, gated=True), residual="lanes", norm_position="both"),
+        block(residual_factors="scalar", residual="lanes"),
+    ),
 }
 
 
@@ -83,7 +89,7 @@ def rms(x):
 
 
 @pytest.mark.parametrize("blocks", BLOCKS)
-def test_p15_one_loop_equals_the_plain_model(blocks):
+def test_golf_p15_one_loop_equals_the_plain_model(blocks):
     looped, flat = build(blocks, **EVERYTHING | {"loops": (1, 3, 1)}), build(blocks, **EVERYTHING | {"loops": None})
     flat.load_state_dict(looped.state_dict())
     assert looped.visits == flat.visits == (0, 1, 2, 3)
@@ -91,7 +97,7 @@ def test_p15_one_loop_equals_the_plain_model(blocks):
 
 
 @pytest.mark.parametrize("blocks", BLOCKS)
-def test_p15_a_loop_is_the_same_model_with_copied_blocks(blocks):
+def test_golf_p15_a_loop_is_the_same_model_with_copied_blocks(blocks):
     looped = build(blocks, **EVERYTHING | {"depth_scaled_norms": False})
     order, config = looped.visits, looped.config
     copies = tuple(dataclasses.replace(config.blocks[i], per_visit=False) for i in order)
@@ -110,7 +116,7 @@ def test_p15_a_loop_is_the_same_model_with_copied_blocks(blocks):
 
 
 @pytest.mark.parametrize("blocks", BLOCKS)
-def test_p15_gradients_of_shared_weights_are_those_of_finite_differences(blocks):
+def test_golf_p15_gradients_of_shared_weights_are_those_of_finite_differences(blocks):
     model = build(blocks, **EVERYTHING)
     text, probe = tokens(2, 7), torch.randn(2, 7, 19, dtype=torch.float64)
 
@@ -131,7 +137,7 @@ def test_p15_gradients_of_shared_weights_are_those_of_finite_differences(blocks)
         assert abs(got - want) <= 1e-6 * max(1.0, abs(want)), f"{name}: {got} against {want}"
 
 
-def test_p15_the_number_of_parameters_does_not_depend_on_the_loops():
+def test_golf_p15_the_number_of_parameters_does_not_depend_on_the_loops():
     counts = {build(**EVERYTHING | {"loops": (1, 3, r), "skips": "none"}).num_parameters for r in (1, 2, 5)}
     assert len(counts) == 1
 
@@ -141,7 +147,7 @@ def test_weights_that_visits_own_grow_with_the_loops_by_vectors_alone():
     assert three - one == 2 * 2 * 4 * D  # two blocks of the core, two more visits, four vectors
 
 
-def test_p15_a_changed_document_never_changes_another_ones_scores():
+def test_golf_p15_a_changed_document_never_changes_another_ones_scores():
     for blocks in BLOCKS:
         model, ends = build(blocks, **EVERYTHING), torch.tensor([0, 1, 6, 7, 11])
         first, other = tokens(1), tokens(1).clone()
@@ -152,7 +158,7 @@ def test_p15_a_changed_document_never_changes_another_ones_scores():
         assert not torch.equal(before[:, 1:6], after[:, 1:6])
 
 
-def test_p15_packed_documents_read_as_they_do_alone_also_when_they_go_on():
+def test_golf_p15_packed_documents_read_as_they_do_alone_also_when_they_go_on():
     for blocks in BLOCKS:
         model, text = build(blocks, **EVERYTHING), tokens(1, 22)
         lengths = (1, 5, 4, 1)
@@ -309,6 +315,47 @@ def test_mixer_and_feed_forward_are_weighed(factors, residual):
     read = x if residual == "parallel" else mixed
     want = mixed + m * part.feed_forward(part.feed_forward_norm(read))
     assert_close(part(x, part.init_state(2), None, x)[0], want, 1e-12)
+
+
+def test_two_lanes_are_each_read_by_one_part_and_written_by_both_and_end_in_their_mean():
+    layers = (block(AttentionConfig(num_heads=2)), *(block(**MIXED, residual="lanes"),) * 2)
+    model = build(layers)
+    x0 = model.embedding(tokens())
+    first = model.blocks[0]
+    mixed = x0 + first.mixer(first.mixer_norm(x0), first.mixer.init_state(2))[0]
+    lanes = [mixed + first.feed_forward(first.feed_forward_norm(mixed))] * 2
+    for part in model.blocks[1:]:
+        w, own = part.weights.lanes[0], part.weights
+        u = [own.stream[0] * lane + own.x0[0] * x0 for lane in lanes]
+        mixed = own.mixer[0] * part.mixer(part.mixer_norm(u[0]), part.mixer.init_state(2))[0]
+        fed = own.feed_forward[0] * part.feed_forward(part.feed_forward_norm(u[1]))
+        lanes = [u[0] + w[0] * mixed + w[1] * fed, u[1] + w[2] * mixed + w[3] * fed]
+    assert_close(model(tokens())[0], model.head(model.norm((lanes[0] + lanes[1]) / 2)), 1e-12)
+
+
+def test_new_lanes_compute_what_parallel_blocks_do():
+    pair = []
+    for residual in ("parallel", "lanes"):
+        torch.manual_seed(0)
+        layers = (block(**MIXED), block(**MIXED, residual=residual), block(residual=residual))
+        pair.append(Model(ModelConfig(vocab_size=19, d_model=D, blocks=layers, init_std=0.3)).double())
+    lanes = {name: w for name, w in pair[1].state_dict().items() if ".lanes." in name}
+    assert sum(w.numel() for w in lanes.values()) == 8
+    assert_close(pair[1](tokens())[0], pair[0](tokens())[0], 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: build((block(residual="lanes"), block())), "blocks without lanes come after them"),
+        (lambda: block(residual="lanes", pre_conv=3), "no pre_conv"),
+        (lambda: BlockConfig(mixer=ATTENTION, residual="lanes"), "needs a feed-forward"),
+        (lambda: block(residual="lane"), '"parallel" or "lanes", got'),
+    ],
+)
+def test_lanes_that_cannot_be_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
 
 
 def test_norms_of_deeper_blocks_are_scaled_down():

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from fastweight import ranks
 from fastweight.configs import require
 from fastweight.data import Batch
 from fastweight.model import Model
@@ -19,8 +20,9 @@ def collect_hessians(model: Model, batches: Iterable[Batch | Tensor]) -> Hessian
     batches: what the model reads, tokens [B, T] or batches of the data loader; each row starts from a fresh state.
     A block that is visited several times adds up all its visits. The head, or the embedding that serves as one, reads
     the output of the last norm. Under torch.distributed the sums run over all ranks; every rank must call this, and
-    may bring its own number of batches. A layer that is never called (its owner uses its weight some other way) is left
-    out. Raises ValueError for sums that are not finite, by name, and if there is no batch on any rank.
+    may bring its own number of batches; if one fails, all raise. A layer that is never called (its owner uses its
+    weight some other way) is left out. Raises ValueError for sums that are not finite, by name, and if there is no
+    batch on any rank.
     """
     layers = {f"{name}.weight": part for name, part in model.named_modules() if isinstance(part, nn.Linear)}
     output = "embedding.weight" if model.head is None else "head.weight"
@@ -38,16 +40,19 @@ def collect_hessians(model: Model, batches: Iterable[Batch | Tensor]) -> Hessian
     training = model.training
     model.eval()
     try:
-        for batch in batches:
-            tokens, cu_seqlens = (batch, None) if isinstance(batch, Tensor) else (batch.tokens, batch.cu_seqlens)
-            tokens = tokens.to(model.device)
-            features, _ = model.features(tokens, None, cu_seqlens)
-            add(output, features)
+        with ranks.together("reading calibration text"):
+            for batch in batches:
+                add(output, _features(model, batch))
     finally:
         model.train(training)
         for handle in handles:
             handle.remove()
     return _finish(sums, counts)
+
+
+def _features(model: Model, batch: Batch | Tensor) -> Tensor:
+    tokens, cu_seqlens = (batch, None) if isinstance(batch, Tensor) else (batch.tokens, batch.cu_seqlens)
+    return model.features(tokens.to(model.device), None, cu_seqlens)[0]
 
 
 def _hook(name: str, add):
@@ -58,7 +63,7 @@ def _finish(sums: Hessians, counts: dict[str, int]) -> Hessians:
     """Add up the ranks, then check, so that all ranks stop or none."""
     device = next(iter(sums.values())).device
     totals = torch.tensor(list(counts.values()), dtype=torch.int64, device=device)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if ranks.num_ranks() > 1:
         for value in (*sums.values(), totals):
             torch.distributed.all_reduce(value)
     seen = dict(zip(counts, totals.tolist(), strict=True))

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from fastweight.commands.base import MaybePath, MaybeStr, emit, parse, progress_bar, say, show
 from fastweight.commands.learning import Kind, LearnMode, make_learners, mode_differences
+from fastweight.configs import require
 
 Mode = Literal["memory", "frozen", "windows"]
 EXAMPLES = [
@@ -58,6 +59,8 @@ class Eval:
     """Rank of lora; 0 is its own."""
     split: str = "heldout"
     """Split of a token store: heldout or train."""
+    original_bytes: bool = False
+    """Count the bytes of the texts as they came, where the store's tokenizer normalises them."""
     seq_len: int = 2048
     """Tokens read at a time, and tokens per window."""
     stride: int = 0
@@ -123,9 +126,11 @@ def open_documents(args: Eval, folder: Path, model: Any) -> tuple[Any, str]:
     if any((path / file).is_file() for file in (MANIFEST, PROGRESS)):
         store = Store.open(path)
         check_vocabulary(store.tokenizer, model)
-        split = store.split(args.split)
-        counts = f"{split.num_documents:,} documents, {split.num_tokens:,} tokens, {split.num_bytes:,} bytes"
+        split = store.split(args.split, original_bytes=args.original_bytes)
+        which = " as they came" if args.original_bytes else ""
+        counts = f"{split.num_documents:,} documents, {split.num_tokens:,} tokens, {split.num_bytes:,} bytes{which}"
         return split, f"{path}, split {split.name}: {counts}, tokenizer {store.tokenizer.name}"
+    require(not args.original_bytes, f"--original-bytes needs a token store, which keeps them; {args.data} is text.")
     tokenizer = find_tokenizer(folder, args.tokenizer, model)
     source = open_source(args.data, args.text_field)
     texts = (text for file in source.files() for text in source.documents(file))

@@ -5,6 +5,7 @@ from fastweight.evaluate.learning import score_and_learn
 from fastweight.evaluate.positions import PositionBucket
 from fastweight.evaluate.reading import Document, DocumentList, DocumentSet, encode_documents
 from fastweight.evaluate.scoring import score
+from fastweight.evaluate.shares import Share, merge_evaluations
 from fastweight.learn import Scored
 
 __all__ = [
@@ -14,8 +15,10 @@ __all__ = [
     "Evaluation",
     "PositionBucket",
     "Scored",
+    "Share",
     "encode_documents",
     "loss_by_position",
+    "merge_evaluations",
     "score",
     "score_and_learn",
 ]

@@ -57,11 +57,21 @@ class Evaluation:
         return self.forwarded_tokens / self.tokens
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON form, derived figures included."""
+        """The JSON form, derived figures included (None where a share has no targets)."""
         rows = {"positions": loss_by_position(self), "lengths": [bucket.to_dict() for bucket in self.lengths]}
         data = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in rows}
-        derived = {name: getattr(self, name) for name in ("bits_per_byte", "nats_per_token", "forwarded_per_token")}
+        names = ("bits_per_byte", "nats_per_token", "forwarded_per_token")
+        derived = {name: getattr(self, name) if self.bytes else None for name in names}
         return data | derived | {"faults": list(self.faults)} | rows
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> "Evaluation":
+        """Undo `to_dict`, also after a way through JSON."""
+        kept: dict[str, Any] = {name: data[name] for name in Evaluation.__dataclass_fields__}
+        for name in ("positions", "lengths"):
+            kept[name] = tuple(PositionBucket.from_dict(row) for row in data[name])
+        kept["faults"] = tuple(data["faults"])
+        return Evaluation(**kept)
 
 
 def loss_by_position(evaluation: Evaluation) -> list[dict[str, Any]]:

@@ -11,7 +11,8 @@ from fastweight.configs import near_names, require
 from fastweight.evaluate.evaluation import Evaluation, Progress, Tally, Watch
 from fastweight.evaluate.positions import PositionSums
 from fastweight.evaluate.reading import Document, DocumentSet, Reader
-from fastweight.evaluate.scoring import Pass, check_settings, open_reader
+from fastweight.evaluate.scoring import WHOLE, Pass, check_settings, open_reader
+from fastweight.evaluate.shares import Share
 from fastweight.learn import DocumentLora, GlobalSgd, InPlaceSgd, Piece, RowWeights, Scored, SharedWeights
 from fastweight.learn.pieces import windows
 from fastweight.model import Model
@@ -37,6 +38,7 @@ def score_and_learn(
     progress: Progress | None = None,
     watch: Watch | None = None,
     keep_log_probs: bool = False,
+    share: Share = WHOLE,
 ) -> Evaluation:
     """Score every token of every document but its first exactly once, and learn from each after its score.
 
@@ -45,6 +47,7 @@ def score_and_learn(
         the last seq_len tokens before each chunk's end (at least the chunk itself), for global ones the windows of
         `score(context="windows")`, `stride` targets each.
     watch: called with (weights, Scored) for all that is scored, before it is learned from.
+    share: as in `score`, by documents. A global learner needs all of the text: share 0 reads it, the others nothing.
     The other settings are those of `score`. The model is the same before and after, bit for bit. The score of a target
     depends on the tokens before it, in its document or, for global learners, in all documents up to it; and on the
     lengths of the documents. Raises ValueError as `score` does, and where learning diverges.
@@ -60,17 +63,29 @@ def score_and_learn(
     with torch.no_grad(), model.frozen_memory() if memory == "frozen" else nullcontext():
         if isinstance(learner, GlobalSgd):
             stride = (max(1, seq_len // 2) if stride is None else stride) if exact else seq_len
-            (_learn_from_windows if exact else _learn_from_spans)(run, learner, *((stride,) if exact else ()))
+            _learn_globally(run, learner, stride if exact else None, share)
         else:
             stride = learner.chunk_size
-            _learn_per_document(run, learner, exact)
+            _learn_per_document(run, learner, exact, share)
     learning = {"kind": learner.kind, "mode": mode} | asdict(learner)
-    return run.evaluation("windows" if exact else "document", memory, stride, start, learning)
+    context = "windows" if exact else "document"
+    return run.evaluation(context, memory, stride, start, learning, may_be_empty=share != WHOLE)
 
 
-def _learn_per_document(run: Pass, learner: DocumentLora | InPlaceSgd, exact: bool) -> None:
+def _learn_globally(run: Pass, learner: GlobalSgd, stride: int | None, share: Share) -> None:
+    """By windows of `stride` targets, or by spans with None; share 0 does all."""
+    if share.index > 0:
+        # The documents are counted by all shares alike.
+        run.tally.reader.documents_read = sum(1 for _ in run.tally.reader)
+    elif stride is None:
+        _learn_from_spans(run, learner)
+    else:
+        _learn_from_windows(run, learner, stride)
+
+
+def _learn_per_document(run: Pass, learner: DocumentLora | InPlaceSgd, exact: bool, share: Share) -> None:
     """Up to batch_size documents side by side, a chunk of each per step, each document with its own weights."""
-    texts, first = iter(run.tally.reader), learner.start(run.model)
+    texts, first = share.texts(run.tally.reader), learner.start(run.model)
     chunks: list[Piece] = []
     weights: RowWeights | None = None
     state: ModelState | None = None

@@ -1,6 +1,7 @@
 """Sums of losses by position: where in its document a token stands decides how much memory can help."""
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +37,25 @@ class PositionBucket:
         """The JSON form, derived figures included."""
         data = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return data | {"nats_per_token": self.nats / self.tokens, "bits_per_byte": self.bits_per_byte}
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> "PositionBucket":
+        """Undo `to_dict`."""
+        return PositionBucket(**{name: data[name] for name in PositionBucket.__dataclass_fields__})
+
+
+def merge_buckets(parts: Iterable[Sequence[PositionBucket]]) -> tuple[PositionBucket, ...]:
+    """The sums of several lists of buckets, bucket by bucket; all must have been made with the same width."""
+    held: dict[tuple[int, int], list[PositionBucket]] = {}
+    for bucket in (bucket for part in parts for bucket in part):
+        held.setdefault((bucket.start, bucket.stop), []).append(bucket)
+    return tuple(
+        PositionBucket(
+            start=start, stop=stop, nats=math.fsum(b.nats for b in found), tokens=sum(b.tokens for b in found),
+            bytes=sum(b.bytes for b in found),
+        )
+        for (start, stop), found in sorted(held.items())
+    )  # fmt: skip
 
 
 class PositionSums:

@@ -12,6 +12,7 @@ from fastweight.configs import near_names, require
 from fastweight.evaluate.evaluation import Evaluation, Progress, Tally, Watch
 from fastweight.evaluate.positions import PositionSums
 from fastweight.evaluate.reading import Document, DocumentList, DocumentSet, Reader
+from fastweight.evaluate.shares import Share
 from fastweight.learn import Piece, Scored, Weights, score_pieces
 from fastweight.learn.pieces import batches, windows
 from fastweight.model import Model
@@ -19,6 +20,7 @@ from fastweight.state import ModelState
 
 CONTEXTS = ("document", "windows")
 MEMORIES = ("on", "frozen")
+WHOLE = Share()
 
 
 def score(
@@ -36,6 +38,7 @@ def score(
     progress: Progress | None = None,
     watch: Watch | None = None,
     keep_log_probs: bool = False,
+    share: Share = WHOLE,
 ) -> Evaluation:
     """Score every token of every document but its first, each exactly once.
 
@@ -49,6 +52,7 @@ def score(
     bucket_width: tokens per bucket of positions; None spaces the buckets by powers of √2.
     progress: called with (targets scored, targets in all).
     watch: called with (None, Scored) for all that is scored. keep_log_probs: each with its distributions [targets, V].
+    share: score this part alone, for `merge_evaluations`; each document, or window, belongs to one share.
     Losses are float32 from the logits, sums float64. Raises ValueError for settings that make no sense, data without a
     single target, and a loss that is not finite.
     """
@@ -60,10 +64,10 @@ def score(
     start = time.perf_counter()
     with torch.inference_mode(), model.frozen_memory() if memory == "frozen" else nullcontext():
         if context == "document":
-            run.read_spans(text.whole() for text in reader)
+            run.read_spans(share.pieces(reader, lambda text: [text.whole()]))
         else:
-            run.read_windows(window for text in reader for window in windows(text, seq_len, stride))
-    return run.evaluation(context, memory, stride, start)
+            run.read_windows(share.pieces(reader, lambda text: windows(text, seq_len, stride)))
+    return run.evaluation(context, memory, stride, start, may_be_empty=share != WHOLE)
 
 
 def open_reader(
@@ -153,11 +157,14 @@ class Pass:
                 each(scored)
 
     def evaluation(
-        self, context: str, memory: str, stride: int, start: float, learning: dict | None = None
-    ) -> Evaluation:
+        self, context: str, memory: str, stride: int, start: float, learning: dict | None = None,
+        may_be_empty: bool = False,
+    ) -> Evaluation:  # fmt: skip
         """All that was found since `start`, on the clock of time.perf_counter."""
         tally, sums = self.tally, self.tally.sums
-        require(sums.bytes > 0, "nothing to score: the documents hold no target that stands for a byte.")
+        require(
+            may_be_empty or sums.bytes > 0, "nothing to score: the documents hold no target that stands for a byte."
+        )
         return Evaluation(
             context=context, memory=memory, seq_len=self.seq_len, stride=stride, nats=sums.nats, tokens=sums.tokens,
             bytes=sums.bytes, documents=tally.reader.documents_read, forwarded_tokens=tally.forwarded_tokens,

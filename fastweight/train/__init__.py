@@ -15,6 +15,7 @@ from fastweight.train.loop import DivergedError
 from fastweight.train.loops import LoopConfig
 from fastweight.train.lora import merge_and_unload
 from fastweight.train.metrics import read_metrics
+from fastweight.train.rounding import RoundingConfig
 from fastweight.train.run import load_run_config, train
 from fastweight.train.tally import TrainResult
 
@@ -28,6 +29,7 @@ __all__ = [
     "LoraConfig",
     "ModelSource",
     "ObjectiveConfig",
+    "RoundingConfig",
     "TrainConfig",
     "TrainResult",
     "export",

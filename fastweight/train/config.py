@@ -9,6 +9,7 @@ from fastweight.convert.mag_schedule import MagSchedule
 from fastweight.distributed.mesh import MeshConfig
 from fastweight.optim import AveragingConfig, OptimizerConfig, ScheduleConfig, schedule_factor
 from fastweight.train.loops import LoopConfig
+from fastweight.train.rounding import RoundingConfig
 
 Scalar = int | float | bool | str
 ViewName = Literal["windows", "bins", "streams"]
@@ -195,6 +196,7 @@ class TrainConfig:
     averaging: AveragingConfig = field(default_factory=AveragingConfig)
     inner_rate: InnerRateWarmup = field(default_factory=InnerRateWarmup)
     loops: LoopConfig = field(default_factory=LoopConfig)
+    rounding: RoundingConfig = field(default_factory=RoundingConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     trainable: tuple[str, ...] = (ALL,)
     """Which parameters learn: all; memory (what a conversion has added); lora (adapters, and the memory if
@@ -246,6 +248,11 @@ class TrainConfig:
         require(
             not (self.compile and self.inner_rate.steps),
             "train: compile and inner_rate.steps cannot go together: the rate would be compiled anew every step.",
+        )
+        require(
+            not (self.compile and self.rounding.mode != "none"),
+            "train: compile and rounding cannot go together: rounding changes the layers that were compiled. Set "
+            "compile to False.",
         )
         require(
             not (self.carry_state and self.loops.moves),

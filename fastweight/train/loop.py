@@ -32,6 +32,7 @@ from fastweight.train.mag import MagFollower
 from fastweight.train.metrics import Metrics, NoMetrics, finite
 from fastweight.train.objectives import make_objective
 from fastweight.train.report import Report, describe_heldout, summary, warn_of_faults
+from fastweight.train.rounding import rounded
 from fastweight.train.saving import TeamWriter
 from fastweight.train.signals import SIGNALS, StopRequest
 from fastweight.train.source import shares, step_batches
@@ -248,7 +249,8 @@ class Trainer:
         for i, batch in enumerate(batches):
             batch = batch.to(self.device, non_blocking=True)
             start = self._start_state(i, batch)
-            sums, state = self.objective.learn(batch, start, num_targets)
+            with rounded(self.model, self.config.rounding, self._fraction()):
+                sums, state = self.objective.learn(batch, start, num_targets)
             total = total + sums
             # Looking for faults waits for the device, and states are large: only where they are needed.
             self._faults += self._new_faults(i, start, state) if logged else []

@@ -15,6 +15,7 @@ from fastweight.train.loops import check_loops
 from fastweight.train.lora import add_adapters, check_adapters, remove_adapters
 from fastweight.train.mag import check_mag
 from fastweight.train.objectives import make_objective
+from fastweight.train.rounding import check_rounding
 from fastweight.train.trainable import check_backbone_frozen, memory_parameters, set_trainable, trained_names
 
 
@@ -28,6 +29,7 @@ def check_parts(model: Model, config: TrainConfig) -> None:
             check_backbone_frozen(names, config.objective.kind)
     make_objective(model, config)
     check_loops(model, config.loops)
+    check_rounding(model, config.rounding)
     check_mag(model, config.mag, config.steps)
     _check_memory_is_read(model, config)
 
@@ -53,6 +55,7 @@ def check_team(model: Model, config: TrainConfig, team: Team) -> None:
     advice = "Run it in one process."
     require(config.lora.rank == 0, f"train: adapters (lora.rank) cannot be trained by several processes. {advice}")
     require(config.mag is None, f"train: a mag schedule cannot be followed by several processes. {advice}")
+    require(config.rounding.mode == "none", f"train: rounding cannot be trained by several processes. {advice}")
     dtypes = sorted({str(p.dtype) for p in model.parameters()})
     require(
         len(dtypes) == 1,

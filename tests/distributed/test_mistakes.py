@@ -13,7 +13,7 @@ from training_cases import PARTIAL, tiny_config, tiny_model
 from fastweight.convert.mag_schedule import MagSchedule
 from fastweight.distributed.mesh import MeshConfig, share_of_batch
 from fastweight.distributed.team import Team, is_lost, local_device
-from fastweight.train import CheckpointError, DataConfig, LoraConfig, export, read_metrics
+from fastweight.train import CheckpointError, DataConfig, LoraConfig, RoundingConfig, export, read_metrics
 from fastweight.train.prepare import check_team
 from fastweight.train.source import shares
 
@@ -59,6 +59,7 @@ def test_micro_batches_that_do_not_divide_a_share_are_refused():
     [
         ({"trainable": ("lora",), "lora": LoraConfig(rank=2)}, "adapters .* cannot be trained by several processes"),
         ({"mag": MagSchedule(kind="linear", final=0.5, steps=4)}, "a mag schedule cannot be followed by several"),
+        ({"rounding": RoundingConfig(mode="round", blocks="all")}, "rounding cannot be trained by several processes"),
         (PARTIAL["transfer"], 'objective "transfer" cannot be trained by several processes'),
         ({"mesh": MeshConfig(gather="bfloat16")}, "gather \"bfloat16\" .* but precision is 'float32'"),
     ],
