@@ -17,7 +17,7 @@ LAYERS = [
     {"ops", "data", "optim", "layers", "residual", "init"},
     {"mixers", "in_place"},
     {"model", "model_config", "block", "presets", "golf_presets", "effort"},
-    {"learn", "artifact", "convert", "grow", "stepping", "generate", "accuracy", "backends"},
+    {"learn", "artifact", "convert", "grow", "stepping", "generate", "accuracy", "backends", "distributed"},
     {"evaluate", "plots"},
     {"train"},
     {"diloco", "recipes", "hf", "doctor"},

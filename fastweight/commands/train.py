@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -100,6 +101,8 @@ def _start(name: str, arguments: list[str]) -> int:
 
 
 def _finish(result: Any) -> int:
+    if int(os.environ.get("RANK", "0")):
+        return result.exit_code  # one process speaks for all
     emit(result.to_dict())
     if result.stopped not in ("", "time"):
         say(f"stopped by {result.stopped}; go on with: fastweight train --resume {result.out}")

@@ -1,5 +1,6 @@
 """Training: one loop, resumable bit by bit, whose only output is a folder."""
 
+from fastweight.train.checkpoint import export
 from fastweight.train.config import (
     DataConfig,
     InnerRateWarmup,
@@ -31,6 +32,7 @@ __all__ = [
     "RoundingConfig",
     "TrainConfig",
     "TrainResult",
+    "export",
     "load_run_config",
     "merge_and_unload",
     "read_metrics",

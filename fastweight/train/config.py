@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from fastweight.configs import check_types, from_nested, require
 from fastweight.convert.mag_schedule import MagSchedule
+from fastweight.distributed.mesh import MeshConfig
 from fastweight.optim import AveragingConfig, OptimizerConfig, ScheduleConfig, schedule_factor
 from fastweight.train.loops import LoopConfig
 from fastweight.train.rounding import RoundingConfig
@@ -204,6 +205,7 @@ class TrainConfig:
     mag: MagSchedule | None = None
     """How the weight of the linear branches moves over the run; None leaves it as it is."""
     log: LogConfig = field(default_factory=LogConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
     steps: int = 1000
     """Updates of the weights."""
     max_seconds: float = 0.0

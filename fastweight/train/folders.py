@@ -15,7 +15,9 @@ from safetensors import SafetensorError
 from fastweight import files
 from fastweight.configs import require, to_json
 
-POINTER, FOLDER, MANIFEST = "latest", "checkpoints", "manifest.json"
+POINTER, FOLDER, MANIFEST, NOTE = "latest", "checkpoints", "manifest.json", ".note"
+PARTS = ".parts"
+Listing = dict[str, dict[str, int | str]]
 
 
 class CheckpointError(ValueError):
@@ -66,19 +68,23 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:06d}"
 
 
-def write_checkpoint(out: Path, step: int, write: Callable[[Path], None], keep: int) -> Path:
+def write_checkpoint(
+    out: Path, step: int, write: Callable[[Path], None], keep: int, known: Listing | None = None
+) -> Path:
     """Write a checkpoint, point `latest` at it, and remove all but the `keep` newest. Returns its folder.
 
+    known: fingerprints of files that need not be read again for the manifest.
     Raises OSError if the disk is full or not writable; what was there before is then untouched.
     """
     name = checkpoint_name(step)
     before = latest(out)
-    for unfinished in (out / FOLDER).glob(".step-*.tmp"):
-        shutil.rmtree(unfinished)
+    for unfinished in [*(out / FOLDER).glob(".step-*.tmp"), *(out / FOLDER).glob(f".step-*{PARTS}")]:
+        if unfinished != parts_folder(out, step):
+            shutil.rmtree(unfinished)
 
     def write_all(folder: Path) -> None:
         write(folder)
-        _write_manifest(folder)
+        _write_manifest(folder, known or {})
 
     try:
         replace_folder(out / FOLDER / name, write_all)
@@ -100,9 +106,46 @@ def latest(out: Path) -> str | None:
     return pointer.read_text().strip() if pointer.is_file() else None
 
 
-def open_checkpoint(out: Path, name: str | None = None) -> Path:
+def begin_parts(out: Path, step: int) -> Path:
+    """An empty folder in which several processes put the files of a checkpoint; `finish_parts` makes it one."""
+    for unfinished in (out / FOLDER).glob(f".step-*{PARTS}"):
+        shutil.rmtree(unfinished)
+    folder = parts_folder(out, step)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def parts_folder(out: Path, step: int) -> Path:
+    """Where the processes put their files."""
+    return out / FOLDER / f".{checkpoint_name(step)}{PARTS}"
+
+
+def note_part(path: Path) -> None:
+    """Force a finished file to the disk and leave its fingerprint beside it."""
+    files.sync(path)
+    files.write_text(path.with_name(path.name + NOTE), to_json(fingerprint(path)))
+
+
+def finish_parts(out: Path, step: int, keep: int) -> Path:
+    """Turn what all processes have written into a checkpoint; see `write_checkpoint`."""
+    source = parts_folder(out, step)
+    known = {}
+    for note in source.glob(f"*{NOTE}"):
+        known[note.name.removesuffix(NOTE)] = json.loads(note.read_text())
+        note.unlink()
+
+    def move(folder: Path) -> None:
+        for path in source.iterdir():
+            path.replace(folder / path.name)
+        source.rmdir()
+
+    return write_checkpoint(out, step, move, keep, known)
+
+
+def open_checkpoint(out: Path, name: str | None = None, *, verify: bool = True) -> Path:
     """The folder of checkpoint `name` (None: the latest) after every file was compared with the manifest.
 
+    verify: False where another process of the run does that.
     Raises CheckpointError naming the damaged file and the other checkpoints.
     """
     name = name or latest(out)
@@ -111,7 +154,7 @@ def open_checkpoint(out: Path, name: str | None = None) -> Path:
             f"{out} holds no checkpoint, so there is nothing to resume. Start the run in a new folder."
         )
     folder = out / FOLDER / name
-    problem = _problem(folder)
+    problem = _problem(folder) if verify else None
     if problem:
         others = [other for other in sorted(_present(out), key=_step) if other != name]
         advice = (
@@ -133,12 +176,14 @@ def _step(name: str) -> int:
     return int(name.removeprefix("step-"))
 
 
-def _write_manifest(folder: Path) -> None:
-    listing = {str(path.relative_to(folder)): _fingerprint(path) for path in folder.rglob("*") if path.is_file()}
+def _write_manifest(folder: Path, known: Listing) -> None:
+    names = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+    listing = {name: known.get(name) or fingerprint(folder / name) for name in names}
     files.write_text(folder / MANIFEST, to_json(listing) + "\n")
 
 
-def _fingerprint(path: Path) -> dict[str, int | str]:
+def fingerprint(path: Path) -> dict[str, int | str]:
+    """Size and SHA-256 of a file."""
     with path.open("rb") as file:
         return {"size_bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
@@ -157,7 +202,7 @@ def _problem(folder: Path) -> str | None:
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        found = _fingerprint(path)
+        found = fingerprint(path)
         if found["size_bytes"] != expected["size_bytes"]:
             return f"{name} is {found['size_bytes']} bytes long, {expected['size_bytes']} were written (truncated?)"
         if found["sha256"] != expected["sha256"]:

@@ -7,29 +7,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastweight import files
 from fastweight.configs import require, to_json
 from fastweight.data import Batch, Store
+from fastweight.distributed.copies import plain_model, read_state
+from fastweight.distributed.shards import full, go_on, whole
+from fastweight.distributed.team import Team
 from fastweight.mixers.ttt import inner_lr_warmup
 from fastweight.model import Model, load
 from fastweight.optim import Optimizer, WeightAverage, schedule_factor, weight_decay_factor
 from fastweight.state import ModelState
 from fastweight.train import checkpoint, folders, partial
 from fastweight.train.averaging import RAW, describe_average, make_average, put_average
+from fastweight.train.carried import deal_rows, gather_rows
 from fastweight.train.config import TrainConfig
 from fastweight.train.heldout import heldout_losses
 from fastweight.train.inner import inner_statistics
 from fastweight.train.loops import LoopFollower
 from fastweight.train.lora import add_adapters, merge_and_unload, save_adapter
-from fastweight.train.loss import Counts, count
+from fastweight.train.loss import Counts, autocast, count
 from fastweight.train.mag import MagFollower
-from fastweight.train.metrics import Metrics, finite
+from fastweight.train.metrics import Metrics, NoMetrics, finite
 from fastweight.train.objectives import make_objective
 from fastweight.train.report import Report, describe_heldout, summary, warn_of_faults
 from fastweight.train.rounding import rounded
-from fastweight.train.signals import StopRequest
-from fastweight.train.source import step_batches
+from fastweight.train.saving import TeamWriter
+from fastweight.train.signals import SIGNALS, StopRequest
+from fastweight.train.source import shares, step_batches
 from fastweight.train.tally import Tally, TrainResult
 from fastweight.train.trainable import is_adapter
 
@@ -46,15 +52,18 @@ class Trainer:
     """One run in one folder, from wherever `tally` says to the end."""
 
     def __init__(
-        self, config: TrainConfig, out: Path, model: Model, store: Store, tally: Tally, report: Report, metrics: Metrics
-    ):
+        self, config: TrainConfig, out: Path, model: Model, store: Store, tally: Tally, report: Report,
+        metrics: Metrics | NoMetrics, team: Team | None = None,
+    ):  # fmt: skip
         self.config, self.out, self.model, self.store = config, out, model, store
         self.tally, self.report, self.metrics = tally, report, metrics
+        self.team = team or Team()
         self.device = model.device
         self.objective = make_objective(model, config)
         self.optimizer = Optimizer(model, config.optimizer)
         self.trained = [name for name, p in model.named_parameters() if p.requires_grad]
         self.average = make_average(model, config)
+        self.writer = TeamWriter(out, self.team, config.log.keep_checkpoints)
         self.mag = MagFollower(model, config.mag)
         self.loops = LoopFollower(model, config.loops, config.seed)
         self.carried: list[ModelState] | None = None
@@ -79,7 +88,8 @@ class Trainer:
                 self._started = time.monotonic()
             self.save()
         self.report.start(tally.step)
-        steps = step_batches(self.store.split("train"), config.data, config.seed, tally.step)
+        train, team = self.store.split("train"), self.team
+        steps = step_batches(train, config.data, config.seed, tally.step, team.rank, team.size)
         try:
             while not (ended := self._ended(stop)):
                 self.step(next(steps))
@@ -89,45 +99,79 @@ class Trainer:
             self.loops.settle(1.0)
         if self.saved_step != tally.step:
             self.save()
+        self.writer.finish()
         return self._finish("" if ended == "steps" else ended)
 
     def save(self) -> None:
-        """Write a checkpoint of now."""
-        self.tally.seconds = self._seconds()
+        """Write a checkpoint of now; a team only begins to, and goes on."""
+        self.tally.seconds, step, keep = self._seconds(), self.tally.step, self.config.log.keep_checkpoints
+        carried = gather_rows(self.carried, self.team)
+        if self.team.size == 1:
+            folders.write_checkpoint(self.out, step, lambda folder: self._write(folder, carried), keep)
+        else:
+            self.writer.start(step, self._tensors(), lambda folder: self._write_rest(folder, carried))
+        self.saved_step = step
 
-        def write(folder: Path) -> None:
-            if self.config.partial:
-                partial.save_trained(folder, self.model, self.trained)
-            else:
-                checkpoint.save_model(folder, self.model, self.store.tokenizer)
-            checkpoint.save_trainer(folder, self.optimizer, self.tally, self.carried)
-            if self.average is not None:
-                checkpoint.save_average(folder, self.average)
+    def _write(self, folder: Path, carried: list[ModelState] | None) -> None:
+        """All of a checkpoint of one process."""
+        if self.config.partial:
+            partial.save_trained(folder, self.model, self.trained)
+        else:
+            checkpoint.save_model(folder, self.model, self.store.tokenizer)
+        checkpoint.save_trainer(folder, self.optimizer, self.tally, carried)
+        if self.average is not None:
+            checkpoint.save_average(folder, self.average.state_tensors())
 
-        folders.write_checkpoint(self.out, self.tally.step, write, self.config.log.keep_checkpoints)
-        self.saved_step = self.tally.step
+    def _write_rest(self, folder: Path, carried: list[ModelState] | None) -> None:
+        """What of a team's checkpoint its leader writes alone."""
+        if not self.config.partial:
+            checkpoint.save_config(folder, self.model, self.store.tokenizer)
+        checkpoint.save_trainer(folder, None, self.tally, carried)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """What of a checkpoint has the size of the model, by the names of `checkpoint.open_tensors`."""
+        weights = dict(self.model.named_parameters())
+        word = "trained" if self.config.partial else "model"
+        named = {f"{word}:{name}": weights[name] for name in (self.trained if self.config.partial else weights)}
+        averaged = {} if self.average is None else self.average.state_tensors()
+        named |= {f"optimizer:{name}": tensor for name, tensor in self.optimizer.state_tensors().items()}
+        return named | {f"averaged:{name}": tensor for name, tensor in averaged.items()}
 
     def restore(self, resumed: checkpoint.Resumed) -> None:
         """Take over what a checkpoint holds besides model and tally."""
-        self.optimizer.load_state_tensors(resumed.optimizer)
+        parameters = dict(self.model.named_parameters())
+        with checkpoint.open_tensors(resumed.folder) as tensors:
+            self.optimizer.load_state_tensors(read_state(tensors.under("optimizer"), parameters))
+            if self.average is not None:
+                self.average.load_state_tensors(read_state(tensors.under("averaged"), parameters))
         checkpoint.set_random_state(resumed.rng)
-        self.carried = resumed.carried
-        if self.average is not None:
-            self.average.load_state_tensors(resumed.averaged)
+        share, rows = shares(self.config.data, self.team.size)
+        if resumed.carried is not None:
+            self.carried = deal_rows(resumed.carried, rows, share // rows, self.team.rank)
         self.saved_step = self.tally.step
 
     def _ended(self, stop: StopRequest) -> str:
-        if stop.name:
-            return stop.name
+        name = self._signal(stop)
+        if name:
+            return name
         if self.tally.step >= self.config.steps:
             return "steps"
         return "time" if self.config.max_seconds and self._seconds() >= self.config.max_seconds else ""
+
+    def _signal(self, stop: StopRequest) -> str:
+        """The signal that asked this process, or any other of the team, to stop; on the way, a checkpoint that all have
+        written is made to count."""
+        *asked, written = self.team.sum([*(int(stop.name == number.name) for number in SIGNALS), int(self.writer.done)])
+        if written == self.team.size:
+            self.writer.finish()
+        return next((number.name for number, votes in zip(SIGNALS, asked, strict=True) if votes), "")
 
     def _is_logged(self, step: int) -> bool:
         return step % self.config.log.every == 0 or step == self.config.steps
 
     def _seconds(self) -> float:
-        return time.monotonic() - self._started
+        """Training time, by the leader's clock: the rate may follow it."""
+        return self.team.of_first(time.monotonic() - self._started)
 
     def _fraction(self) -> float:
         """The part of the run that is over."""
@@ -141,7 +185,8 @@ class Trainer:
     def step(self, batches: list[Batch]) -> None:
         """One step and all that is due after it."""
         config, log, tally = self.config, self.config.log, self.tally
-        started, tokens = time.monotonic(), sum(batch.tokens.numel() for batch in batches)
+        started = time.monotonic()
+        (tokens,) = self.team.sum([sum(batch.tokens.numel() for batch in batches)])
         rate = self._update(batches)
         tally.step, tally.tokens = tally.step + 1, tally.tokens + tokens
         seconds, before = self._interval
@@ -160,7 +205,7 @@ class Trainer:
     def _update(self, batches: list[Batch]) -> float:
         """One update of the weights, or a skipped one; returns the learning rate."""
         config, tally = self.config, self.tally
-        counts = count(batches)
+        counts = Counts(*self.team.sum(count(batches)))
         self._warm_inner_rate()
         self.mag.set(self._mag_step())
         self.loops.set(tally.step, self._fraction())
@@ -208,11 +253,12 @@ class Trainer:
                 sums, state = self.objective.learn(batch, start, num_targets)
             total = total + sums
             # Looking for faults waits for the device, and states are large: only where they are needed.
-            self._faults += self._new_faults(start, state) if logged else []
+            self._faults += self._new_faults(i, start, state) if logged else []
             states += [state] if carry and state is not None else []
         self.carried = states if carry else None
         parameters = list(self.optimizer.parameters())
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]).to(self.device)
+        total = self.team.add(total)
+        norm = full(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])).to(self.device)
         if self.config.clip_norm:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.config.clip_norm, norm)
         *sums, value = torch.cat([total, norm.to(total.dtype)[None]]).tolist()
@@ -223,13 +269,13 @@ class Trainer:
         if not self.config.carry_state or self.carried is None:
             return None
         assert batch.continues is not None
-        return self.carried[i].where(batch.continues, self.model.init_state(batch.tokens.shape[0]))
+        return go_on(self.model, self.carried[i], batch.continues)
 
-    def _new_faults(self, start: ModelState | None, state: ModelState | None) -> list[str]:
+    def _new_faults(self, i: int, start: ModelState | None, state: ModelState | None) -> list[str]:
         """The faults of one step: those that a carried state had before are not reported again."""
         if state is None:
             return []
-        before = [] if start is None else self.model.describe_faults(start)
+        before = [] if start is None or self.carried is None else self.model.describe_faults(self.carried[i])
         return [sentence for sentence in self.model.describe_faults(state) if sentence not in before]
 
     def _skip(self, sums: list[float], norm: float) -> None:
@@ -260,7 +306,7 @@ class Trainer:
         means = tally.close_interval()
         tally.seconds = self._seconds()
         seconds, tokens = self._interval
-        tally.fault_reports += len(self._faults)
+        tally.fault_reports += self.team.sum([len(self._faults)])[0]
         warn_of_faults(self.report, self._faults)
         self._interval, self._faults = (0.0, 0), []
         names = ("loss_nats", "bits_per_byte", "grad_norm", "tokens", "bad_steps", "fault_reports", "seconds")
@@ -271,7 +317,9 @@ class Trainer:
         self.report.advance(tally.step, self._fraction(), summary(values))
 
     def _log_inner(self, batch: Batch) -> None:
-        with torch.compiler.set_stance("force_eager"):
+        # Weights that were put together in bfloat16 meet inputs in float32.
+        mixed = autocast(self.device, self.team.gather if self.team.gather == "bfloat16" else "float32")
+        with torch.compiler.set_stance("force_eager"), whole(self.model), mixed:
             layers = inner_statistics(self.model, batch.to(self.device), self.config.log.stats_tokens)
         self.metrics.write("inner", self.tally.step, {"layers": layers})
 
@@ -283,7 +331,7 @@ class Trainer:
         """Write and say the held-out losses as they are now; NaN is None, which JSON and so the checkpoint can hold."""
         self._set_inner_rate(1.0)
         self.loops.settle(self._fraction())
-        values = heldout_losses(self.model, self.objective, self.store.split("heldout"), self.config)
+        values = heldout_losses(self.model, self.objective, self.store.split("heldout"), self.config, self.team)
         self.metrics.write(kind, self.tally.step, values)
         when = f"step {self.tally.step}" if kind == "heldout" else kind
         self.report.say(f"{when}: {describe_heldout(values)}")
@@ -304,7 +352,7 @@ class Trainer:
             tokens_per_second=tally.tokens / max(1e-9, tally.seconds),
             parameters=parameters,
         )
-        if not by_signal:
+        if not by_signal and self.team.leads:
             files.write_text(self.out / RESULT, to_json(finite(result.to_dict())) + "\n")
         return result
 
@@ -320,15 +368,18 @@ class Trainer:
             folders.replace_folder(
                 adapter, lambda new: save_adapter(new, self.model, lora, str(self.out / partial.BASE))
             )
-        final = self._merged()
-        folders.replace_folder(folder, lambda new: checkpoint.save_model(new, final, self.store.tokenizer))
+        self._save_folder(folder, self._merged())
         return {"model": str(folder), "adapter": str(adapter) if lora.rank else ""}
+
+    def _save_folder(self, folder: Path, model: Model) -> None:
+        plain = plain_model(model, self.team)
+        if self.team.leads:
+            folders.replace_folder(folder, lambda new: checkpoint.save_model(new, plain, self.store.tokenizer))
 
     def _exchange(self, average: WeightAverage) -> None:
         """Measure and write the weights as they are, in out/raw, then put the averaged ones in their place."""
         self.tally.raw = self._measure("raw")
-        raw = self._merged_copy() if self.config.lora.rank else self.model
-        folders.replace_folder(self.out / RAW, lambda new: checkpoint.save_model(new, raw, self.store.tokenizer))
+        self._save_folder(self.out / RAW, self._merged_copy() if self.config.lora.rank else self.model)
         self.report.say(describe_average(average))
         put_average(self.model, average)
 

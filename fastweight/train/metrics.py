@@ -46,6 +46,16 @@ class Metrics:
             self._wandb.finish()
 
 
+class NoMetrics:
+    """Of a process that leaves the writing to another."""
+
+    def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
 def finite(value: Any) -> Any:
     """The same JSON value with None for every number that is not finite, which JSON does not know."""
     if isinstance(value, dict):

@@ -2,15 +2,18 @@
 
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from fastweight.configs import require
 from fastweight.data import Tokenizer
+from fastweight.distributed.copies import read_state
 from fastweight.model import Model, check_weights, load
-from fastweight.tensor_files import checksum, read_tensors
+from fastweight.optim.cut import local
+from fastweight.tensor_files import checksum
 from fastweight.train import folders
-from fastweight.train.checkpoint import save_model
+from fastweight.train.checkpoint import open_tensors, save_model
 from fastweight.train.folders import CheckpointError
 
 BASE, TRAINED = "base", "trained.safetensors"
@@ -48,14 +51,18 @@ def load_trained(folder: Path, model: Model, names: list[str]) -> None:
     """Put what `save_trained` wrote into `model`. Raises CheckpointError if it does not fit."""
     wanted = _named(model, names)
     try:
-        found = read_tensors(folder / TRAINED, "Resume from another checkpoint.").tensors
-        check_weights(str(folder / TRAINED), found, {name: tuple(t.shape) for name, t in wanted.items()})
+        with open_tensors(folder) as tensors:
+            found = read_state(tensors.under("trained"), wanted)
+        check_weights(str(folder), found, {name: tuple(t.shape) for name, t in wanted.items()})
         wrong = [name for name, t in found.items() if t.dtype != wanted[name].dtype]
-        require(not wrong, f"{folder / TRAINED}: other dtypes than the model's in {', '.join(wrong[:5])}.")
+        require(not wrong, f"{folder}: other dtypes than the model's in {', '.join(wrong[:5])}.")
+    except CheckpointError:
+        raise
     except ValueError as error:
         raise CheckpointError(str(error)) from error
-    for name, parameter in wanted.items():
-        parameter.data.copy_(found[name])
+    with torch.no_grad():
+        for name, parameter in wanted.items():
+            local(parameter).copy_(local(found[name]))
 
 
 def _named(model: Model, names: list[str]) -> dict[str, Tensor]:

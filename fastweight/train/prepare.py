@@ -3,8 +3,12 @@
 import contextlib
 from collections.abc import Iterator
 
+import torch
+
 from fastweight.configs import require
 from fastweight.convert.mag import liza_layers, mag_weights
+from fastweight.distributed.shards import is_sharded
+from fastweight.distributed.team import Team
 from fastweight.model import Model
 from fastweight.train.config import LORA, MEMORY, TrainConfig
 from fastweight.train.loops import check_loops
@@ -28,6 +32,38 @@ def check_parts(model: Model, config: TrainConfig) -> None:
     check_rounding(model, config.rounding)
     check_mag(model, config.mag, config.steps)
     _check_memory_is_read(model, config)
+
+
+def compile_blocks(model: Model) -> None:
+    """Compile each block; of a cut one what it computes, without the putting together of its weights."""
+    for block in model.blocks:
+        if is_sharded(block):
+            block.forward = torch.compile(block.forward)
+        else:
+            block.compile()
+
+
+def check_team(model: Model, config: TrainConfig, team: Team) -> None:
+    """Refuse what a run of several processes cannot do."""
+    narrow, precision = config.mesh.gather == "bfloat16", config.precision
+    require(
+        not narrow or precision == "bfloat16",
+        f'mesh: gather "bfloat16" computes in bfloat16, but precision is {precision!r}. Set precision to "bfloat16".',
+    )
+    if team.size == 1:
+        return
+    advice = "Run it in one process."
+    require(config.lora.rank == 0, f"train: adapters (lora.rank) cannot be trained by several processes. {advice}")
+    require(config.mag is None, f"train: a mag schedule cannot be followed by several processes. {advice}")
+    require(config.rounding.mode == "none", f"train: rounding cannot be trained by several processes. {advice}")
+    dtypes = sorted({str(p.dtype) for p in model.parameters()})
+    require(
+        len(dtypes) == 1,
+        f"train: weights of several dtypes ({', '.join(dtypes)}) cannot be cut for several processes. Convert it "
+        "with model.float(), or run it in one process.",
+    )
+    kind = config.objective.kind
+    require(kind != "transfer", f'train: objective "{kind}" cannot be trained by several processes. {advice}')
 
 
 def _check_memory_is_read(model: Model, config: TrainConfig) -> None:
@@ -57,8 +93,7 @@ def prepared(model: Model, config: TrainConfig) -> Iterator[list[str]]:
         if config.partial:
             set_trainable(model, trained_names(model, config, config.trainable))
         if config.compile:
-            for block in model.blocks:
-                block.compile()
+            compile_blocks(model)
         yield [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     finally:
         if config.lora.rank:

@@ -10,6 +10,7 @@ from rich.table import Column
 
 from fastweight.backends import describe_backends, describe_layers
 from fastweight.data import Store
+from fastweight.distributed.team import Team
 from fastweight.effort import TRAINING, effective_parameters, forward_flops
 from fastweight.model import Model
 from fastweight.train.config import TrainConfig
@@ -73,8 +74,10 @@ class Report:
             self._bar = None
 
 
-def describe_run(config: TrainConfig, model: Model, store: Store, device: torch.device) -> list[str]:
+def describe_run(config: TrainConfig, model: Model, store: Store, device: torch.device, team: Team) -> list[str]:
     """Lines that say what runs: model, data, optimiser, and the backend of each op with the reason."""
+    if not team.leads:
+        return []
     data, train = config.data, store.split("train")
     where = config.model.preset or config.model.folder or "given in Python"
     tokens = data.batch_size * data.seq_len
@@ -89,6 +92,9 @@ def describe_run(config: TrainConfig, model: Model, store: Store, device: torch.
         f"run: {config.steps:,} steps of {data.batch_size} × {data.seq_len} = {tokens:,} tokens, "
         f"{config.optimizer.name}, {config.schedule.kind}{budget}{averaging}",
     ]
+    if team.size > 1:
+        replicas, shards = config.mesh.sizes(team.size)
+        lines.append(f"mesh: {team.size} processes, {replicas} × the model, each cut into {shards}")
     tokens_as = torch.bfloat16 if config.precision == "bfloat16" else None
     return lines + [f"op {op}: {text}" for op, text in describe_backends(model, tokens_as).items()]
 

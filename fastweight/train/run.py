@@ -1,5 +1,6 @@
 """Starting and resuming runs: folders, configs, models; then the loop."""
 
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -11,21 +12,24 @@ from fastweight import files
 from fastweight.configs import require, to_json
 from fastweight.data import Store, Windows
 from fastweight.devices import pick_device
-from fastweight.model import Model, load
+from fastweight.distributed.mesh import MeshConfig
+from fastweight.distributed.team import Team, joined, local_device
+from fastweight.model import Model
 from fastweight.train import checkpoint, folders, partial
 from fastweight.train.config import TrainConfig
 from fastweight.train.loop import RESULT, Trainer
-from fastweight.train.metrics import Metrics
-from fastweight.train.prepare import check_parts, prepared
+from fastweight.train.metrics import Metrics, NoMetrics
+from fastweight.train.prepare import check_parts, check_team, prepared
 from fastweight.train.report import Report, describe_run, describe_trained
 from fastweight.train.signals import stop_requests
-from fastweight.train.source import make_view
+from fastweight.train.source import make_view, shares
+from fastweight.train.start import new_start, placed, resumed_start
 from fastweight.train.tally import Tally, TrainResult
 
 FORMAT, VERSION = "fastweight-run", 1
 # What may differ when a run is resumed: nothing here changes the weights of a given step, but for max_seconds, which
 # makes the rate follow the clock; it is free so that a run can be given more time.
-FREE = ("log", "max_seconds", "max_bad_steps", "device")
+FREE = ("log", "max_seconds", "max_bad_steps", "device", "mesh")
 
 
 def train(
@@ -41,48 +45,55 @@ def train(
     resume: True goes on from the latest checkpoint in `out`, a name ("step-000500") from that one; the following steps
     are bit-equal to an uninterrupted run on the same CPU. config may then be None: the run's own is used.
     model: train this model instead of config.model. quiet: nothing on stderr.
+    Started by torchrun, every process must call this alike; config.mesh places them, the first one writes and speaks. A
+    model that is given then stays as it is.
     The first SIGTERM or SIGINT saves after the current step and returns (`stopped`, `exit_code` say so).
     Raises ValueError for settings that do not fit, CheckpointError for a damaged checkpoint, OSError if saving fails,
     DivergedError after max_bad_steps steps in a row that were not finite.
     """
     out = Path(out)
-    config = _resumed_config(config, out) if resume else _new_config(config, out)
-    device = pick_device(config.device)
+    with joined((config.mesh if config is not None else MeshConfig()).timeout_seconds) as team:
+        config = _resumed_config(config, out, team) if resume else _new_config(config, out)
+        return _run(config, out, resume, model, team, quiet or not team.leads)
+
+
+def _run(
+    config: TrainConfig, out: Path, resume: bool | str, model: Model | None, team: Team, quiet: bool
+) -> TrainResult:
+    device = local_device(pick_device(config.device))
+    team.arrange(config.mesh, device)
     store = Store.open(config.data.store)
     report = Report(config, quiet)
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), stop_requests() as stop:
         torch.manual_seed(config.seed)
         if resume:
-            record = read_record(out)
-            same = record["store"] == _fingerprint(store)
-            require(same, f"{store.path} holds other data than the run in {out} was started with. Give its own store.")
-            folder = folders.open_checkpoint(out, resume if isinstance(resume, str) else None)
-            trained = partial.read_base(out, record["base"]) if config.partial else checkpoint.read_model(folder)
-            resumed = checkpoint.read_trainer(folder, device)
+            _check_store(out, store)
+            start = resumed_start(config, out, read_record(out), resume, team)
         else:
-            trained, folder, resumed = _new_model(config, store, model), None, None
-        trained = trained.to(device)
-        _check_vocabulary(trained, store)
-        _check_data(store, config)
-        _check_statistics(trained, config)
-        check_parts(trained, config)
-        for line in describe_run(config, trained, store, device):
+            start = new_start(config, store, model, team)
+        resumed = None if start.checkpoint is None else checkpoint.read_trainer(start.checkpoint, device)
+        _check(config, start.model, store, team)
+        trained = placed(start, team, device)
+        for line in describe_run(config, trained, store, device, team):
             report.say(line)
-        if resumed is None:
-            _record(config, trained, store, out)
+        team.wait()  # nothing is written before all processes have found the settings good
+        if resumed is None and team.leads:
+            _record(config, start.model, store, out)
         tally = Tally() if resumed is None else resumed.tally
-        metrics = Metrics(out, config.log, -1 if resumed is None else tally.step, config.to_dict())
+        step = -1 if resumed is None else tally.step
+        metrics = Metrics(out, config.log, step, config.to_dict()) if team.leads else NoMetrics()
         try:
             with prepared(trained, config) as names:
-                if folder is not None and config.partial:
-                    partial.load_trained(folder, trained, names)
+                if resumed is not None and config.partial:
+                    partial.load_trained(resumed.folder, trained, names)
                 if config.partial:
                     report.say(describe_trained(config, trained, names))
-                trainer = Trainer(config, out, trained, store, tally, report, metrics)
+                trainer = Trainer(config, out, trained, store, tally, report, metrics, team)
                 if resumed is not None:
                     trainer.restore(resumed)
                     report.say(f"resumed after step {tally.step}")
-                (out / RESULT).unlink(missing_ok=True)
+                if team.leads:
+                    (out / RESULT).unlink(missing_ok=True)
                 return trainer.run(stop)
         finally:
             metrics.close()
@@ -102,12 +113,18 @@ def _new_config(config: TrainConfig | None, out: Path) -> TrainConfig:
     return config
 
 
-def _resumed_config(config: TrainConfig | None, out: Path) -> TrainConfig:
-    """The settings to go on with; those that shape the weights must be the run's own."""
+def _resumed_config(config: TrainConfig | None, out: Path, team: Team) -> TrainConfig:
+    """The settings to go on with; those that shape the weights must be the run's own, those of the mesh may change."""
     if config is None:
-        return load_run_config(out)
+        own = load_run_config(out)
+        return own if own.mesh.fits(team.size) else dataclasses.replace(own, mesh=MeshConfig())
     check_same_run(config, out)
     return config
+
+
+def _check_store(out: Path, store: Store) -> None:
+    same = read_record(out)["store"] == _fingerprint(store)
+    require(same, f"{store.path} holds other data than the run in {out} was started with. Give its own store.")
 
 
 def check_same_run(config: TrainConfig, out: Path) -> None:
@@ -155,15 +172,12 @@ def _fingerprint(store: Store) -> str:
     return hashlib.sha256(to_json(store.manifest["splits"]).encode()).hexdigest()
 
 
-def _new_model(config: TrainConfig, store: Store, model: Model | None) -> Model:
-    source = config.model
-    if model is not None:
-        return model
-    if source.folder:
-        return load(source.folder)
-    require(bool(source.preset), "model: name a preset (model.preset) or a model folder (model.folder).")
-    vocab_size = source.vocab_size or store.tokenizer.vocab_size
-    return Model.from_preset(source.preset, **(source.changes | {"vocab_size": vocab_size}))
+def _check(config: TrainConfig, model: Model, store: Store, team: Team) -> None:
+    _check_vocabulary(model, store)
+    _check_data(store, config, team)
+    _check_statistics(model, config)
+    check_parts(model, config)
+    check_team(model, config, team)
 
 
 def _check_vocabulary(model: Model, store: Store) -> None:
@@ -175,8 +189,9 @@ def _check_vocabulary(model: Model, store: Store) -> None:
     )
 
 
-def _check_data(store: Store, config: TrainConfig) -> None:
-    """Raise before the run starts if a split is too small for what is asked of it."""
+def _check_data(store: Store, config: TrainConfig, team: Team) -> None:
+    """Raise before the run starts if a split is too small for what is asked of it, or a step for the processes."""
+    shares(config.data, team.size)
     make_view(store.split("train"), config.data, config.seed)
     if config.log.heldout_every or config.log.before_after or config.averaging.kind != "none":
         Windows(store.split("heldout"), config.data.seq_len)

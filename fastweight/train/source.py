@@ -1,11 +1,16 @@
 """Micro-batches of each step, as a function of the step number alone."""
 
-import dataclasses
+import itertools
 from collections.abc import Iterator
 
+import numpy as np
+
 from fastweight import data
+from fastweight.configs import require
 from fastweight.data import Batch
 from fastweight.data.batches import View
+from fastweight.data.sampler import Sampler
+from fastweight.distributed.mesh import share_of_batch
 from fastweight.train.config import DataConfig
 
 
@@ -18,23 +23,29 @@ def make_view(split: data.Split, config: DataConfig, seed: int) -> View:
     return data.Streams(split, config.seq_len, config.batch_size, seed)
 
 
-def step_batches(split: data.Split, config: DataConfig, seed: int, start_step: int) -> Iterator[list[Batch]]:
+def step_batches(
+    split: data.Split, config: DataConfig, seed: int, start_step: int, rank: int = 0, processes: int = 1
+) -> Iterator[list[Batch]]:
     """Yield the micro-batches of step start_step, start_step + 1, ... without end.
 
-    The samples of a step do not depend on the micro-batch size.
+    Process `rank` reads the rank-th of equal slices of the step's samples. The samples of a step depend neither on the
+    micro-batch size nor on the number of processes.
     """
-    view = make_view(split, config, seed)
-    pieces = config.batch_size // config.rows
-    if view.lanes is not None:
-        # A lane is a row of the whole batch: read the batch, then cut it.
-        for batch in data.loader(view, config.batch_size, seed, start_step):
-            yield [_rows(batch, i * config.rows, (i + 1) * config.rows) for i in range(pieces)]
-    batches = data.loader(view, config.rows, seed, start_step * pieces)
-    while True:
-        yield [next(batches) for _ in range(pieces)]
+    view, share, rows = make_view(split, config, seed), *shares(config, processes)
+    sampler = None if view.ordered else Sampler(len(view), seed)
+    for step in itertools.count(start_step):
+        first = step * config.batch_size + rank * share
+        pieces = [np.arange(start, start + rows) for start in range(first, first + share, rows)]
+        yield [view.batch(piece if sampler is None else sampler.locate(piece)[1]) for piece in pieces]
 
 
-def _rows(batch: Batch, start: int, stop: int) -> Batch:
-    goes_on = None if batch.continues is None else batch.continues[start:stop]
-    cut = {name: getattr(batch, name)[start:stop] for name in ("tokens", "targets", "target_bytes")}
-    return dataclasses.replace(batch, **cut, continues=goes_on)
+def shares(config: DataConfig, processes: int) -> tuple[int, int]:
+    """Sequences per step and per forward pass of each of so many processes. Raises ValueError if they do not fit."""
+    share = share_of_batch(config.batch_size, processes)
+    rows = min(config.rows, share)
+    require(
+        share % rows == 0,
+        f"data: each of {processes} processes reads {share} sequences of a step, which micro_batch_size {rows} does "
+        "not divide. Set another data.micro_batch_size.",
+    )
+    return share, rows

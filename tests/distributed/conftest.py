@@ -1,0 +1,77 @@
+"""One launch of two processes and one of four for all tests: what they wrote, beside the same runs in one process."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from distributed import runs
+from training_cases import make_store
+
+import fastweight
+from fastweight.train import train
+
+WORKER = Path(__file__).parent / "worker.py"
+ROOT = Path(fastweight.__file__).parent.parent
+SECONDS = 150
+
+
+def launch(processes: int, arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run a script or module in so many processes that work together on this machine."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, env=environment)
+
+
+def make_runs(processes: int, store: Path, jobs: list[dict]) -> subprocess.CompletedProcess[str]:
+    return launch(processes, [str(WORKER), str(store), json.dumps(jobs)])
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory):
+    return make_store(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="session")
+def alone(store, tmp_path_factory):
+    """Name of a run → its folder, made in this process when it is first asked for."""
+    folder = tmp_path_factory.mktemp("alone")
+
+    def make(name: str) -> Path:
+        out = folder / name
+        if not out.exists():
+            train(runs.run_config(store, name), out, model=runs.RUNS[name][0](), quiet=True)
+        return out
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def two(store, alone, tmp_path_factory):
+    """The folder with all runs of two processes, and "alone-…": runs of one that two have gone on with."""
+    folder = tmp_path_factory.mktemp("two")
+    jobs = [{"run": name, "out": str(folder / name)} for name in runs.RUNS]
+    for name in ("muon", "carried"):
+        shutil.copytree(alone(name), folder / f"alone-{name}")
+        jobs.append({"run": name, "out": str(folder / f"alone-{name}"), "resume": "step-000008"})
+    jobs.append({"run": "delta", "out": str(folder / "stopped"), "fault": "stop"})
+    jobs.append({"run": "lact", "out": str(folder / "bfloat16"), "gather": "bfloat16", **runs.BFLOAT16})
+    done = make_runs(2, store, jobs)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder
+
+
+@pytest.fixture(scope="session")
+def four(store, two, tmp_path_factory):
+    """The folder with runs of four processes, two replicas of two; "two-…": runs of two that four have gone on with."""
+    folder = tmp_path_factory.mktemp("four")
+    jobs = [{"run": name, "out": str(folder / name), "replicate": 2} for name in (*runs.KINDS, "muon", "packed")]
+    for name in ("muon", "carried", "memory"):
+        shutil.copytree(two / name, folder / f"two-{name}")
+        jobs.append({"run": name, "out": str(folder / f"two-{name}"), "resume": "step-000008"})
+    done = make_runs(4, store, jobs)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder

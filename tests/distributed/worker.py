@@ -1,0 +1,59 @@
+"""One process of several: makes the runs that a JSON list names, one after another.
+
+Each entry: run (a name of runs.RUNS) and out; replicate, gather, dtype of the weights, changes of settings; resume (a
+checkpoint's name) to go on in `out`; fault, what process 1 does before step 4: "raise", "kill", or "stop" (SIGTERM to
+itself).
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from distributed import runs  # found in the folder of all tests
+
+from fastweight.distributed.mesh import MeshConfig
+from fastweight.distributed.team import joined
+from fastweight.train import train
+from fastweight.train.loop import Trainer
+
+FAULT_STEP = 4
+
+
+def main(store: str, jobs: list[dict]) -> None:
+    torch.set_num_threads(1)
+    with joined(60):
+        for job in jobs:
+            with pytest.MonkeyPatch.context() as patch:
+                if "fault" in job:
+                    patch.setattr(Trainer, "step", faulty(job["fault"]))
+                make(store, job)
+
+
+def make(store: str, job: dict) -> None:
+    mesh = MeshConfig(replicate=job.get("replicate", 1), gather=job.get("gather", "own"))
+    config = runs.run_config(store, job["run"], mesh=mesh, **job.get("changes", {}))
+    model = None if "resume" in job else runs.RUNS[job["run"]][0]().to(getattr(torch, job.get("dtype", "float64")))
+    train(config, job["out"], resume=job.get("resume", False), model=model, quiet=True)
+
+
+def faulty(kind: str):
+    step = Trainer.step
+
+    def run(self, batches) -> None:
+        if self.team.rank == 1 and self.tally.step == FAULT_STEP:
+            if kind == "raise":
+                raise ValueError("the disk of this machine is full")
+            os.kill(os.getpid(), {"stop": signal.SIGTERM, "kill": signal.SIGKILL}[kind])
+        step(self, batches)
+
+    return run
+
+
+main(sys.argv[1], json.loads(sys.argv[2]))
