@@ -28,7 +28,7 @@ def works(device: str) -> Iterator[tuple[str, Shape, Example, dict[str, int]]]:
     long = Shape(1, 32768, 24, 64) if cuda else Shape(1, 2048, 4, 64)
     fast = Shape(1, 32768, 4, 384) if cuda else Shape(1, 1024, 2, 128)
     sizes = {"window": 2048 if cuda else 256, "mini_batch": 16, "chunk": 2048 if cuda else 256}
-    for name, example in examples(**sizes).items():
+    for name, example in examples(**sizes, muon_dtype="bfloat16" if cuda else "float32").items():
         shape = long if "window" in name else fast if name.startswith("LaCT") else heads
         yield name, Shape(1, shape.length, 16, 64) if name.startswith("In-Place") and cuda else shape, example, sizes
 

@@ -26,7 +26,8 @@ def check_keys(owner: str, data: dict[str, Any], known: Iterable[str], required:
     """Refuse unknown and missing keys of `data` by name."""
     known = set(known)
     for key in data:
-        require(key in known, f"{owner}: unknown key {key!r}.{near_names(str(key), known)}")
+        if key not in known:
+            raise ValueError(f"{owner}: unknown key {key!r}.{near_names(str(key), known)}")
     missing = [key for key in required if key not in data]
     require(not missing, f"{owner}: missing key(s) {', '.join(missing)}.")
 

@@ -56,17 +56,21 @@ class Stepper:
             assert self._logits is not None
             logits = self._logits
         else:
-            logits = self._step()
+            logits = self._step(self._copied())
         self._positions = [position + 1 for position in self._positions]
         return logits
 
     def _acts(self) -> bool:
         return any(m.acts_at(p) for visit in self._memories for m in visit for p in set(self._positions))
 
-    def _step(self) -> Tensor:
-        logits, after = self.model(self._tokens, self._state)
+    def _step(self, state: ModelState) -> Tensor:
+        logits, after = self.model(self._tokens, state)
         _overwrite(self._state, after)
         return logits
+
+    def _copied(self) -> ModelState:
+        """What a step that is not recorded reads: ops may note on a GPU's tensors what they hold, and ours change."""
+        return self._state.fork() if self._tokens.is_cuda else self._state
 
     def _record(self) -> torch.cuda.CUDAGraph:
         """The step as a graph; the state stays as it is."""
@@ -74,11 +78,11 @@ class Stepper:
         stream.wait_stream(torch.cuda.current_stream(self.model.device))
         with torch.cuda.stream(stream):
             for _ in range(WARM_UP_STEPS):
-                self.model(self._tokens, self._state)
+                self.model(self._tokens, self._copied())
         torch.cuda.current_stream(self.model.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            self._logits = self._step()
+            self._logits = self._step(self._state)
         return graph
 
 

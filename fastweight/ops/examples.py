@@ -41,8 +41,11 @@ class Example(NamedTuple):
     run: Callable[[Inputs, str], Tensor]
 
 
-def examples(*, window: int, mini_batch: int, chunk: int) -> dict[str, Example]:
-    """Name → example; window: tokens of the windowed attention; mini_batch: of TTT; chunk: of LaCT and In-Place."""
+def examples(*, window: int, mini_batch: int, chunk: int, muon_dtype: str = "float32") -> dict[str, Example]:
+    """Name → example; window: tokens of the windowed attention; mini_batch: of TTT; chunk: of LaCT and In-Place.
+
+    muon_dtype: of LaCT's inner Muon; "bfloat16" is the published arithmetic.
+    """
     made = {
         "attention, full": Example("attention", _attention_inputs, _run_attention(None)),
         f"attention, window {window}": Example("attention", _attention_inputs, _run_attention(window)),
@@ -57,7 +60,7 @@ def examples(*, window: int, mini_batch: int, chunk: int) -> dict[str, Example]:
         ("momentum + Muon", "separate", "all"),
         ("only w1 learns", "none", "w1"),
     ):
-        made[f"LaCT, {name}, chunk {chunk}"] = Example("lact", _lact_inputs, _run_lact(chunk, muon, update))
+        made[f"LaCT, {name}, chunk {chunk}"] = Example("lact", _lact_inputs, _run_lact(chunk, muon, muon_dtype, update))
     return made
 
 
@@ -161,11 +164,13 @@ def _lact_inputs(s: Shape, device: str) -> tuple[Inputs, Inputs]:
     return {"q": _unit(s, device), "k": _unit(s, device), "v": _normal(s, device, s.dim)}, others
 
 
-def _run_lact(chunk: int, muon: str, update: str) -> Callable[[Inputs, str], Tensor]:
+def _run_lact(chunk: int, muon: str, muon_dtype: str, update: str) -> Callable[[Inputs, str], Tensor]:
     def run(x: Inputs, backend: str) -> Tensor:
         weights = (x["w0"], x["w1"], x["w2"], len(x["q"]))
         state = init_lact(*weights, chunk_size=chunk, momentum=True, update=update, token_dtype=x["q"].dtype)
         given = (x["q"], x["k"], x["v"], x["lr"], x["momentum"], state)
-        return lact(*given, chunk_size=chunk, muon=muon, update=update, backend=backend)[0]
+        return lact(
+            *given, chunk_size=chunk, muon=muon, muon_dtype=muon_dtype, update=update, backend=backend
+        )[0]  # fmt: skip
 
     return run

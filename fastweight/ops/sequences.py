@@ -56,12 +56,17 @@ def advance(position: Tensor, num_tokens: int, cu_seqlens: Tensor | None) -> Ten
     return position + cu_seqlens.diff().to(position)
 
 
-def rows_due(due: Tensor) -> Tensor:
-    """Indices of the rows where `due` [N] is true, for a branch on the host.
+def recording(t: Tensor) -> bool:
+    """Whether the work on `t` is recorded now, to be replayed: nobody may look at numbers then.
 
-    While a GPU's work is recorded there are none: who records a step has made sure of it (fastweight.stepping).
+    Who records a step has made sure that no memory acts in it beyond taking the token in (fastweight.stepping).
     """
-    if due.is_cuda and torch.cuda.is_current_stream_capturing():
+    return t.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def rows_due(due: Tensor) -> Tensor:
+    """Indices of the rows where `due` [N] is true, for a branch on the host; none while a step is recorded."""
+    if recording(due):
         return torch.empty(0, dtype=torch.int64, device=due.device)
     return due.nonzero().flatten()
 

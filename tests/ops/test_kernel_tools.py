@@ -48,8 +48,8 @@ def test_what_kernels_cannot_run_is_refused_in_words(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     assert 'got cpu. Use backend="chunked", or move the model' in str(why_no_kernels(torch.zeros(1)))
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr("fastweight.ops.kernels.has_triton", lambda: False)
+    monkeypatch.setattr("fastweight.ops.kernels.HAS_TRITON", False)
     assert "pip install triton" in str(why_no_kernels(torch.zeros(1)))
-    monkeypatch.setattr("fastweight.ops.kernels.has_triton", lambda: True)
+    monkeypatch.setattr("fastweight.ops.kernels.HAS_TRITON", True)
     assert "got torch.float64" in str(why_no_kernels(torch.zeros(1, dtype=torch.float64)))
     assert why_no_kernels(torch.zeros(1)) is None

@@ -191,7 +191,6 @@ def test_the_differentiable_unit_passes_the_checks_of_torch(kind):
 
 
 @kinds
-@pytest.mark.filterwarnings("ignore:.*lru_cache")  # the question for the package triton; its answer stays the same
 def test_a_compiled_function_holds_the_op_without_a_break(kind):
     args, state = inputs(1, 5, torch.float32, 4), random_state(kind, 1, torch.float32, 4)
     compiled = torch.compile(lambda *x: run(kind, x, state, "triton")[0], backend="eager", fullgraph=True)

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastweight.configs import require
 from fastweight.ops import dispatch
 from fastweight.ops.lact import LactPending, LactState, Rule, positions, unit
 from fastweight.ops.lact.layout import Layout, count, last_chunks, lay_out, pack, tokens_on_grid, unpack
 from fastweight.ops.lact.update import network
-from fastweight.ops.sequences import sequence_lengths
+from fastweight.ops.sequences import recording, sequence_lengths
 from fastweight.state import map_tensors, zip_tensors
 
 
@@ -36,6 +37,9 @@ def run(
     only if the work depends on them: packed sequences, and single tokens (once; then it counts along)."""
     lengths = sequence_lengths(q.shape[0], q.shape[1], cu_seqlens)
     single = max(lengths) == 1
+    if recording(q):
+        require(single and cu_seqlens is None, "lact: only steps of one token per sequence can be recorded.")
+        return _append(q, tokens, state, rule)
     at = positions.known(state.position, look=single or cu_seqlens is not None)
     if single and at is not None:
         y, after = _read_tokens(q, tokens, state, rule, at, packed=cu_seqlens is not None, precise=precise, fused=fused)

@@ -31,7 +31,9 @@ class Tile(NamedTuple):
 
 # What is measured and chosen on a GPU stands here and in FUSED: to time a piece without its kernel, put TORCH's there.
 MUON_TILES = {2: Tile(128, 64, 8, 3), 4: Tile(64, 32, 4, 3)}  # by bytes of an element
-ONE_LAUNCH = True  # of Newton–Schulz, where all tiles fit the device at once; else one launch for each of its steps
+# Newton–Schulz in one launch where all tiles fit the device at once, else one launch for each of its steps. The one
+# launch waits at a barrier over all programs, which no interpreter can try: off until it was measured on a GPU.
+ONE_LAUNCH = False
 HIDDEN_TILE = (8, 128)  # rows and columns of the hidden layer
 ROWS = 4  # of a matrix, in what needs their norms
 FLAT = 1024  # elements
