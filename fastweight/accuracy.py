@@ -15,7 +15,7 @@ from fastweight.ops.examples import Example, Inputs, Shape, examples
 
 # Small enough for the token loop of the definition, odd enough for edges; heads as wide as kernels like them.
 SHAPE = Shape(2, 150, 2, 64)
-CASES = {"window": 40, "mini_batch": 16, "chunk": 128}
+WINDOW, MINI_BATCH, CHUNK = 40, 16, 128
 
 
 class Accuracy(NamedTuple):
@@ -35,7 +35,7 @@ class Accuracy(NamedTuple):
 def measure(device: torch.device, dtype: torch.dtype) -> dict[str, dict[str, Accuracy]]:
     """op → backend → its distance on `device` for tokens of `dtype`; the worst of the op's examples."""
     found: dict[str, dict[str, Accuracy]] = {}
-    for example in examples(**CASES).values():
+    for example in examples(window=WINDOW, mini_batch=MINI_BATCH, chunk=CHUNK).values():
         torch.manual_seed(0)
         inputs = _draw(example, device, dtype)
         sample = next(iter(inputs.values()))
