@@ -56,7 +56,8 @@ def measure(preset: str, positions: list[int], device: torch.device) -> dict[str
     text = torch.randint(VOCABULARY, (1, max(positions)), device=device)
     states = [read(model, text[:, :position]) for position in positions]
     num_bytes = [state.num_bytes for state in states]
-    steppers = [Stepper(model, state) for state in states]
+    recorded = device.type == "cuda" and model.settled(states[0]) is not None
+    steppers = [Stepper(model, state, static=recorded) for state in states]
     turns: list[list[list[float]]] = [[] for _ in positions]
     for turn in range(-4, TURNS):
         for i in range(len(positions)) if turn % 2 else reversed(range(len(positions))):

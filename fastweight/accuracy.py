@@ -39,7 +39,7 @@ def measure(device: torch.device, dtype: torch.dtype) -> dict[str, dict[str, Acc
         torch.manual_seed(0)
         inputs = _draw(example, device, dtype)
         sample = next(iter(inputs.values()))
-        ready = [n for n, reason in dispatch.explain(example.op, sample) if reason is None and n != "naive"]
+        ready = [name for name in dispatch.runnable(example.op, sample) if name != "naive"]
         wide = {name: x.detach().double().cpu().requires_grad_() for name, x in inputs.items()}
         want = _run(example, wide, "naive") if ready else []
         for backend in ready:

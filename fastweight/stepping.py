@@ -17,14 +17,14 @@ WARM_UP_STEPS = 3  # before recording, so that libraries have chosen their kerne
 class Stepper:
     """`logits = stepper(tokens)` reads one token per sequence; `stepper.state` is what it has read so far.
 
-    static: keep the state in place and replay a recorded step; None does so on a GPU if the state can be kept (no layer
-    attends to all of the past). On a CPU a static state changes nothing but where the numbers lie.
-    Raises ValueError if static is asked for and the state grows with the text.
+    static: keep the state in place, and on a GPU replay a recorded step. On a CPU a static state changes nothing but
+    where the numbers lie. Recording was never run on a GPU so far, so it is for those who ask for it.
+    Raises ValueError if static is asked for and the state grows with the text (a layer attends to all of the past).
     """
 
-    def __init__(self, model: Model, state: ModelState, *, static: bool | None = None):
+    def __init__(self, model: Model, state: ModelState, *, static: bool = False):
         self.model = model
-        settled = model.settled(state) if static or (static is None and model.device.type == "cuda") else None
+        settled = model.settled(state) if static else None
         if static and settled is None:
             raise ValueError(
                 "Stepper: static needs a state of constant size, this model attends to all of its past. "

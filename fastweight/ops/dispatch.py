@@ -11,6 +11,11 @@ from fastweight.configs import near_names
 # Fastest first; `naive` is the definition and the last resort.
 PREFERENCE = ("triton", "fla", "varlen", "chunked", "naive")
 KERNELS = PREFERENCE[:3]  # made for GPUs
+# Right in Triton's interpreter or with a stand-in for the GPU's kernel, but never run on a GPU so far: `auto` leaves
+# them to those who name them.
+UNTRIED = {
+    ("attention", "varlen"), ("delta_rule", "fla"), ("lact", "triton"), ("ttt_linear", "triton"), ("ttt_mlp", "triton"),
+}  # fmt: skip
 
 
 class Implementation(NamedTuple):
@@ -52,7 +57,12 @@ def backends(op: str) -> list[str]:
 
 def explain(op: str, x: Tensor, *args: Any, **kwargs: Any) -> list[tuple[str, str | None]]:
     """(backend, why `auto` does not take it for such inputs, or None) for each backend of `op`, fastest first."""
-    return [(name, _why_not(_OPS[op][name], name, x, *args, **kwargs)) for name in backends(op)]
+    return [(name, _why_not(op, name, x, *args, **kwargs)) for name in backends(op)]
+
+
+def runnable(op: str, x: Tensor) -> list[str]:
+    """The backends that run inputs like `x` when they are named, fastest first; kernels only where they belong."""
+    return [name for name in backends(op) if (x.is_cuda or name not in KERNELS) and not _OPS[op][name].refuses(x)]
 
 
 def choose(op: str, backend: str, x: Tensor, *args: Any, **kwargs: Any) -> str:
@@ -83,8 +93,10 @@ def _run(run: Callable[..., Any], device_type: str, *args: Any, **kwargs: Any) -
 _run_uncompiled: Callable[..., Any] = torch.compiler.disable(_run)
 
 
-def _why_not(implementation: Implementation, name: str, x: Tensor, *args: Any, **kwargs: Any) -> str | None:
+def _why_not(op: str, name: str, x: Tensor, *args: Any, **kwargs: Any) -> str | None:
     # Triton's interpreter runs kernels on a CPU for tests; nobody wants it unasked.
     if name in KERNELS and not x.is_cuda:
         return f"needs CUDA tensors, got {x.device.type}."
-    return implementation.refuses(x, *args, **kwargs)
+    if (op, name) in UNTRIED:
+        return f'was never run on a GPU so far; to try it, name it: backend="{name}".'
+    return _OPS[op][name].refuses(x, *args, **kwargs)

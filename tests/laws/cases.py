@@ -32,5 +32,4 @@ CASES = load_cases()
 def backends_of(config: MixerConfig, device: str, dtype: torch.dtype) -> list[str]:
     op = mixer_class(config.kind).op
     x = torch.zeros(1, 2, 1, 64, device=device, dtype=dtype)  # [B, T, H, D], as far as it decides
-    ready = [name for name, reason in dispatch.explain(op, x) if reason is None] if op else []
-    return ready or ["auto"]
+    return (dispatch.runnable(op, x) if op else []) or ["auto"]
