@@ -32,7 +32,7 @@ class DemoSettings:
 
     steps: int = 480
     """Steps of 2,048 bytes; fewer are quicker and worse."""
-    cap_bytes: int = 330_000
+    cap_bytes: int = 400_000
     """Bytes of the packed model and of the program that scores it, together."""
     seed: int = 0
     """Of the weights and of the order of the text."""

@@ -22,19 +22,24 @@ class Implementation(NamedTuple):
     """One backend of one op. refuses(x, …) says why it cannot run such inputs, or None if it can.
 
     It gets what `run` would get, or `x` alone when there is no call yet: then device, dtype and head dimension decide.
-    traceable: torch.compile can follow `run`; if not, it stands in a compiled block as one call that is not compiled.
+    traceable(…): torch.compile can follow `run` for such inputs; if not, it stands in a compiled block as one call that
+    is not compiled.
     """
 
     run: Callable[..., Any]
     refuses: Callable[..., str | None]
-    traceable: bool = False
+    traceable: Callable[..., bool] = lambda *args, **kwargs: False
 
 
 _OPS: dict[str, dict[str, Implementation]] = {}
 
 
 def register_backend(
-    op: str, name: str, refuses: Callable[..., str | None] = lambda *args, **kwargs: None, *, traceable: bool = False
+    op: str,
+    name: str,
+    refuses: Callable[..., str | None] = lambda *args, **kwargs: None,
+    *,
+    traceable: Callable[..., bool] = lambda *args, **kwargs: False,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator: the function becomes backend `name` of `op`."""
 
@@ -80,7 +85,7 @@ def choose(op: str, backend: str, x: Tensor, *args: Any, **kwargs: Any) -> str:
 def call(op: str, backend: str, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     """Run `op` on `args` with autocast off: ops choose their precision themselves. x: decides device and dtype."""
     chosen = _OPS[op][choose(op, backend, x, *args, **kwargs)]
-    opaque = torch.compiler.is_compiling() and not chosen.traceable
+    opaque = torch.compiler.is_compiling() and not chosen.traceable(x, *args, **kwargs)
     return (_run_uncompiled if opaque else _run)(chosen.run, x.device.type, *args, **kwargs)
 
 

@@ -295,3 +295,26 @@ def test_a_state_of_another_number_of_sequences_is_refused():
     problem = Problem({}, 8)
     with pytest.raises(ValueError, match=r"w0 must be \[2, 2, 6, 5\]"):
         problem.read(problem.init(3))
+
+
+@pytest.mark.parametrize("update", ["all", "w1"])
+@pytest.mark.parametrize("muon", ["none", "separate", "joint"])
+@pytest.mark.parametrize("hidden", [6, 10])
+def test_the_operations_that_are_counted_are_those_of_the_products_inside(monkeypatch, muon, update, hidden):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from fastweight.ops.lact import init_lact, lact, unit
+
+    torch.manual_seed(0)
+    w0, w2, w1 = torch.randn(2, hidden, 8), torch.randn(2, hidden, 8), torch.randn(2, 8, hidden)
+    q, k, v = torch.randn(3, 2, 30, 2, 8)
+
+    def count():
+        state = init_lact(w0, w1, w2, 2, chunk_size=7, update=update)
+        with FlopCounterMode(display=False) as counter:
+            lact(q, k, v, 0.1 * torch.ones(2, 30, 2, 3), None, state, chunk_size=7, muon=muon, update=update)
+        return counter.get_total_flops()
+
+    stated = count()
+    monkeypatch.setattr(unit, "lact_chunks", unit.lact_chunks._init_fn)
+    assert count() == stated > 0

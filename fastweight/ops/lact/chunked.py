@@ -15,7 +15,12 @@ from fastweight.ops.sequences import recording, sequence_lengths
 from fastweight.state import map_tensors, zip_tensors
 
 
-@dispatch.register_backend("lact", "chunked")
+def traceable(q: Tensor, *args: object, cu_seqlens: Tensor | None = None, **settings: object) -> bool:
+    """Whether nothing depends on numbers that only the host may read: whole batches of more than one token."""
+    return cu_seqlens is None and q.shape[1] > 1
+
+
+@dispatch.register_backend("lact", "chunked", traceable=traceable)
 def chunked(
     q: Tensor, tokens: LactPending, state: LactState, *, rule: Rule, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, LactState]:

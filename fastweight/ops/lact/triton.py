@@ -8,7 +8,7 @@ from torch import Tensor
 from fastweight.ops import dispatch
 from fastweight.ops.kernels import why_no_kernels
 from fastweight.ops.lact import LactPending, LactState, Rule
-from fastweight.ops.lact.chunked import run
+from fastweight.ops.lact.chunked import run, traceable
 
 LARGEST = 4096  # of D and F: rows of a matrix are held in registers
 
@@ -35,7 +35,7 @@ def _too_large(dim: int) -> str | None:
     return None
 
 
-@dispatch.register_backend("lact", "triton", refuses)
+@dispatch.register_backend("lact", "triton", refuses, traceable=traceable)
 def triton(
     q: Tensor, tokens: LactPending, state: LactState, *, rule: Rule, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, LactState]:

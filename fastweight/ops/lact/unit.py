@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from fastweight.ops.lact import Rule, backward, forward
 from fastweight.ops.lact.grid import Grid, Memory, Trail
+from fastweight.ops.lact.newton_schulz import COEFFICIENTS
 from fastweight.ops.lact.pieces import TORCH, Pieces, only
 
 
@@ -97,6 +99,25 @@ def _(
         rule = Rule(size, muon, muon_dtype, prenorm, update)
         results += forward.empty_trail(results[5], Memory(weights, norms, momentum, accumulator), rule, save=True)
     return results
+
+
+@register_flop_formula(torch.ops.fastweight.lact_chunks, get_raw=True)
+def _operations(
+    q: Tensor, k: Tensor, v: Tensor, lr: Tensor, beta: Tensor | None, due: Tensor, weights: Tensor, norms: Tensor,
+    momentum: Tensor | None, accumulator: Tensor | None, active: Sequence[int], muon: str, muon_dtype: str,
+    prenorm: bool, update: str, precise: bool, fused: bool, save: bool, **_: Any,
+) -> int:  # fmt: skip
+    """Of the products of the forward pass, for torch.utils.flop_counter; asks the device how many updates are due."""
+    (chunks, size, heads, dim), updates = q.shape, int(due.sum())
+    hidden = weights.shape[-1] // (3 * dim)
+    # With w1 alone the directions of all chunks are one product, those of the last chunks with them.
+    learned = updates * 12 if update == "all" else chunks * 6
+    shapes = [(dim, hidden)] * 3 if update == "all" else [(dim, hidden)]
+    if muon == "joint" and update == "all":
+        shapes = [(dim, hidden), (dim, 2 * hidden)]
+    small = [(min(shape), max(shape)) for shape in shapes]
+    iterations = 0 if muon == "none" else sum(4 * m * m * p + 2 * m**3 for m, p in small) * len(COEFFICIENTS)
+    return heads * ((6 * chunks + learned) * size * dim * hidden + updates * iterations)
 
 
 @torch.library.custom_op("fastweight::lact_chunks_gradient", mutates_args=())
