@@ -23,7 +23,8 @@ from fastweight.train import DataConfig, LogConfig, LoopConfig, TrainConfig
 
 Say = Callable[[str], None]
 SEQ_LEN, WINDOW = 256, 128
-AUDITED_TOKENS = 4096
+AUDITED_TOKENS = 16384
+OVERLAP = 0.25  # files of one library have passages in common; the auditor says how much
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +102,10 @@ def demo_run(store: str, settings: DemoSettings) -> TrainConfig:
 
 def demo_audit(settings: DemoSettings) -> AuditSettings:
     """Few experiments, as minutes allow; drawn from the demo's seed, so that it can be repeated bit by bit."""
-    return AuditSettings(excerpts=2, positions=4, excerpt_tokens=256, cap_bytes=settings.cap_bytes, seed=settings.seed)
+    return AuditSettings(
+        excerpts=2, positions=4, excerpt_tokens=256, cap_bytes=settings.cap_bytes, overlap_share=OVERLAP,
+        seed=settings.seed,
+    )  # fmt: skip
 
 
 def demo_scoring() -> EvalSettings:
