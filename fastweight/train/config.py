@@ -12,7 +12,7 @@ from fastweight.train.loops import LoopConfig
 from fastweight.train.rounding import RoundingConfig
 
 Scalar = int | float | bool | str
-ViewName = Literal["windows", "bins", "streams"]
+ViewName = Literal["windows", "bins", "streams", "long"]
 Precision = Literal["float32", "bfloat16"]
 ObjectiveName = Literal["next-token", "transfer", "distill"]
 Student = Literal["linear", "mix"]
@@ -52,9 +52,13 @@ class DataConfig:
     """Folder of a token store (`fastweight data prepare`)."""
     view: ViewName = "windows"
     """windows: documents concatenated and split; bins: whole documents packed; streams: each row of the batch reads its
-    own documents, window after window."""
+    own documents, window after window; long: rows from long documents only, never two in a row."""
     seq_len: int = 512
-    """Tokens per window or bin."""
+    """Tokens per window, bin or row."""
+    align: int = 1
+    """View bins: every document begins at a multiple of so many tokens."""
+    min_tokens: int = 0
+    """View long: the shortest row that is read; 0: seq_len."""
     batch_size: int = 8
     """Sequences per step."""
     micro_batch_size: int = 0
@@ -64,6 +68,16 @@ class DataConfig:
         check_types(self, "data")
         require(self.seq_len >= 1, f"data: seq_len must be positive, got {self.seq_len}.")
         require(self.batch_size >= 1, f"data: batch_size must be positive, got {self.batch_size}.")
+        require(
+            self.align == 1 or (self.view == "bins" and self.align > 1 and self.seq_len % self.align == 0),
+            f"data: align belongs to view bins and must divide seq_len {self.seq_len}, got {self.align} with view "
+            f"{self.view}.",
+        )
+        require(
+            self.min_tokens == 0 or (self.view == "long" and 0 < self.min_tokens <= self.seq_len),
+            f"data: min_tokens belongs to view long and must lie in 1..seq_len {self.seq_len}, got {self.min_tokens} "
+            f"with view {self.view}.",
+        )
         micro = self.micro_batch_size
         require(
             0 <= micro <= self.batch_size and (micro == 0 or self.batch_size % micro == 0),

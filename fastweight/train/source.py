@@ -19,7 +19,9 @@ def make_view(split: data.Split, config: DataConfig, seed: int) -> View:
     if config.view == "windows":
         return data.Windows(split, config.seq_len)
     if config.view == "bins":
-        return data.Bins(split, config.seq_len)
+        return data.Bins(split, config.seq_len, config.align)
+    if config.view == "long":
+        return data.LongDocuments(split, config.seq_len, config.min_tokens or None)
     return data.Streams(split, config.seq_len, config.batch_size, seed)
 
 

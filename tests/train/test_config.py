@@ -90,3 +90,21 @@ def test_rows_are_the_whole_batch_unless_a_micro_batch_is_asked_for():
 def test_a_folder_takes_no_changes():
     with pytest.raises(ValueError, match="a model folder is taken as it is"):
         ModelSource(folder="there", changes={"tie_embeddings": True})
+
+
+def test_views_with_settings_of_their_own_are_made_and_misplaced_settings_refused(tmp_path):
+    from fastweight.data import Bins, LongDocuments, Store, prepare
+    from fastweight.train.source import make_view
+
+    (tmp_path / "a.txt").write_text("a long text " * 40)
+    prepare(str(tmp_path / "a.txt"), "bytes", tmp_path / "store", heldout_fraction=0.0)
+    split = Store.open(tmp_path / "store").split("train")
+    bins = make_view(split, DataConfig(view="bins", seq_len=64, align=16), 0)
+    assert isinstance(bins, Bins)
+    assert bins.align == 16
+    rows = make_view(split, DataConfig(view="long", seq_len=64, min_tokens=32), 0)
+    assert isinstance(rows, LongDocuments)
+    assert rows.min_tokens == 32
+    for wrong in ({"align": 16}, {"view": "bins", "align": 7}, {"min_tokens": 8}, {"view": "long", "min_tokens": 65}):
+        with pytest.raises(ValueError, match="data: (align|min_tokens) belongs to view"):
+            DataConfig(seq_len=64, **wrong)
