@@ -1,7 +1,6 @@
 """Measure a function, describe the machine, print a table, write JSON."""
 
 import gc
-import importlib.metadata
 import json
 import platform
 import statistics
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fastweight.devices import package_version
 from fastweight.files import write_text
 
 
@@ -84,16 +84,9 @@ def machine(device: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": _version("triton"),
-        "fla-core": _version("fla-core"),
+        "triton": package_version("triton"),
+        "fla-core": package_version("fla-core"),
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastweight import files
+from fastweight.devices import package_version
 from fastweight.ops import dispatch
 from fastweight.ops.examples import Example, Inputs, Shape, examples
 
@@ -77,13 +78,10 @@ def cache_file() -> Path:
 
 
 def _key(device: torch.device, dtype: torch.dtype) -> str:
-    from importlib import metadata
-
     from fastweight import __version__
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    packages = {d.name: d.version for d in metadata.distributions(name="triton")}
-    return f"fastweight {__version__}, torch {torch.__version__}, triton {packages.get('triton')}, {name}, {dtype}"
+    return f"fastweight {__version__}, torch {torch.__version__}, triton {package_version('triton')}, {name}, {dtype}"
 
 
 def _read(path: Path) -> dict[str, Any]:

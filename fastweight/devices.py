@@ -1,5 +1,7 @@
 """The device that a name stands for."""
 
+import importlib.metadata
+
 import torch
 
 from fastweight.configs import require
@@ -22,3 +24,11 @@ def pick_device(name: str) -> torch.device:
         "Use auto or cpu.",
     )
     return device
+
+
+def package_version(package: str) -> str | None:
+    """The installed version of a package, None if there is none; the package is not imported."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

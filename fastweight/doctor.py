@@ -1,6 +1,5 @@
 """What is installed here, and what will therefore run."""
 
-import importlib.metadata
 import os
 import platform
 from typing import Any
@@ -9,6 +8,7 @@ import torch
 
 import fastweight.mixers  # noqa: F401  # registers every op's backends
 from fastweight import __version__, accuracy
+from fastweight.devices import package_version
 from fastweight.ops import dispatch
 
 REQUIRED = ("torch", "numpy", "safetensors", "tokenizers", "tyro", "rich", "matplotlib", "msgpack")
@@ -40,8 +40,8 @@ def examine(*, measure: bool = False) -> dict[str, Any]:
         "fastweight": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: _version(name) for name in REQUIRED},
-        "optional_packages": {name: _version(name) for name in OPTIONAL},
+        "packages": {name: package_version(name) for name in REQUIRED},
+        "optional_packages": {name: package_version(name) for name in OPTIONAL},
         "torch_cuda": torch.version.cuda,
         "threads": torch.get_num_threads(),
         "cpu_cores": os.cpu_count(),
@@ -81,10 +81,3 @@ def _describe_device(device: torch.device) -> dict[str, Any]:
     return {
         "name": str(device), "kind": properties.name, "memory_bytes": properties.total_memory, "capability": capability,
     }  # fmt: skip
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -86,7 +86,7 @@ class Model(nn.Module):
 
     def memories(self) -> list[Mixer | InPlaceFeedForward]:
         """Every part that has an op and may learn, in block order: mixers, and feed-forwards with a memory."""
-        return [memory for block in self.blocks for memory in block.memories()]  # type: ignore[operator]
+        return [memory for block in self.blocks for memory in block.memories()]  # type: ignore[operator]  # untyped
 
     @property
     def num_parameters(self) -> int:

@@ -79,7 +79,7 @@ def together(what: str) -> Iterator[None]:
         raise  # the others know already
     except Exception as error:
         if not getattr(error, "announced", False):
-            error.announced = True  # type: ignore[attr-defined]
+            error.announced = True  # type: ignore[attr-defined]  # ours, read where it is caught
             with contextlib.suppress(RankError):
                 _exchange({"at": what, "error": f"{type(error).__name__}: {error}"})
         raise

@@ -15,7 +15,7 @@ import numpy as np
 
 from fastweight.configs import require
 from fastweight.data.locks import exclusive
-from fastweight.data.prepare import PrepareProgress, heldout_number
+from fastweight.data.prepare import PrepareProgress, falls_below
 from fastweight.data.resume import explained, fingerprint, read_progress, refuse_changes, sweep
 from fastweight.data.source_base import as_files
 from fastweight.data.store import MANIFEST, PROGRESS, read_manifest
@@ -147,7 +147,7 @@ def _copy(
                 f"document {done}: ids {ids.min()}..{ids.max()}, the tokenizer has 0..{tokenizer.vocab_size - 1} and "
                 f"{tokenizer.bos_id} must begin documents only. Is this the tokenizer that made them?"
             )
-        heldout = heldout_number(ids.astype("<i8").tobytes()) < options["heldout_fraction"]
+        heldout = falls_below(ids.astype("<i8").tobytes(), options["heldout_fraction"])
         writer.add("heldout" if heldout else "train", ids, count_bytes(ids))
         done += 1
         if time.monotonic() - last_commit > _COMMIT_SECONDS:

@@ -138,12 +138,12 @@ def _trained(
 
 def is_heldout(text: str, fraction: float) -> bool:
     """Return whether `text` is held out: its hash, read as a number in [0, 1), is below `fraction`."""
-    return heldout_number(utf8(text)) < fraction
+    return falls_below(utf8(text), fraction)
 
 
-def heldout_number(content: bytes) -> float:
-    """The hash of a document as a number in [0, 1)."""
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big") / 2**64
+def falls_below(content: bytes, fraction: float) -> bool:
+    """Whether the hash of a document, read as a number in [0, 1), is below `fraction`; compared without rounding."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big") < fraction * 2**64
 
 
 class _Preparation:

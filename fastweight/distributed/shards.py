@@ -99,7 +99,7 @@ def whole(model: Model) -> Iterator[None]:
 
 def full(tensor: Tensor) -> Tensor:
     """The whole of a tensor that may be cut; all processes must ask."""
-    return tensor.full_tensor() if _is_cut(tensor) else tensor  # type: ignore[attr-defined]
+    return tensor.full_tensor() if _is_cut(tensor) else tensor  # type: ignore[attr-defined]  # a DTensor
 
 
 def cut_like(tensor: Tensor, like: Tensor) -> Tensor:

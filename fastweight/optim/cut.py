@@ -50,7 +50,7 @@ def cut_of(p: Tensor) -> Cut | None:
 
 def local(p: Tensor) -> Tensor:
     """The part of `p` that this process holds; changes of it are changes of `p`."""
-    return p.to_local() if hasattr(p, "to_local") else p  # type: ignore[attr-defined]
+    return p.to_local() if hasattr(p, "to_local") else p  # type: ignore[attr-defined]  # a DTensor
 
 
 def map_cut(

@@ -7,6 +7,7 @@ import sys
 import pytest
 from audit.audit_cases import foreign, looped_model, text
 from audit.test_certificate import write_keys
+from command_line import json_runner
 
 from fastweight import cli
 from fastweight.artifact import PackSpec, pack, write
@@ -38,15 +39,7 @@ def fastweight(capsys, monkeypatch, folder):
     """Run the program in this process and `folder`: (exit code, the last line's JSON or None, stderr)."""
     monkeypatch.chdir(folder)
 
-    def run(*arguments):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as exit:
-            cli.main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        lines = captured.out.strip().split("\n")
-        return exit.value.code or 0, json.loads(lines[-1]) if lines[-1].startswith("{") else None, captured.err
-
-    return run
+    return json_runner(capsys)
 
 
 def test_golf_p1_p2_p9_a_packed_file_that_learns_passes_and_its_certificate_is_valid(fastweight, folder):

@@ -4,8 +4,9 @@ import json
 import re
 
 import pytest
+from command_line import json_runner
 
-from fastweight import cli, load
+from fastweight import load
 from fastweight.diloco import Storage, open_run
 from fastweight.diloco.chaos import ChaosPlan, Cut, Kill, Slow, chaos, count_samples, parse_cut, parse_kill, parse_slow
 from fastweight.diloco.rehearse import POLICIES, Rehearsal, rehearse
@@ -16,15 +17,7 @@ from fastweight.diloco.seals import to_bytes
 def fastweight(capsys):
     """Run the program in this process: (exit code, last line of stdout as JSON, stderr)."""
 
-    def run(*arguments):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as exit:
-            cli.main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        lines = captured.out.strip().split("\n")
-        return exit.value.code or 0, json.loads(lines[-1]) if lines[-1].startswith("{") else None, captured.err
-
-    return run
+    return json_runner(capsys)
 
 
 def test_a_run_is_made_worked_on_and_exported_by_commands(store, tmp_path, fastweight):

@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from command_line import runner
 from golf.golf_cases import CALIBRATION, PACK, SCORING, golf_config, golf_model
 
-from fastweight import cli, load
+from fastweight import load
 from fastweight.artifact import CapError, unpack
 from fastweight.data import Store
 from fastweight.evaluate import score, score_and_learn
@@ -212,14 +213,7 @@ def test_the_ledger_is_written_as_json_markdown_and_picture(finished):
 
 @pytest.fixture
 def fastweight(capsys):
-    def run(*arguments):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as exit:
-            cli.main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return exit.value.code or 0, captured.out, captured.err
-
-    return run
+    return runner(capsys)
 
 
 def test_the_commands_lead_from_text_to_ledger(fastweight, store, tmp_path):
