@@ -27,17 +27,18 @@ def _kernels():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import fla.ops.delta_rule
-        import fla.ops.gated_delta_rule  # noqa: F401
+        import fla.ops.gated_delta_rule
+        import fla.ops.kda  # noqa: F401
     interpreted(*(m for name, m in list(sys.modules.items()) if name.startswith("fla.")))
 
 
-def compare(length, *, batch=1, order=1, group=1, gated=False, cu_seqlens=None, sequences=1):
+def compare(length, *, batch=1, order=1, group=1, gated=False, cu_seqlens=None, sequences=1, strength=1.0):
     g = torch.Generator().manual_seed(length)
     draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
     unit = lambda x: torch.nn.functional.normalize(x, dim=-1)  # noqa: E731
     inputs = [unit(draw(batch, length, H * group, K)), unit(draw(batch, length, order, H, K))]
     inputs += [draw(batch, length, order, H, V), torch.rand(batch, length, order, H, generator=g).double()]
-    decay = [-torch.rand(batch, length, H, generator=g).double()] if gated else []
+    decay = [-strength * torch.rand(batch, length, H, generator=g).double()] if gated else []
     memory = draw(sequences, H, K, V)
     results = []
     for backend, dtype in (("fla", torch.float16), ("naive", torch.float64)):
@@ -49,6 +50,7 @@ def compare(length, *, batch=1, order=1, group=1, gated=False, cu_seqlens=None, 
         weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
         loss = (y.double() * weight).sum() + after.memory.double().square().sum()
         results.append((y, after.memory, *torch.autograd.grad(loss, [*leaves, start])))
+    results = [r[:-1] if strength > 1 else r for r in results]  # so strong a decay leaves nothing of the first memory
     for i, (got, want) in enumerate(zip(*results, strict=True)):
         assert_close(got, want, OUTPUT if i < 2 else GRADIENT, f"result {i}")
 
@@ -78,12 +80,11 @@ def test_what_the_kernels_cannot_do_is_refused_with_a_way_out():
         delta_rule(wide, wide, wide, wide[..., 0], state, backend="fla")
 
 
-def test_wrong_gated_gradients_are_refused_but_the_forward_pass_is_not(monkeypatch):
+@pytest.mark.parametrize("strength", [1.0, 30.0])
+def test_where_the_gated_gradients_would_be_wrong_the_kernels_for_one_decay_per_channel_give_them(
+    monkeypatch, strength
+):
     from fastweight.ops.delta import fla
 
     monkeypatch.setattr(fla, "gated_backward_is_wrong", lambda: True)
-    x = torch.zeros(1, 4, 2, 16, dtype=torch.float16)
-    assert "gradients" in str(fla.refuses(x, x, x, x, gated=True))
-    assert fla.refuses(x, x, x, x, gated=False) is None
-    with torch.no_grad():
-        assert fla.refuses(x, x, x, x, gated=True) is None
+    compare(63, gated=True, group=2, strength=strength)

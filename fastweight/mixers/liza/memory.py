@@ -107,10 +107,12 @@ class LizaMemory(nn.Module):
             writes, conv, tail = self.project(x, q, k, v, state, cu_seqlens)
             if not learning:
                 writes = writes._replace(beta=torch.zeros_like(writes.beta), log_decay=None)
-            q, k, v, beta, log_decay = writes
+            # Features are made in full precision; the op gets them in the layer's dtype, which its GPU kernels ask for.
+            q, k, v = (z.to(v.dtype) for z in (writes.q, writes.k, writes.v))
             y, matrix = delta_rule(
-                q, k, v, beta, state.matrix, log_decay=log_decay, cu_seqlens=cu_seqlens, backend=backend
+                q, k, v, writes.beta, state.matrix, log_decay=writes.log_decay, cu_seqlens=cu_seqlens, backend=backend
             )
+            y = y.to(state.matrix.memory.dtype)
             if self.gain is not None:
                 y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + NORM_EPS) * self.gain.to(y.dtype)
         return y, LizaMemoryState(matrix, conv, tail)

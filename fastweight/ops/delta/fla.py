@@ -8,6 +8,7 @@ memory in float32. Under torch.compile each call is a graph break: the package's
 import functools
 import importlib
 import importlib.util
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,8 +54,6 @@ def refuses(
         return f"takes keys of at most {LARGEST_KEY} channels, got {q.shape[-1]}. {OTHERWISE}"
     if q.shape[1] == 1 and cu_seqlens is None:
         return f"is for many tokens, got one per sequence. {OTHERWISE}"
-    if gated and torch.is_grad_enabled() and gated_backward_is_wrong():
-        return f"gets wrong gated gradients from this release of triton on this GPU (needs 3.7.1). {OTHERWISE}"
     return None
 
 
@@ -74,9 +73,17 @@ def fla(
         ends = torch.tensor([0, *sequence_lengths(1, q.shape[1] // order, cu_seqlens)]).cumsum(0) * order
         shared |= {"cu_seqlens": ends.to(q.device), "cu_seqlens_cpu": ends}
     if gated:
-        run = importlib.import_module("fla.ops.gated_delta_rule").chunk_gated_delta_rule
-        y, after = run(*tokens, v, decay.float().repeat_interleave(group, 2), beta.float(), **shared)
+        y, after = _gated(*tokens, v, decay.float().repeat_interleave(group, 2), beta.float(), **shared)
     else:
         run = importlib.import_module("fla.ops.delta_rule").chunk_delta_rule
         y, after = run(*tokens, v, beta.float(), **shared)
     return (y[:, order - 1 :: order] if order > 1 else y), after[:, ::group].to(memory.dtype)
+
+
+def _gated(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, **shared: Any) -> tuple[Tensor, Tensor]:
+    """The kernels for one decay per head; for gradients that those get wrong, the kernels for one per channel."""
+    if torch.is_grad_enabled() and gated_backward_is_wrong():
+        run = importlib.import_module("fla.ops.kda").chunk_kda
+        return run(q, k, v, decay[..., None].expand(k.shape).contiguous(), beta, **shared)
+    run = importlib.import_module("fla.ops.gated_delta_rule").chunk_gated_delta_rule
+    return run(q, k, v, decay, beta, **shared)
