@@ -141,7 +141,8 @@ def test_whole_chunks_from_the_start_need_no_look_at_the_device(name, known):
     unpack(memory._replace(weights=done[1], momentum=end[0], accumulator=end[1]), state.memory, layout)
     last_chunks(grid, layout)
     count(state.faults, layout.due & ~done[4], layout)
-    call = done[0], done[1], *end, memory.norms, done[4], done[5:], *settings[:-1]
+    tokens = layout.gather(x["q"], state.pending.k), *grid, layout.due
+    call = done[0], done[1], *end, memory.norms, done[4], *tokens, done[5:], *settings[:-1]
     done, told = lact_chunks_gradient._init_fn(*call), lact_chunks_gradient(*call)
     assert [(t.shape, t.dtype) for t in done] == [(t.shape, t.dtype) for t in told]
 
@@ -198,21 +199,17 @@ def test_single_tokens_do_not_learn_before_their_chunk_is_full():
 
 
 def muon_jobs(dim: int, size: int) -> list[dict]:
-    from fastweight.ops.lact.fused import MUON_TILES
+    """A square, and the last step of an iteration's derivative."""
+    from fastweight.ops.lact.fused_muon import MUON_TILES
 
     tile, kind = MUON_TILES[size], "*bf16" if size == 2 else "*fp32"
-    shared = {"coefficients": "*fp32", "counters": "*i32", "x_rows": "i32"}
-    steps = {"first": "i32", "last": "i32"}
-    constants = {"BATCH": 3 * dim * dim, "COUNT": 3, "M": dim, "P": dim, "BLOCK": tile.block, "BLOCK_K": tile.block_k}
     jobs = []
-    for name, buffers, numbers, precision in (
-        ("orthogonalise", "x out s p", {}, "tf32x3"),
-        ("orthogonalise_gradient", "x grad s h p y", {"matrices": "i32"}, "tf32"),
-    ):
-        constants = {**constants, "PRECISION": precision}
-        signature = dict.fromkeys(buffers.split(), kind) | shared | numbers | steps
-        signature |= dict.fromkeys(constants, "constexpr")
-        jobs.append({"kernel": f"fastweight.ops.lact.kernels_muon:{name}", "signature": signature,
+    for turned, two, base, precision in ((True, False, False, "tf32x3"), (False, True, True, "tf32")):
+        constants = {"ROWS": dim, "COLUMNS": dim, "INNER": dim, "TURNED": turned, "TWO": two, "BASE": base,
+                     "BLOCK": tile.block, "BLOCK_K": tile.block_k, "PRECISION": precision}  # fmt: skip
+        signature = dict.fromkeys(("a", "b", "c", "d", "base", "out"), kind)
+        signature |= {"of_base": "fp32", "of_products": "fp32"} | dict.fromkeys(constants, "constexpr")
+        jobs.append({"kernel": "fastweight.ops.lact.kernels_muon:step", "signature": signature,
                      "constants": constants, "num_warps": tile.warps, "num_stages": tile.stages})  # fmt: skip
     return jobs
 
@@ -232,7 +229,7 @@ def test_the_kernels_fit_an_h100_without_spills():
     for found in compile_for(90, [*muon_jobs(384, 2), muon_jobs(384, 4)[0], *hidden_jobs(384)]):
         assert found["shared"] <= SHARED_LIMIT, found
         assert found["spills"] == 0, found
-        assert found["wgmma"] == found["kernel"].startswith("orthogonalise"), found
+        assert found["wgmma"] == (found["kernel"] == "step"), found
 
 
 @needs_triton

@@ -5,17 +5,20 @@ from torch import Tensor
 
 from fastweight.ops.lact import Rule
 from fastweight.ops.lact.grid import Carry, Grid, Memory, Shape, Trail
-from fastweight.ops.lact.muon import muon_dtype
 from fastweight.ops.lact.pieces import Pieces, product, token_sum
 from fastweight.state import map_tensors, zip_tensors
 
 
 def run(
-    grid: Grid, memory: Memory, rule: Rule, active: list[int], p: Pieces, *, save: bool
+    grid: Grid, memory: Memory, rule: Rule, active: list[int], p: Pieces, *, save: bool, trail: Trail | None = None
 ) -> tuple[Tensor, Memory, Tensor, Trail]:
-    """(y [R, H, C, D], the memory after the last update, [R] bool: which updates happened, the trail)."""
+    """(y [R, H, C, D], the memory after the last update, [R] bool: which updates happened, the trail).
+
+    trail: to be filled, made if None.
+    """
     shape = Shape.of(grid, memory.weights, active)
-    trail = _begin(grid, memory, rule, shape, save=save)
+    trail = empty_trail(grid.q, memory, rule, save=save) if trail is None else trail
+    _begin(trail, memory, rule, shape)
     happened = torch.zeros_like(grid.due)
     carry, done = Carry(shape.learned(memory.weights, rule), memory.momentum, memory.accumulator), []
     # Directions of w1 alone do not depend on it, so those of all chunks are one product.
@@ -49,18 +52,18 @@ def directions(grid: Grid, weights: Tensor, shape: Shape, rule: Rule, p: Pieces)
 
     weights: all, in the dtype of the tokens, or in the state's if the products must not round them.
     """
-    wide, dtype = grid.lr.dtype, weights.dtype
+    wide = grid.lr.dtype
     both = product(grid.k, shape.inner(weights).mT)
     if rule.update == "w1":
-        return None, token_sum(grid.v, (p.swiglu(both) * grid.lr[:, :, 1]).to(dtype), wide)
+        return None, token_sum(grid.v, p.swiglu(both, grid.lr[:, :, 1]), wide)
     g = product(grid.v, shape.outer(weights))
     if grid.lr.shape[-1] == 1:
         both, hidden = p.swiglu_gradient(both, g, grid.lr)
         return token_sum(both, grid.k, wide), token_sum(grid.v, hidden, wide)
     both, hidden = p.swiglu_gradient(both, g, None)
-    keys = ((grid.k * grid.lr[:, :, j]).to(dtype) for j in (0, 2))
+    keys = (grid.k * grid.lr[:, :, j] for j in (0, 2))  # wide: rates per channel are not rounded into the tokens
     inner = torch.cat([token_sum(a, k, wide) for a, k in zip(both.chunk(2, -1), keys, strict=True)], -2)
-    return inner, token_sum(grid.v, (hidden * grid.lr[:, :, 1]).to(dtype), wide)
+    return inner, token_sum(grid.v, hidden * grid.lr[:, :, 1], wide)
 
 
 def needs_exact(rule: Rule, shape: Shape) -> bool:
@@ -76,15 +79,13 @@ def _all(memory: Memory, carry: Carry, rule: Rule) -> Tensor:
     return torch.cat([fixed, carry.weights], -1)
 
 
-def _begin(grid: Grid, memory: Memory, rule: Rule, shape: Shape, *, save: bool) -> Trail:
-    """The trail with its first chunks written; with `update` "w1" also w0 and w2 of all, which never change."""
-    trail = empty_trail(grid.q, memory, rule, save=save)
+def _begin(trail: Trail, memory: Memory, rule: Rule, shape: Shape) -> None:
+    """Write the trail's first chunks; with `update` "w1" also w0 and w2 of all, which never change."""
     if trail.moved.numel() and memory.momentum is not None:
         trail.moved[: shape.active[0]] = memory.momentum
     for i, rows in enumerate(shape.active):
         if i == 0 or rule.update == "w1":
             trail.weights[shape.chunk(i)] = memory.weights[:rows]
-    return trail
 
 
 def empty_trail(q: Tensor, memory: Memory, rule: Rule, *, save: bool) -> Trail:
@@ -98,7 +99,6 @@ def empty_trail(q: Tensor, memory: Memory, rule: Rule, *, save: bool) -> Trail:
         raw,
         raw.new_empty(rows, heads, memory.norms.shape[-1]),
         raw.new_empty(rows if muon or memory.momentum is not None else 0, heads, learned),
-        raw.new_empty(5, rows if muon else 0, heads, learned, dtype=muon_dtype(rule, raw.dtype)),
     )
 
 
@@ -112,7 +112,7 @@ def _update(
     energy = p.move(direction, carry.momentum, part.beta, moved)
     stepped = moved
     if rule.muon != "none":
-        stepped = p.orthogonalise(moved, rule, shape, trail.iterates[:, there] if saved else None)
+        stepped = p.orthogonalise(moved, rule, shape)
     raw = trail.raw[there] if saved else torch.empty_like(carry.weights)
     norm = trail.norm[there] if saved else torch.empty_like(norms)
     p.add_rows(stepped, carry.weights if carry.accumulator is None else carry.accumulator, raw, norm, shape)

@@ -1,11 +1,27 @@
 """What the unit works on: tokens by chunk, flat memories, and what the forward pass leaves for the backward pass."""
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 from torch import Tensor
 
 from fastweight.ops.lact import Rule
 from fastweight.state import map_tensors
+
+if TYPE_CHECKING:
+    from fastweight.ops.lact.pieces import Pieces
+
+
+class Tokens(NamedTuple):
+    """Tokens by chunk, as the op lays them. q, k, v: [R, C, H, D]. lr: [R, C, H, 3, 1 or D]. beta: [R, C, H] or None.
+    due: [R] bool, whether the chunk's update may happen."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    lr: Tensor
+    beta: Tensor | None
+    due: Tensor
 
 
 class Grid(NamedTuple):
@@ -43,15 +59,14 @@ class Trail(NamedTuple):
 
     weights: [R, H, 3FD], that the chunk is read with, in the compute dtype. raw: [R, H, L], these before their rows
     were scaled (a first chunk's: as given); norm: [R, H, rows], the row norms of raw, 0 in first chunks. moved:
-    [R, H, L], the direction after momentum of the update that made them (a first chunk's: the momentum given).
-    iterates: [5, R, H, L]. Empty where not needed.
+    [R, H, L], the direction after momentum of the update that made them (a first chunk's: the momentum given). Empty
+    where not needed.
     """
 
     weights: Tensor
     raw: Tensor
     norm: Tensor
     moved: Tensor
-    iterates: Tensor
 
 
 class Shape(NamedTuple):
@@ -111,3 +126,31 @@ class Carry(NamedTuple):
 
     def rows(self, part: slice) -> "Carry":
         return map_tensors(lambda t: t[part], self)
+
+
+def make_grid(tokens: Tokens, dtype: torch.dtype, p: "Pieces", into: Grid | None = None) -> Grid:
+    """The tokens heads first, in `dtype`; chunks that hold what is not finite are blank and not learned.
+
+    into: tensors to fill.
+    """
+    q, k, v, lr, beta, due = tokens
+    at = Grid(*[None] * 6) if into is None else into  # type: ignore[arg-type]  # made below where there are none
+    ok = due.clone()
+    for t in (k, v, lr, beta):
+        if t is not None:
+            ok &= torch.stack(t.flatten(1).aminmax(dim=1)).isfinite().all(0)
+    rates = _blank(ok, lr).permute(0, 2, 3, 1, 4)
+    grid = Grid(
+        p.swap(q, dtype, out=at.q), p.swap(k, dtype, ok, out=at.k), p.swap(v, dtype, ok, out=at.v),
+        rates.contiguous(), None if beta is None else _blank(ok, beta).mean(1), ok,
+    )  # fmt: skip
+    if into is None:
+        return grid
+    for new, old in zip(grid[3:], into[3:], strict=True):
+        if old is not None:
+            old.copy_(new)
+    return into
+
+
+def _blank(good: Tensor, t: Tensor) -> Tensor:
+    return t.masked_fill(~good.view(-1, *[1] * (t.dim() - 1)), 0)

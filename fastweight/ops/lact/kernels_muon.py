@@ -1,8 +1,7 @@
-"""Newton–Schulz in Triton: products of all matrices by tiles, element-wise parts in their epilogues.
+"""Newton–Schulz in Triton: each of its steps is a sum of one or two products and a multiple of a matrix.
 
-Each of S, P and the iterate is rounded to its dtype once, which plain bfloat16 arithmetic does two or three times.
-Every step of an iteration waits for all tiles of its matrix, forward 15 times. Either each step is a launch, or one
-launch does all and the programs of a matrix wait for each other, which needs all of them on the device at once.
+All matrices of all heads and sequences are one batch. A result is rounded to its dtype once, which plain bfloat16
+arithmetic does two or three times.
 """
 
 import triton
@@ -48,136 +47,76 @@ def _place(i, j, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr)
 
 
 @triton.jit
-def _wait(counter, programs, done):
-    """Until all `programs` of this matrix have done as many steps as this one. Writes before it are seen after it."""
-    tl.debug_barrier()
-    tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
-    while tl.atomic_add(counter, 0, sem="acquire", scope="gpu") < programs * done:
-        pass
-    tl.debug_barrier()
-
-
-@triton.jit(do_not_specialize=["x_rows", "first", "last"])
-def orthogonalise(
-    x, out, s, p, coefficients, counters, x_rows, first, last,
-    BATCH: tl.constexpr, COUNT: tl.constexpr, M: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+def step(
+    a, b, c, d, base, out, of_base, of_products,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, TURNED: tl.constexpr, TWO: tl.constexpr,
+    BASE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Steps `first` to `last` of 15: for each of five iterates S = X Xᵀ, P = bS + cSS, X' = aX + PX.
+    """out = of_base base + of_products (A B + C D), matrix by matrix (program_id(1)), tile by tile.
 
-    x: five iterates, x_rows BATCH apart; matrix g at (g // COUNT) BATCH + (g % COUNT) M P, [M, P]. out: the sixth, and
-    s, p: one matrix behind the other. coefficients: [5, 3] float32. counters: [matrices] int32 of zeros. A program
-    takes the tiles pid, pid + programs, … of matrix program_id(1).
+    A, C: [ROWS, INNER]; B, D: [INNER, COLUMNS], or with TURNED given as their transposes. TWO: whether there is C D;
+    BASE: whether there is a base [ROWS, COLUMNS]. Every buffer holds one matrix behind the other.
     """
     g = tl.program_id(1).to(tl.int64)
-    x += (g // COUNT) * BATCH + (g % COUNT) * M * P
-    out += g * M * P
-    s += g * M * M
-    p += g * M * M
-    square: tl.constexpr = (M + BLOCK - 1) // BLOCK
-    wide: tl.constexpr = (P + BLOCK - 1) // BLOCK
-    x_step = x_rows.to(tl.int64) * BATCH
-    for step in range(first, last):
-        here = x + (step // 3) * x_step
-        c = coefficients + (step // 3) * 3
-        if step % 3 == 0:
-            for tile in range(tl.program_id(0), square * square, tl.num_programs(0)):
-                i = tile // square
-                j = tile - i * square
-                acc = tl.zeros([BLOCK, BLOCK], tl.float32)
-                acc = _product(here, here, i, j, acc, M, M, P, True, BLOCK, BLOCK_K, PRECISION)
-                at, real = _place(i, j, M, M, BLOCK)
-                tl.store(s + at, acc.to(s.dtype.element_ty), mask=real)
-        elif step % 3 == 1:
-            for tile in range(tl.program_id(0), square * square, tl.num_programs(0)):
-                i = tile // square
-                j = tile - i * square
-                acc = tl.zeros([BLOCK, BLOCK], tl.float32)
-                acc = _product(s, s, i, j, acc, M, M, M, True, BLOCK, BLOCK_K, PRECISION)
-                at, real = _place(i, j, M, M, BLOCK)
-                acc = tl.load(c + 1) * tl.load(s + at, mask=real, other=0.0).to(tl.float32) + tl.load(c + 2) * acc
-                tl.store(p + at, acc.to(p.dtype.element_ty), mask=real)
-        else:
-            for tile in range(tl.program_id(0), square * wide, tl.num_programs(0)):
-                i = tile // wide
-                j = tile - i * wide
-                acc = tl.zeros([BLOCK, BLOCK], tl.float32)
-                acc = _product(p, here, i, j, acc, M, P, M, False, BLOCK, BLOCK_K, PRECISION)
-                at, real = _place(i, j, M, P, BLOCK)
-                acc += tl.load(c) * tl.load(here + at, mask=real, other=0.0).to(tl.float32)
-                if step == 14:
-                    tl.store(out + at, acc.to(out.dtype.element_ty), mask=real)
-                else:
-                    tl.store(here + x_step + at, acc.to(x.dtype.element_ty), mask=real)
-        if step + 1 < last:
-            _wait(counters + g, tl.num_programs(0), step + 1 - first)
+    wide: tl.constexpr = (COLUMNS + BLOCK - 1) // BLOCK
+    i = tl.program_id(0) // wide
+    j = tl.program_id(0) - i * wide
+    left, right = g * ROWS * INNER, g * INNER * COLUMNS
+    acc = tl.zeros([BLOCK, BLOCK], tl.float32)
+    acc = _product(a + left, b + right, i, j, acc, ROWS, COLUMNS, INNER, TURNED, BLOCK, BLOCK_K, PRECISION)
+    if TWO:
+        acc = _product(c + left, d + right, i, j, acc, ROWS, COLUMNS, INNER, TURNED, BLOCK, BLOCK_K, PRECISION)
+    at, real = _place(i, j, ROWS, COLUMNS, BLOCK)
+    at += g * ROWS * COLUMNS
+    if BASE:
+        acc = of_base * tl.load(base + at, mask=real, other=0.0).to(tl.float32) + of_products * acc
+    tl.store(out + at, acc.to(out.dtype.element_ty), mask=real)
 
 
-@triton.jit(do_not_specialize=["x_rows", "matrices", "first", "last"])
-def orthogonalise_gradient(
-    x, grad, s, h, p, y, coefficients, counters, x_rows, matrices, first, last,
-    BATCH: tl.constexpr, COUNT: tl.constexpr, M: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+@triton.jit
+def dots(x, y, out, SIZE: tl.constexpr, ROUNDED: tl.constexpr, BLOCK: tl.constexpr):
+    """out [matrices, programs]: parts of the sum of x y over each matrix of SIZE elements, x rounded to ROUNDED."""
+    z = tl.program_id(1).to(tl.int64)
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    left = tl.load(x + z * SIZE + i, mask=i < SIZE, other=0.0).to(ROUNDED).to(tl.float32)
+    right = tl.load(y + z * SIZE + i, mask=i < SIZE, other=0.0).to(ROUNDED).to(tl.float32)
+    tl.store(out + z * tl.num_programs(0) + tl.program_id(0), tl.sum(left * right))
+
+
+@triton.jit
+def _total(parts, z, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """The sum of parts [matrices, PARTS] of matrix z."""
+    at = tl.arange(0, BLOCK)
+    return tl.sum(tl.load(parts + z * PARTS + at, mask=at < PARTS, other=0.0))
+
+
+@triton.jit
+def start(
+    x, squares, out, norm, eps, SIZE: tl.constexpr, ROUNDED: tl.constexpr, PARTS: tl.constexpr,
+    PARTS_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Steps `first` to `last` of 15: for each iterate from the last S = X Xᵀ and H = G Xᵀ + X Gᵀ, then P = bS + cSS and
-    Y = bH + c(HS + SH), then G' = aG + PG + YX.
+    """out = x / (‖x‖ + eps) and norm = ‖x‖ of each matrix, rounded to ROUNDED where plain arithmetic rounds."""
+    z = tl.program_id(1).to(tl.int64)
+    size = tl.sqrt(_total(squares, z, PARTS, PARTS_BLOCK)).to(ROUNDED).to(tl.float32)
+    if tl.program_id(0) == 0:
+        tl.store(norm + z, size.to(norm.dtype.element_ty))
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(x + z * SIZE + i, mask=i < SIZE, other=0.0).to(ROUNDED).to(tl.float32)
+    tl.store(
+        out + z * SIZE + i, (value / (size + eps).to(ROUNDED).to(tl.float32)).to(out.dtype.element_ty), mask=i < SIZE
+    )
 
-    x, coefficients, counters: as above. grad: two buffers of `matrices`, one behind the other; G begins in
-    the first and ends in the second. s, h, p, y: one [M, M] matrix behind the other.
-    """
-    g = tl.program_id(1).to(tl.int64)
-    x += (g // COUNT) * BATCH + (g % COUNT) * M * P
-    grad += g * M * P
-    s += g * M * M
-    h += g * M * M
-    p += g * M * M
-    y += g * M * M
-    square: tl.constexpr = (M + BLOCK - 1) // BLOCK
-    wide: tl.constexpr = (P + BLOCK - 1) // BLOCK
-    x_step, grad_step = x_rows.to(tl.int64) * BATCH, matrices.to(tl.int64) * M * P
-    for step in range(first, last):
-        turn = step // 3
-        here = x + (4 - turn) * x_step
-        now = grad + (turn % 2) * grad_step
-        after = grad + (1 - turn % 2) * grad_step
-        c = coefficients + (4 - turn) * 3
-        if step % 3 == 0:
-            for tile in range(tl.program_id(0), 2 * square * square, tl.num_programs(0)):
-                i = tile // 2 // square
-                j = tile // 2 - i * square
-                acc = tl.zeros([BLOCK, BLOCK], tl.float32)
-                at, real = _place(i, j, M, M, BLOCK)
-                if tile % 2 == 0:
-                    acc = _product(here, here, i, j, acc, M, M, P, True, BLOCK, BLOCK_K, PRECISION)
-                    tl.store(s + at, acc.to(s.dtype.element_ty), mask=real)
-                else:
-                    acc = _product(now, here, i, j, acc, M, M, P, True, BLOCK, BLOCK_K, PRECISION)
-                    acc = _product(here, now, i, j, acc, M, M, P, True, BLOCK, BLOCK_K, PRECISION)
-                    tl.store(h + at, acc.to(h.dtype.element_ty), mask=real)
-        elif step % 3 == 1:
-            for tile in range(tl.program_id(0), 2 * square * square, tl.num_programs(0)):
-                i = tile // 2 // square
-                j = tile // 2 - i * square
-                acc = tl.zeros([BLOCK, BLOCK], tl.float32)
-                at, real = _place(i, j, M, M, BLOCK)
-                if tile % 2 == 0:
-                    acc = _product(s, s, i, j, acc, M, M, M, True, BLOCK, BLOCK_K, PRECISION)
-                    acc = tl.load(c + 1) * tl.load(s + at, mask=real, other=0.0).to(tl.float32) + tl.load(c + 2) * acc
-                    tl.store(p + at, acc.to(p.dtype.element_ty), mask=real)
-                else:
-                    acc = _product(h, s, i, j, acc, M, M, M, True, BLOCK, BLOCK_K, PRECISION)
-                    acc = _product(s, h, i, j, acc, M, M, M, True, BLOCK, BLOCK_K, PRECISION)
-                    acc = tl.load(c + 1) * tl.load(h + at, mask=real, other=0.0).to(tl.float32) + tl.load(c + 2) * acc
-                    tl.store(y + at, acc.to(y.dtype.element_ty), mask=real)
-        else:
-            for tile in range(tl.program_id(0), square * wide, tl.num_programs(0)):
-                i = tile // wide
-                j = tile - i * wide
-                acc = tl.zeros([BLOCK, BLOCK], tl.float32)
-                acc = _product(p, now, i, j, acc, M, P, M, False, BLOCK, BLOCK_K, PRECISION)
-                acc = _product(y, here, i, j, acc, M, P, M, False, BLOCK, BLOCK_K, PRECISION)
-                at, real = _place(i, j, M, P, BLOCK)
-                acc += tl.load(c) * tl.load(now + at, mask=real, other=0.0).to(tl.float32)
-                tl.store(after + at, acc.to(grad.dtype.element_ty), mask=real)
-        if step + 1 < last:
-            _wait(counters + g, tl.num_programs(0), step + 1 - first)
+
+@triton.jit
+def start_gradient(
+    grad, x, norm, along, out, eps, SIZE: tl.constexpr, PARTS: tl.constexpr, PARTS_BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out, the gradient of what x = X₀ was made from, from that of x. along: parts of the sum of grad x."""
+    z = tl.program_id(1).to(tl.int64)
+    size = tl.load(norm + z).to(tl.float32)
+    total = tl.where(size > 0, _total(along, z, PARTS, PARTS_BLOCK) / size, 0.0)
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    g = tl.load(grad + z * SIZE + i, mask=i < SIZE, other=0.0).to(tl.float32)
+    value = tl.load(x + z * SIZE + i, mask=i < SIZE, other=0.0).to(tl.float32)
+    tl.store(out + z * SIZE + i, g / (size + eps) - value * total, mask=i < SIZE)

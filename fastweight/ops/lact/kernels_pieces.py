@@ -10,9 +10,32 @@ import triton.language as tl
 EPS: tl.constexpr = tl.constexpr(1e-5)  # of the row norms, as in the op
 
 
-@triton.jit(do_not_specialize=["count"])
-def swiglu(both, hidden, count, F: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """hidden [count, F] = silu(a) u of both = [a | u] [count, 2F]."""
+@triton.jit(do_not_specialize=["first", "second", "row_stride", "first_stride", "second_stride"])
+def swap(
+    source, target, good, first, second, count, row_stride, first_stride, second_stride,
+    D: tl.constexpr, MASKED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """target [R, second, first, D] = source [R, first, second, D], its last dimension without gaps, in target's dtype.
+    MASKED: zero in the R that are not good. count: rows of D elements."""
+    place = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    r = place // (first * second)
+    inside = place - r * first * second
+    j = inside // first
+    i = inside - j * first
+    known = place < count
+    wanted = known
+    if MASKED:
+        wanted = known & (tl.load(good + r, mask=known, other=0) != 0)
+    at = source + (r * row_stride + i * first_stride + j * second_stride)[:, None] + column[None, :]
+    value = tl.load(at, mask=wanted[:, None] & (column < D)[None, :], other=0.0)
+    to = target + place[:, None] * D + column[None, :]
+    tl.store(to, value.to(target.dtype.element_ty), mask=known[:, None] & (column < D)[None, :])
+
+
+@triton.jit(do_not_specialize=["count", "C"])
+def swiglu(both, hidden, lr, count, C, F: tl.constexpr, RATES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """hidden [count, F] = silu(a) u of both = [a | u] [count, 2F], with RATES times lr of w1 in [z, 3, C]."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     real = (row < count)[:, None] & (column < F)[None, :]
@@ -20,6 +43,8 @@ def swiglu(both, hidden, count, F: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.c
     a = tl.load(at, mask=real, other=0.0).to(tl.float32)
     u = tl.load(at + F, mask=real, other=0.0).to(tl.float32)
     out = a * tl.sigmoid(a) * u
+    if RATES:
+        out *= tl.load(lr + (row // C) * 3 * C + row % C, mask=row < count, other=0.0).to(tl.float32)[:, None]
     tl.store(hidden + row[:, None] * F + column[None, :], out.to(hidden.dtype.element_ty), mask=real)
 
 
@@ -211,11 +236,12 @@ def settle(
 
 @triton.jit(do_not_specialize=["heads"])
 def unsettle(
-    grad, raw, norm, target, accumulator, good, out, of_target, grad_batch, heads,
+    grad, raw, norm, target, accumulator, good, out, passed, now, of_target, grad_batch, now_batch, heads,
     SIZE: tl.constexpr, OFFSET: tl.constexpr, LENGTH: tl.constexpr, FIRST: tl.constexpr, NUMBER: tl.constexpr,
     ALL: tl.constexpr, ACCUMULATOR: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of raw and of the target norms from that of the weights; zero where the update did not happen."""
+    """out: the gradient of the added direction, zero where the update did not happen. Adds the gradients of the weights
+    before to now, of the target norms to of_target; passed: that of the accumulator before, with ACCUMULATOR."""
     z = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
@@ -231,10 +257,19 @@ def unsettle(
     inverse = 1 / (n + EPS)
     radial = tl.where(n > 0, along * t * inverse * inverse / n, 0.0)
     result = g * (t * inverse)[:, None] - w * radial[:, None]
+    kept = g
     if ACCUMULATOR:
-        result += tl.load(accumulator + z * SIZE + at, mask=real, other=0.0)
+        later = tl.load(accumulator + z * SIZE + at, mask=real, other=0.0)
+        result += later
+        tl.store(passed + z * SIZE + at, tl.where(happened, result, later), mask=real)
+        before = tl.where(happened, 0.0, kept)
+    else:
+        before = tl.where(happened, result, kept)
     tl.store(out + z * SIZE + at, tl.where(happened, result, 0.0), mask=real)
-    tl.store(of_target + z * ALL + FIRST + row, tl.where(happened, along * inverse, 0.0), mask=known)
+    total = tl.load(now + z * now_batch + at, mask=real, other=0.0)
+    tl.store(now + z * now_batch + at, total + before, mask=real)
+    norms = of_target + z * ALL + FIRST + row
+    tl.store(norms, tl.load(norms, mask=known, other=0.0) + tl.where(happened, along * inverse, 0.0), mask=known)
 
 
 @triton.jit(do_not_specialize=["heads"])

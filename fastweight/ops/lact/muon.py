@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastweight.ops.lact import Rule
 from fastweight.ops.lact.grid import Shape
-from fastweight.ops.lact.newton_schulz import COEFFICIENTS, start, start_gradient
+from fastweight.ops.lact.newton_schulz import COEFFICIENTS, EPS, start, start_gradient
 
 
 class Group(NamedTuple):
@@ -62,28 +62,57 @@ def scatter(batches: list[Tensor], found: tuple[Group, ...]) -> Tensor:
     return torch.cat(parts, -1)
 
 
-def orthogonalise(flat: Tensor, rule: Rule, shape: Shape, trail: Tensor | None) -> Tensor:
-    """The direction with singular values near one, [rows, H, L]. trail: [5, rows, H, L], gets the iterates X₀ to X₄."""
+class Iterates(NamedTuple):
+    """What one group's derivative needs: X₀ to X₄ as x, S = X Xᵀ and P = bS + cS² of each, ‖G‖ [..., 1, 1].
+
+    x: five of [R, H, count, m, p]; s, p: five of [R, H, count, m, m].
+    """
+
+    x: list[Tensor]
+    s: list[Tensor]
+    p: list[Tensor]
+    norm: Tensor
+
+    def rows(self, part: slice) -> "Iterates":
+        return Iterates(*([t[part] for t in group] for group in self[:3]), self.norm[part])
+
+
+def orthogonalise(flat: Tensor, rule: Rule, shape: Shape) -> Tensor:
+    """The direction with singular values near one, [rows, H, L]."""
     found, done = groups(rule, shape.dim, shape.hidden), []
     for group in found:
         x = start(gather(flat, group), rule.muon_dtype)[0]
-        for i, coefficients in enumerate(COEFFICIENTS):
-            if trail is not None:
-                trail[i][..., group.part] = x.flatten(-3)
+        for coefficients in COEFFICIENTS:
             x = _iterate(x, coefficients)
         done.append(x.to(flat.dtype))
     return scatter(done, found)
 
 
-def orthogonalise_gradient(flat: Tensor, trail: Tensor, grad: Tensor, rule: Rule, shape: Shape) -> Tensor:
-    """The gradient of the direction `flat` from that of its orthogonalised form."""
+def iterates(flat: Tensor, rule: Rule, shape: Shape) -> list[Iterates]:
+    """The iterations that `orthogonalise` made of each row's direction, group by group, all rows at once."""
+    made = []
+    for group in groups(rule, shape.dim, shape.hidden):
+        x, _, norm = start(gather(flat, group), rule.muon_dtype)
+        all_x, all_s, all_p = [x], [], []
+        for number, (_, b, c) in enumerate(COEFFICIENTS):
+            s = all_x[-1] @ all_x[-1].mT
+            all_s.append(s)
+            all_p.append(_polynomial(s, b, c))
+            if number < len(COEFFICIENTS) - 1:
+                all_x.append(_iterate(all_x[-1], COEFFICIENTS[number]))
+        made.append(Iterates(all_x, all_s, all_p, norm))
+    return made
+
+
+def orthogonalise_gradient(made: list[Iterates], grad: Tensor, rule: Rule, shape: Shape) -> Tensor:
+    """The gradient of the direction from that of its orthogonalised form [rows, H, L]; made: of these rows."""
     found, done = groups(rule, shape.dim, shape.hidden), []
-    for group in found:
-        g = gather(grad, group).to(trail.dtype)
-        for x, coefficients in zip(reversed(trail.unbind(0)), reversed(COEFFICIENTS), strict=True):
-            g = _iterate_gradient(x[..., group.part].view_as(g), coefficients, g)
-        _, rounded, norm = start(gather(flat, group), rule.muon_dtype)
-        done.append(start_gradient(rounded, norm, g).to(flat.dtype))
+    for group, kept in zip(found, made, strict=True):
+        g = gather(grad, group).to(kept.x[0].dtype)
+        for i in reversed(range(len(COEFFICIENTS))):
+            g = _iterate_gradient(kept.x[i], kept.s[i], kept.p[i], COEFFICIENTS[i], g)
+        scale = (kept.norm + EPS).to(grad.dtype)
+        done.append(start_gradient(kept.x[0].to(grad.dtype) * scale, kept.norm, g.to(grad.dtype)))
     return scatter(done, found)
 
 
@@ -97,18 +126,26 @@ def _iterate(x: Tensor, coefficients: tuple[float, float, float]) -> Tensor:
     return torch.baddbmm(flat, torch.baddbmm(s, s, s, beta=b, alpha=c), flat, beta=a).view_as(x)
 
 
-def _iterate_gradient(x: Tensor, coefficients: tuple[float, float, float], grad: Tensor) -> Tensor:
-    """The gradient of X from that of its next iterate, in six products.
+def _polynomial(s: Tensor, b: float, c: float) -> Tensor:
+    """P = bS + cS²."""
+    flat = s.flatten(0, -3)
+    if s.dtype == torch.bfloat16:
+        return (b * flat + (c * flat) @ flat).view_as(s)
+    return torch.baddbmm(flat, flat, flat, beta=b, alpha=c).view_as(s)
+
+
+def _iterate_gradient(
+    x: Tensor, s: Tensor, p: Tensor, coefficients: tuple[float, float, float], grad: Tensor
+) -> Tensor:
+    """The gradient of X from that of its next iterate, in four products.
 
     S is symmetric, so only the symmetric part of its gradient counts: with H = grad Xᵀ + X gradᵀ it is
-    Y = bH + c(HS + SH), and the gradient of X is a grad + (bS + cS²) grad + Y X.
+    Y = bH + c(HS + SH), and the gradient of X is a grad + P grad + Y X.
     """
     a, b, c = coefficients
-    flat, g = x.flatten(0, -3), grad.flatten(0, -3)
-    s = flat @ flat.mT
-    p = torch.baddbmm(s, s, s, beta=b, alpha=c)
-    h = g @ flat.mT
+    x, s, p, g = (t.flatten(0, -3) for t in (x, s, p, grad))
+    h = g @ x.mT
     h = h + h.mT
     hs = h @ s
     y = b * h + c * (hs + hs.mT)
-    return torch.baddbmm(torch.baddbmm(g, p, g, beta=a), y, flat).view_as(grad)
+    return torch.baddbmm(torch.baddbmm(g, p, g, beta=a), y, x).view_as(grad)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from fastweight.ops.lact import RENORM_EPS
 from fastweight.ops.lact.grid import Carry, Shape
-from fastweight.ops.lact.muon import orthogonalise, orthogonalise_gradient
+from fastweight.ops.lact.muon import Iterates, iterates, orthogonalise, orthogonalise_gradient
 
 
 class Pieces(NamedTuple):
@@ -29,7 +29,9 @@ class Pieces(NamedTuple):
     unsettle: Callable[..., tuple[Tensor, Tensor]]
     unmove: Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]
     orthogonalise: Callable[..., Tensor]
+    iterates: Callable[..., list[Iterates]]
     orthogonalise_gradient: Callable[..., Tensor]
+    swap: Callable[..., Tensor]
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -60,16 +62,50 @@ def wide_product(a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:
     return a.to(wide) @ b.to(wide)
 
 
+def split_product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in a's dtype, which may be wider than b's: then a is multiplied in two parts that b's dtype can hold."""
+    if a.dtype == b.dtype:
+        return a @ b
+    high, low = (wide_product(part, b, a.dtype) for part in _split(a, b.dtype))
+    return high + low
+
+
+def multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = a @ b, matrices in the last two dimensions of each; out may be wider than they are."""
+    matrices = a.flatten(0, -3), b.flatten(0, -3)
+    if out.dtype == a.dtype:
+        torch.bmm(*matrices, out=out.flatten(0, -3))
+    elif a.is_cuda:
+        torch.bmm(*matrices, out_dtype=out.dtype, out=out.flatten(0, -3))
+    else:
+        out.copy_(a.to(out.dtype) @ b.to(out.dtype))
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, as in `multiply`."""
+    matrices, flat = (a.flatten(0, -3), b.flatten(0, -3)), total.flatten(0, -3)
+    if total.dtype == a.dtype:
+        torch.baddbmm(flat, *matrices, out=flat)
+    elif a.is_cuda:
+        torch.baddbmm(flat, *matrices, out_dtype=total.dtype, out=flat)
+    else:
+        total.add_(a.to(total.dtype) @ b.to(total.dtype))
+
+
 def _split(t: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """t = high + low, each of `dtype`, up to the square of its rounding error."""
     high = t.to(dtype)
     return high, (t - high).to(dtype)
 
 
-def swiglu(both: Tensor) -> Tensor:
-    """silu(a) u from [a | u]: [Z, C, 2F] → [Z, C, F]."""
+def swiglu(both: Tensor, lr: Tensor | None = None) -> Tensor:
+    """silu(a) u from [a | u]: [Z, C, 2F] → [Z, C, F], times the rates [Z, C, 1 or F] of w1 if there are any.
+
+    lr: the second of three rates in [Z, 3, C, 1 or F].
+    """
     a, u = _up(both).chunk(2, -1)
-    return F.silu(a).mul_(u).to(both.dtype)
+    hidden = F.silu(a).mul_(u)
+    return (hidden if lr is None else hidden * lr).to(both.dtype)
 
 
 def swiglu_gradient(both: Tensor, g: Tensor, lr: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -91,12 +127,13 @@ def swiglu_gradient(both: Tensor, g: Tensor, lr: Tensor | None) -> tuple[Tensor,
     return out.to(both.dtype), hidden.to(g.dtype)
 
 
-def swiglu_second(left: Tensor, right: Tensor, lr: Tensor, good: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def swiglu_second(left: Tensor, right: Tensor, lr: Tensor, good: Tensor, of_lr: Tensor) -> tuple[Tensor, Tensor]:
     """The derivative of `swiglu_gradient`, zero in rows that are not `good`. May write to left and right.
 
     left: [P0 | P2 | a | u], [Z, C, 4F] and right: [Q | g], [Z, C, 2F], where P0, P2, Q are the gradients of its results
     (∂a, ∂u, hidden) *before* rates. lr: as above, or [Z, 3, C, F] with rates per channel. good: bool, of Z's first
-    dimension. Returns ([lr0 ∂a | lr2 ∂u | gradient of a | of u], [lr1 hidden | gradient of g], gradient of lr).
+    dimension. Returns ([lr0 ∂a | lr2 ∂u | gradient of a | of u], [lr1 hidden | gradient of g]); fills of_lr, the
+    gradient of lr.
     """
     p0, p2, x, y = _up(left).chunk(4, -1)
     q, h = _up(right).chunk(2, -1)
@@ -114,7 +151,8 @@ def swiglu_second(left: Tensor, right: Tensor, lr: Tensor, good: Tensor) -> tupl
     gh = (p0 * r0 * y * slope).addcmul_(p2 * r2, silu)
     left = torch.cat([(hy * slope).mul_(r0), (h * silu).mul_(r2), gx, gy], -1).to(left.dtype)
     right = torch.cat([(silu * y).mul_(r1), gh], -1).to(right.dtype)
-    return only(good, left), only(good, right), only(good, rates)
+    of_lr.copy_(only(good, rates))
+    return only(good, left), only(good, right)
 
 
 def hidden_second(both: Tensor, asked: Tensor, lr: Tensor, good: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -174,16 +212,27 @@ def settle(
 
 
 def unsettle(
-    weights: Tensor, raw: Tensor, norm: Tensor, target: Tensor, accumulator: Tensor | None, good: Tensor, shape: Shape
-) -> tuple[Tensor, Tensor]:
-    """Gradients of raw [rows, H, L] and of the target norms from those of the weights and the accumulator after."""
+    weights: Tensor, raw: Tensor, norm: Tensor, target: Tensor, accumulator: Tensor | None, good: Tensor, now: Tensor,
+    of_target: Tensor, shape: Shape,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """From the gradients of the weights and the accumulator after an update: (that of the direction that was added,
+    zero where the update did not happen; that of the accumulator before, or None). [rows, H, L] each.
+
+    Adds the gradient of the weights before to now [rows, H, L], and that of the target norms to of_target.
+    """
     sizes = [part.shape[-2] for part in shape.by_rows(raw)]
     rows = (t.split(sizes, -1) for t in (norm, target))
     inputs = zip(shape.by_rows(raw), *rows, shape.by_rows(weights), strict=True)
     raws, targets = zip(*(_rescale_gradient(*x) for x in inputs), strict=True)
     gradient = torch.cat([t.flatten(-2) for t in raws], -1)
     gradient = gradient if accumulator is None else gradient + accumulator
-    return only(good, gradient), only(good, torch.cat(targets, -1))
+    of_target += only(good, torch.cat(targets, -1))
+    stepped = only(good, gradient)
+    if accumulator is None:
+        now += where(good, gradient, weights)
+        return stepped, None
+    now += only(~good, weights)
+    return stepped, where(good, gradient, accumulator)
 
 
 def unmove(
@@ -208,6 +257,16 @@ def _rescale_gradient(raw: Tensor, norm: Tensor, target: Tensor, grad: Tensor) -
     return grad * (target * inverse)[..., None] - raw * radial[..., None], along * inverse
 
 
+def swap(t: Tensor, dtype: torch.dtype, good: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """[R, a, b, D] → [R, b, a, D] in `dtype`, zero in rows that are not good [R]. Always a copy: no result of an
+    operator may share memory with its inputs."""
+    if out is None:
+        out = t.new_empty(t.shape[0], t.shape[2], t.shape[1], t.shape[3], dtype=dtype)
+    if good is None:
+        return out.copy_(t.transpose(1, 2))
+    return torch.where(good.view(-1, 1, 1, 1), t.to(dtype).transpose(1, 2), out.new_zeros(()), out=out)
+
+
 def only(good: Tensor, t: Tensor) -> Tensor:
     """t [rows, …], zero in rows that are not good [rows]."""
     return t.masked_fill(~good.view(-1, *[1] * (t.dim() - 1)), 0)
@@ -225,5 +284,5 @@ def _up(t: Tensor) -> Tensor:
 
 TORCH = Pieces(
     swiglu, swiglu_gradient, swiglu_second, hidden_second, move, add_rows, settle, unsettle, unmove, orthogonalise,
-    orthogonalise_gradient,
+    iterates, orthogonalise_gradient, swap,
 )  # fmt: skip

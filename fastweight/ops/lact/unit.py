@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from fastweight.ops.lact import Rule, backward, forward
-from fastweight.ops.lact.grid import Grid, Memory, Trail
+from fastweight.ops.lact.backward import Gradients
+from fastweight.ops.lact.grid import Memory, Tokens, Trail, make_grid
 from fastweight.ops.lact.newton_schulz import COEFFICIENTS
-from fastweight.ops.lact.pieces import TORCH, Pieces, only
+from fastweight.ops.lact.pieces import TORCH, Pieces
 
 
 class Settings(NamedTuple):
@@ -46,6 +47,10 @@ class Settings(NamedTuple):
     def rows(self, chunks: int, sequences: int) -> list[int]:
         return list(self.active) or [sequences] * (chunks // sequences)
 
+    def dtype(self, tokens: Tokens, memory: Memory) -> torch.dtype:
+        """Of products."""
+        return memory.norms.dtype if self.precise else tokens.k.dtype
+
 
 def run(
     q: Tensor, k: Tensor, v: Tensor, lr: Tensor, beta: Tensor | None, due: Tensor, memory: Memory, settings: Settings
@@ -70,13 +75,12 @@ def lact_chunks(
     momentum: Tensor | None, accumulator: Tensor | None, active: Sequence[int], muon: str, muon_dtype: str,
     prenorm: bool, update: str, precise: bool, fused: bool, save: bool,
 ) -> list[Tensor]:  # fmt: skip
-    """[y, weights, momentum, accumulator, which updates happened, *Grid, *Trail]; empty tensors where there is none."""
+    """[y, weights, momentum, accumulator, which updates happened, *Trail]; empty tensors where there is none."""
     settings = Settings(list(active), muon, muon_dtype, prenorm, update, precise, fused, save)
-    grid = _grid(q, k, v, lr, beta, due, weights.dtype if precise else k.dtype)
-    memory = Memory(weights, norms, momentum, accumulator)
-    rows = settings.rows(q.shape[0], weights.shape[0])
-    y, end, good, trail = forward.run(grid, memory, settings.rule(q.shape[1]), rows, settings.pieces(), save=save)
-    results = [_swap(y, y.dtype), end.weights, *end[2:], good, *([*grid, *trail] if save else [])]
+    tokens, memory = Tokens(q, k, v, lr, beta, due), Memory(weights, norms, momentum, accumulator)
+    desk = recorded.find(tokens, memory, settings)
+    y, end, good, trail = forward_pass(tokens, memory, settings) if desk is None else desk.forward(tokens, memory)
+    results = [y, end.weights, *end[2:], good, *(trail if save else [])]
     return [weights.new_empty(0) if t is None else t for t in results]
 
 
@@ -87,17 +91,14 @@ def _(
     prenorm: bool, update: str, precise: bool, fused: bool, save: bool,
 ) -> list[Tensor]:  # fmt: skip
     dtype = weights.dtype if precise else k.dtype
-    (chunks, size, heads, dim), rates = q.shape, lr.shape[-1]
     none = weights.new_empty(0)
     results = [q.new_empty(q.shape, dtype=dtype), torch.empty_like(weights)]
     results += [none if t is None else torch.empty_like(t) for t in (momentum, accumulator)]
     results.append(torch.empty_like(due))
     if save:
-        results += [q.new_empty(chunks, heads, size, dim, dtype=dtype) for _ in range(3)]
-        results.append(lr.new_empty(chunks, heads, 3, size, rates))
-        results += [none if beta is None else beta.new_empty(chunks, heads), torch.empty_like(due)]
-        rule = Rule(size, muon, muon_dtype, prenorm, update)
-        results += forward.empty_trail(results[5], Memory(weights, norms, momentum, accumulator), rule, save=True)
+        rule = Rule(q.shape[1], muon, muon_dtype, prenorm, update)
+        queries = q.transpose(1, 2).to(dtype)
+        results += forward.empty_trail(queries, Memory(weights, norms, momentum, accumulator), rule, save=True)
     return results
 
 
@@ -123,92 +124,89 @@ def _operations(
 @torch.library.custom_op("fastweight::lact_chunks_gradient", mutates_args=())
 def lact_chunks_gradient(
     y: Tensor, weights: Tensor, momentum: Tensor | None, accumulator: Tensor | None, norms: Tensor, good: Tensor,
-    kept: Sequence[Tensor], active: Sequence[int], muon: str, muon_dtype: str, prenorm: bool, update: str,
-    precise: bool, fused: bool,
+    q: Tensor, k: Tensor, v: Tensor, lr: Tensor, beta: Tensor | None, due: Tensor, kept: Sequence[Tensor],
+    active: Sequence[int], muon: str, muon_dtype: str, prenorm: bool, update: str, precise: bool, fused: bool,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of q, k, v, lr, beta, weights, norms, momentum and accumulator from those of y and of the memory."""
     settings = Settings(list(active), muon, muon_dtype, prenorm, update, precise, fused, save=True)
-    grid, trail = _restore(kept)
-    rows = settings.rows(grid.q.shape[0], norms.shape[0])
-    low = _swap(y, grid.q.dtype)
-    end = Memory(weights, norms, momentum, accumulator)
-    found = backward.run(grid, trail, norms, good, low, end, settings.rule(y.shape[1]), rows, settings.pieces())
-    beta = None
-    if found.beta is not None:
-        beta = (found.beta / y.shape[1])[:, None].expand(-1, y.shape[1], -1).contiguous()
-    tokens = [_swap(t, t.dtype) for t in (found.q, found.k, found.v)]
-    results = [*tokens, found.lr.permute(0, 3, 1, 2, 4).contiguous(), beta, *found.memory]
-    return [norms.new_empty(0) if t is None else t for t in results]
+    tokens, end = Tokens(q, k, v, lr, beta, due), Memory(weights, norms, momentum, accumulator)
+    trail = Trail._make(kept)
+    desk = recorded.find(tokens, end, settings, again=True)
+    passed = partial(backward_pass, settings=settings) if desk is None else desk.backward
+    found = passed(tokens, trail, good, y, end)
+    return [norms.new_empty(0) if t is None else t for t in (*found[:5], *found.memory)]
 
 
 @lact_chunks_gradient.register_fake
 def _(
     y: Tensor, weights: Tensor, momentum: Tensor | None, accumulator: Tensor | None, norms: Tensor, good: Tensor,
-    kept: Sequence[Tensor], active: Sequence[int], muon: str, muon_dtype: str, prenorm: bool, update: str,
-    precise: bool, fused: bool,
+    q: Tensor, k: Tensor, v: Tensor, lr: Tensor, beta: Tensor | None, due: Tensor, kept: Sequence[Tensor],
+    active: Sequence[int], muon: str, muon_dtype: str, prenorm: bool, update: str, precise: bool, fused: bool,
 ) -> list[Tensor]:  # fmt: skip
-    grid, _ = _restore(kept)
-    chunks, heads, size, dim = grid.q.shape
-    tokens = [t.new_empty(chunks, size, heads, dim) for t in (grid.q, grid.k, grid.v)]
+    dtype = norms.dtype if precise else k.dtype
     none = norms.new_empty(0)
-    beta = none if grid.beta is None else grid.beta.new_empty(chunks, size, heads)
+    tokens = [t.new_empty(t.shape, dtype=dtype) for t in (q, k, v)]
     memory = [none if t is None else torch.empty_like(t) for t in (momentum, accumulator)]
-    lr = grid.lr.new_empty(chunks, size, heads, 3, grid.lr.shape[-1])
-    return [*tokens, lr, beta, torch.empty_like(weights), torch.empty_like(norms), *memory]
+    of_beta = none if beta is None else beta.new_empty(beta.shape)
+    return [*tokens, lr.new_empty(lr.shape), of_beta, torch.empty_like(weights), torch.empty_like(norms), *memory]
 
 
-def _restore(kept: Sequence[Tensor]) -> tuple[Grid, Trail]:
-    """What the forward pass kept."""
-    q, k, v, lr, beta, due, *trail = kept
-    return Grid(q, k, v, lr, beta if beta.numel() else None, due), Trail._make(trail)
+def forward_pass(tokens: Tokens, memory: Memory, settings: Settings) -> tuple[Tensor, Memory, Tensor, Trail]:
+    """y [R, C, H, D], the memory at the end, which updates happened, the trail."""
+    p = settings.pieces()
+    grid = make_grid(tokens, settings.dtype(tokens, memory), p)
+    rows = settings.rows(len(tokens.q), len(memory.weights))
+    rule = settings.rule(tokens.q.shape[1])
+    y, end, good, trail = forward.run(grid, memory, rule, rows, p, save=settings.save)
+    return p.swap(y, y.dtype), end, good, trail
+
+
+def backward_pass(
+    tokens: Tokens, trail: Trail, good: Tensor, y: Tensor, end: Memory, *, settings: Settings
+) -> Gradients:
+    """Gradients of the tokens, as they are laid out, and of the memory at the start."""
+    p = settings.pieces()
+    grid = make_grid(tokens, settings.dtype(tokens, end), p)
+    rows = settings.rows(len(tokens.q), len(end.norms))
+    low = p.swap(y, grid.q.dtype)
+    found = backward.run(grid, trail, end.norms, good, low, end, settings.rule(y.shape[1]), rows, p)
+    return as_given(found, y.shape[1], p)
+
+
+def as_given(found: Gradients, size: int, p: Pieces) -> Gradients:
+    """Gradients of the grid as those of the tokens: [R, C, H, …]; each of a chunk's coefficients has its share."""
+    beta = found.beta
+    if beta is not None:
+        beta = (beta / size)[:, None].expand(-1, size, -1).contiguous()
+    q, k, v = (p.swap(t, t.dtype) for t in found[:3])
+    return Gradients(q, k, v, found.lr.permute(0, 3, 1, 2, 4).contiguous(), beta, found.memory)
 
 
 def _save(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
     ctx.settings = Settings(*inputs[10:])
     ctx.given = [t is not None for t in inputs[:10]]
-    ctx.dtypes = [None if t is None else t.dtype for t in inputs[:5]]
     ctx.memory = [(t.shape, t.dtype, t.device) for t in output[1:4]]
-    ctx.save_for_backward(inputs[7], *output[4:])
+    ctx.save_for_backward(*inputs[:6], inputs[7], *output[4:])
     ctx.set_materialize_grads(False)
 
 
 def _gradient(ctx: Any, grads: list[Tensor | None]) -> tuple:
-    norms, good, *kept = ctx.saved_tensors
+    *tokens, norms, good = ctx.saved_tensors[:8]
     y, *memory = grads[:4]
     if y is None:
-        chunks, heads, size, dim = kept[0].shape
-        y = kept[0].new_zeros(chunks, size, heads, dim)
+        y = torch.zeros_like(tokens[0])
     given, end = [True, *ctx.given[8:10]], []
     for grad, (shape, dtype, device), there in zip(memory, ctx.memory, given, strict=True):
         grad = torch.zeros(shape, dtype=dtype, device=device) if grad is None else grad.contiguous()
         end.append(grad if there else None)
     s = ctx.settings
-    found = lact_chunks_gradient(y, *end, norms, good, kept, *s[:-1])
-    tokens = [t.to(dtype) if there else None for t, dtype, there in zip(found[:5], ctx.dtypes, ctx.given, strict=False)]
+    found = lact_chunks_gradient(y, *end, norms, good, *tokens, list(ctx.saved_tensors[8:]), *s[:-1])
+    of_tokens = [None if t is None else g.to(t.dtype) for g, t in zip(found[:5], tokens[:5], strict=True)]
     state = [t if there else None for t, there in zip(found[5:], ctx.given[6:], strict=True)]
-    return *tokens, None, *state, None if s.active else [], *[None] * 7
+    return *of_tokens, None, *state, None if s.active else [], *[None] * 7
 
 
 lact_chunks.register_autograd(_gradient, setup_context=_save)
 
 
-def _grid(q: Tensor, k: Tensor, v: Tensor, lr: Tensor, beta: Tensor | None, due: Tensor, dtype: torch.dtype) -> Grid:
-    """Heads first, in `dtype`; chunks that hold what is not finite are blank and not learned."""
-    ok = due.clone()
-    for t in (k, v, lr, beta):
-        if t is not None:
-            ok &= torch.stack(t.flatten(1).aminmax(dim=1)).isfinite().all(0)
-
-    blank = partial(_swap, good=ok, dtype=dtype)
-    rates = only(ok, lr).permute(0, 2, 3, 1, 4).contiguous()
-    mean = None if beta is None else only(ok, beta).mean(1)
-    return Grid(_swap(q, dtype), blank(k), blank(v), rates, mean, ok)
-
-
-def _swap(t: Tensor, dtype: torch.dtype, good: Tensor | None = None) -> Tensor:
-    """[R, a, b, D] → [R, b, a, D], zero in rows that are not good [R]. Copied: no result of an operator may share
-    memory with its inputs."""
-    out = t.new_empty(t.shape[0], t.shape[2], t.shape[1], t.shape[3], dtype=dtype)
-    if good is None:
-        return out.copy_(t.transpose(1, 2))
-    return torch.where(good.view(-1, 1, 1, 1), t.to(dtype).transpose(1, 2), out.new_zeros(()), out=out)
+from fastweight.ops.lact import recorded  # noqa: E402  # it records the passes above

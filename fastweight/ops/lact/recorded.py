@@ -1,0 +1,120 @@
+"""Both passes of a LaCT call as CUDA graphs, for calls of one size that come again.
+
+A call is about a thousand small launches, one after the other; the device does each in microseconds, the host takes
+tens of them. Recorded once and replayed, only the copies in and out are launched. The numbers are the same to the bit.
+What is recorded works on tensors of its own (a desk), so a desk serves one call at a time, whichever layer it is of;
+what the backward pass needs is copied away and back. The host looks at nothing here: whole batches only.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fastweight.ops.lact import backward, forward
+from fastweight.ops.lact.backward import Gradients
+from fastweight.ops.lact.grid import Memory, Tokens, Trail, make_grid
+from fastweight.state import map_tensors, zip_tensors
+
+if TYPE_CHECKING:
+    from fastweight.ops.lact.unit import Settings
+
+ENABLED = True
+MOST_DESKS = 4  # sizes of calls in use; the one that was not needed for longest goes
+FIRST_RUNS = 1  # of a size, not recorded: libraries choose their kernels, and kernels are compiled
+_desks: "OrderedDict[tuple, Desk | int]" = OrderedDict()
+
+
+def find(tokens: Tokens, memory: Memory, settings: "Settings", *, again: bool = False) -> "Desk | None":
+    """The desk for calls of this size on this stream, or None: the call is to run as usual.
+
+    again: the call's backward pass, which counts as the same call and makes no desk.
+    """
+    if not (ENABLED and settings.fused and tokens.q.is_cuda) or torch.cuda.is_current_stream_capturing():
+        return None
+    stream = torch.cuda.current_stream(tokens.q.device).cuda_stream
+    shapes = tuple((t.shape, t.dtype) for t in (*tokens[:4], memory.norms))
+    key = (tokens.q.device, stream, shapes, tokens.beta is None, str(settings._replace(save=True)))
+    found = _desks.get(key, 0)
+    if isinstance(found, Desk) or again:
+        return found if isinstance(found, Desk) else None
+    if found < FIRST_RUNS:
+        _desks[key] = found + 1
+    else:
+        _desks[key] = Desk(tokens, memory, settings._replace(save=True))
+    _desks.move_to_end(key)
+    while len(_desks) > MOST_DESKS:
+        _desks.popitem(last=False)
+    found = _desks[key]
+    return found if isinstance(found, Desk) else None
+
+
+def forget() -> None:
+    """Give the memory of all desks back."""
+    _desks.clear()
+
+
+class Desk:
+    """Tensors of one size, and the passes that are recorded on them."""
+
+    def __init__(self, tokens: Tokens, memory: Memory, settings: "Settings"):
+        self._settings, self._pieces = settings, settings.pieces()
+        self._dtype, self._rule = settings.dtype(tokens, memory), settings.rule(tokens.q.shape[1])
+        self._rows = settings.rows(len(tokens.q), len(memory.norms))
+        self._grid = make_grid(tokens, self._dtype, self._pieces)
+        self._memory = map_tensors(torch.clone, memory)
+        self._y = torch.empty_like(self._grid.q)
+        self._trail = forward.empty_trail(self._grid.q, memory, self._rule, save=True)
+        self._good = torch.empty_like(tokens.due)
+        self._forward: Any = None
+        self._backward: Any = None
+
+    def forward(self, tokens: Tokens, memory: Memory) -> tuple[Tensor, Memory, Tensor, Trail]:
+        """As `unit.forward_pass`."""
+        make_grid(tokens, self._dtype, self._pieces, into=self._grid)
+        zip_tensors(lambda own, given: own.copy_(given), self._memory, memory)
+        self._forward = self._forward or _Replay(
+            partial(forward.run, save=True),
+            self._grid,
+            self._memory,
+            self._rule,
+            self._rows,
+            self._pieces,
+            trail=self._trail,
+        )
+        y, end, good, trail = self._forward()
+        end = map_tensors(torch.clone, end)._replace(norms=memory.norms)
+        return self._pieces.swap(y, y.dtype), end, good.clone(), map_tensors(torch.clone, trail)
+
+    def backward(self, tokens: Tokens, trail: Trail, good: Tensor, y: Tensor, end: Memory) -> Gradients:
+        """As `unit.backward_pass`."""
+        make_grid(tokens, self._dtype, self._pieces, into=self._grid)
+        self._pieces.swap(y, self._dtype, out=self._y)
+        given = (trail, good, end)
+        zip_tensors(lambda own, new: own.copy_(new), (self._trail, self._good, self._memory), given)
+        self._backward = self._backward or _Replay(
+            backward.run, self._grid, self._trail, self._memory.norms, self._good, self._y, self._memory, self._rule,
+            self._rows, self._pieces,
+        )  # fmt: skip
+        found = self._backward()
+        from fastweight.ops.lact.unit import as_given
+
+        found = as_given(found, tokens.q.shape[1], self._pieces)
+        return found._replace(memory=map_tensors(torch.clone, found.memory))
+
+
+class _Replay:
+    """`run` on these tensors, recorded at the first call; each call returns the same tensors with new numbers."""
+
+    def __init__(self, run: Callable[..., Any], *arguments: Any, **named: Any):
+        self._graph = torch.cuda.CUDAGraph()
+        # Other threads may go on using the device while this one records.
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            self._results = run(*arguments, **named)
+
+    def __call__(self) -> Any:
+        self._graph.replay()
+        return self._results
