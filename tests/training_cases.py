@@ -5,6 +5,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -16,6 +17,7 @@ from fastweight.mixers.attention import AttentionConfig
 from fastweight.mixers.delta import DeltaConfig
 from fastweight.optim import OptimizerConfig, ScheduleConfig
 from fastweight.train import DataConfig, LogConfig, LoraConfig, ObjectiveConfig, TrainConfig
+from fastweight.train.loop import Trainer
 
 WORDS = [
     "the",
@@ -104,6 +106,9 @@ PARTIAL = {
     "patterns": {"trainable": ("*.feed_forward.*", "norm.weight"), "micro_batch_size": 2},
 }
 
+# Seconds of work where cores are free; on busy ones importing torch alone may take a minute.
+ELSEWHERE_SECONDS = 270
+
 PRELUDE = """
 import sys, os, signal, torch
 sys.path.insert(0, {tests!r})
@@ -118,7 +123,9 @@ store = {store!r}
 def run_elsewhere(code: str, out: Path, store: Path) -> subprocess.CompletedProcess[str]:
     """Run `code` in a new Python process that knows `out`, `store` and everything of this module."""
     prelude = PRELUDE.format(tests=str(Path(__file__).parent), out=str(out), store=str(store))
-    return subprocess.run([sys.executable, "-c", prelude + code], capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, "-c", prelude + code], capture_output=True, text=True, timeout=ELSEWHERE_SECONDS
+    )
 
 
 def call_at_forward(model: Model, number: int, action) -> Model:
@@ -126,3 +133,15 @@ def call_at_forward(model: Model, number: int, action) -> Model:
     seen = iter(range(10**6))
     model.embedding.register_forward_pre_hook(lambda module, args: action() if next(seen) == number else None)
     return model
+
+
+def clock_of_steps(monkeypatch, seconds: float) -> None:
+    """The time that training sees from now on: a step takes `seconds`, and nothing else takes any."""
+    now, step = [0.0], Trainer.step
+
+    def timed(self, batches):
+        step(self, batches)
+        now[0] += seconds
+
+    monkeypatch.setattr(Trainer, "step", timed)
+    monkeypatch.setattr("fastweight.train.loop.time", SimpleNamespace(monotonic=lambda: now[0]))

@@ -1,7 +1,8 @@
 """Real processes on this machine, killed, slowed down and cut off while they train; and what that cost.
 
-The same run is made twice: undisturbed, and with the troubles that were asked for. All times are taken on the one clock
-of the watching process.
+The same run is made twice: undisturbed, and with the troubles that were asked for. A process that is to be in trouble
+stands still where it was asked for, a worker in the middle of a lease and the syncer in the middle of a merge, so what
+happens depends on no timing. All times are taken on the one clock of the watching process.
 """
 
 import dataclasses
@@ -21,6 +22,7 @@ import torch
 
 from fastweight.configs import require, to_json
 from fastweight.data import Store, prepare
+from fastweight.diloco.chaos_process import Role
 from fastweight.diloco.config import DilocoConfig
 from fastweight.diloco.log import FOLDER as LOG
 from fastweight.diloco.messages import Beat, parse_beat, raw_beat
@@ -36,10 +38,12 @@ from fastweight.train.objectives import make_objective
 Say = Callable[[str], None]
 SYNCER = "syncer"
 LOOK_SECONDS = 0.05
+# For the workers to see that the run is over; they look every 0.05 s.
+END_SECONDS = 60.0
 
 
 class Kill(NamedTuple):
-    """Kill worker `who` at its step `at` and start it again; the syncer at its merge `at`."""
+    """Kill worker `who` after its step `at`, in an open lease, and start it again; the syncer in its merge `at`."""
 
     who: str
     at: int
@@ -53,7 +57,7 @@ class Slow(NamedTuple):
 
 
 class Cut(NamedTuple):
-    """Worker `who` cannot reach the folder for `seconds`, from its step `at` on."""
+    """Worker `who` cannot reach the folder for `seconds`, from after its step `at` on."""
 
     who: str
     at: int
@@ -183,14 +187,14 @@ class _Party:
                 self._start(name)
             while self.processes[SYNCER].poll() is None:
                 self._watch()
+                self._make_troubles()
                 late = time.monotonic() - began > self.plan.limit_seconds
                 require(not late, f"chaos: the run takes more than {self.plan.limit_seconds:g} s; see {self.folder}.")
                 time.sleep(LOOK_SECONDS)
             code = self.processes[SYNCER].returncode
             require(code == 0, f"chaos: the syncer ended with code {code}; see {self.folder}/{SYNCER}.err.")
             seconds = time.monotonic() - began
-            for name in self.plan.names:
-                self.processes[name].wait(timeout=60)
+            self._wait_for_workers()
         finally:
             for process in self.processes.values():
                 process.kill()
@@ -199,35 +203,44 @@ class _Party:
         require(not missed, f"chaos: the run was over before {', '.join(missed)}. Let it come sooner, or raise steps.")
         return self._figures(seconds)
 
+    def _wait_for_workers(self) -> None:
+        """The syncer is done: nobody stands still or is cut off any more, and all end."""
+        for name in self.plan.names:
+            self._cut_file(name).unlink(missing_ok=True)
+            self._standing_file(name).unlink(missing_ok=True)
+        for name, process in self.processes.items():
+            try:
+                process.wait(END_SECONDS)
+            except subprocess.TimeoutExpired as error:
+                raise ValueError(f"chaos: {name} does not see that the run is over; see {self.folder}.") from error
+        self._watch()
+
     def _start(self, name: str) -> None:
-        run = self.folder / "run"
-        if name == SYNCER:
-            command = ["fastweight", "diloco", "sync", str(run), "--poll-seconds", "0.05", "--lock-seconds", "1"]
-        else:
-            slowdown = next((slow.factor for slow in self.plan.slows if slow.who == name), 1.0)
-            cut = str(self._cut_file(name))
-            command = ["fastweight.diloco.chaos_worker", str(run), str(self.store), name, str(slowdown), cut]
+        role = Role(
+            name=name,
+            run=str(self.folder / "run"),
+            store="" if name == SYNCER else str(self.store),
+            slowdown=next((slow.factor for slow in self.plan.slows if slow.who == name), 1.0),
+            cut=str(self._cut_file(name)),
+            standing=str(self._standing_file(name)),
+            stops=sorted(trouble.at for trouble in (*self.kills, *self.cuts) if trouble.who == name),
+        )
+        command = ["fastweight.diloco.chaos_process", json.dumps(role._asdict())]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         with (self.folder / f"{name}.out").open("ab") as out, (self.folder / f"{name}.err").open("ab") as err:
             child = subprocess.Popen([sys.executable, "-m", *command], stdout=out, stderr=err, env=environment)
         self.processes[name] = child
 
     def _watch(self) -> None:
-        """Look at every worker's sign of life, and do what is due."""
+        """Look at every worker's sign of life, and at the log."""
         now = time.monotonic()
         for name in self.plan.names:
             beat = self._beat(name)
             if beat is not None:
                 self.beats[name, beat.incarnation] = beat
                 self._note_return(name, beat, now)
-                self._make_trouble(name, beat.steps)
             if self.processes[name].poll() not in (None, 0):
                 raise ValueError(f"chaos: {name} failed; see {self.folder}/{name}.err.")
-        for name, until in list(self.cut_until.items()):
-            if now >= until:
-                self._cut_file(name).unlink()
-                del self.cut_until[name]
-        self._make_trouble(SYNCER, self._merges())
         if SYNCER in self.gone and len(self._log_names()) > int(self.gone[SYNCER][1]):
             self._back(SYNCER, now)
 
@@ -240,6 +253,18 @@ class _Party:
         seconds = now - self.gone.pop(name)[0]
         self.rejoined.setdefault(name, []).append(round(seconds, 2))
         self.say(f"  {name} is at work again after {seconds:.1f} s")
+
+    def _make_troubles(self) -> None:
+        """Do what is due to those that stand still, and end what has lasted long enough."""
+        for name, until in list(self.cut_until.items()):
+            if time.monotonic() >= until:
+                self._cut_file(name).unlink()
+                del self.cut_until[name]
+        for name in (SYNCER, *self.plan.names):
+            file = self._standing_file(name)
+            if file.exists():
+                self._make_trouble(name, int(file.read_text()))
+                file.unlink(missing_ok=True)
 
     def _make_trouble(self, name: str, at: int) -> None:
         for kill in [kill for kill in self.kills if kill.who == name and at >= kill.at]:
@@ -257,6 +282,7 @@ class _Party:
         self.processes[name].wait()
         mark = str(len(self._log_names())) if name == SYNCER else self._last_incarnation(name)
         self.gone[name] = (time.monotonic(), mark)
+        self._standing_file(name).unlink()
         self._start(name)
 
     def _last_incarnation(self, name: str) -> str:
@@ -265,15 +291,15 @@ class _Party:
     def _cut_file(self, name: str) -> Path:
         return self.folder.resolve() / f"{name}.cut"
 
+    def _standing_file(self, name: str) -> Path:
+        return self.folder.resolve() / f"{name}.standing"
+
     def _beat(self, name: str) -> Beat | None:
         data = raw_beat(self.storage, name)
         return None if data is None else parse_beat(data, name, None)
 
     def _log_names(self) -> list[str]:
         return self.storage.names(LOG)
-
-    def _merges(self) -> int:
-        return max((int(name[:8]) for name in self.storage.names("base/00") if name[:8].isdecimal()), default=0)
 
     def _figures(self, seconds: float) -> dict[str, Any]:
         run, state = read_state(self.storage)

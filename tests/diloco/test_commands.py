@@ -103,7 +103,7 @@ def test_real_processes_that_are_killed_slowed_and_cut_off_lose_no_sample(store,
         lease_steps=5,
         seq_len=16,
         batch_size=2,
-        dead_seconds=60.0,
+        dead_seconds=600.0,
         kills=(Kill("worker-0", 7), Kill("syncer", 2)),
         slows=(Slow("worker-1", 2.0),),
         cuts=(Cut("worker-1", 4, 1.0),),
@@ -112,5 +112,7 @@ def test_real_processes_that_are_killed_slowed_and_cut_off_lose_no_sample(store,
     for run in ("undisturbed", "disturbed"):
         assert (report[run]["samples_lost"], report[run]["samples_doubled"]) == (0, 0)
     assert sorted(report["disturbed"]["seconds_to_rejoin"]) == ["syncer", "worker-0"]
-    assert report["disturbed"]["leases_taken_back"] >= 1
+    # The worker stood still in a lease when it was killed, and nobody is ever taken for dead: that lease alone.
+    assert report["disturbed"]["leases_taken_back"] == 1
+    assert report["disturbed"]["steps_made"] == plan.steps + 2  # the killed worker's steps 6 and 7, made again
     assert open_run(Storage(str(tmp_path / "chaos" / "disturbed" / "run"))).total_samples == 120

@@ -11,7 +11,7 @@ from training_cases import attention_model, tiny_config
 from fastweight import BlockConfig, FeedForwardConfig, Model, ModelConfig
 from fastweight.diloco import DilocoConfig, OuterConfig, Storage, StorageError
 from fastweight.diloco.bases import Bases, coded_change
-from fastweight.diloco.chaos_worker import CutStorage
+from fastweight.diloco.chaos_process import CutStorage
 from fastweight.diloco.layout import Layout
 from fastweight.diloco.ledger import Ledger
 from fastweight.diloco.simulate import World, ddp_bytes_per_token, simulate

@@ -16,7 +16,7 @@ from fastweight.train import train
 
 WORKER = Path(__file__).parent / "worker.py"
 ROOT = Path(fastweight.__file__).parent.parent
-SECONDS = 150
+SECONDS = 270  # a minute's work on two free cores
 
 
 def launch(processes: int, arguments: list[str]) -> subprocess.CompletedProcess[str]:

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import time
 
 import pytest
 import torch
@@ -106,13 +105,12 @@ def test_a_lost_process_is_told_from_a_mistake(error, lost):
 
 
 def test_a_process_that_fails_ends_all_with_its_error(store, tmp_path):
-    began = time.monotonic()
+    # The exchange would wait for ten minutes, the launch does not: so it is the failure that ends them.
     done = make_runs(2, store, [{"run": "delta", "out": str(tmp_path / "run"), "fault": "raise"}])
     assert done.returncode != 0
     assert done.stderr.count("ValueError: the disk of this machine is full") == 1
     assert "(process 1 of 2)" in done.stderr
     assert "RuntimeError" not in done.stderr  # what the others see of it is not worth a word
-    assert time.monotonic() - began < 60  # the time-out of the exchange
 
 
 def test_a_process_that_is_killed_ends_all_and_the_last_checkpoint_stands(store, tmp_path):

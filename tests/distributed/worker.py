@@ -28,7 +28,7 @@ FAULT_STEP = 4
 
 def main(store: str, jobs: list[dict]) -> None:
     torch.set_num_threads(1)
-    with joined(60):
+    with joined(600):
         for job in jobs:
             with pytest.MonkeyPatch.context() as patch:
                 if "fault" in job:

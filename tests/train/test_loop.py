@@ -10,7 +10,7 @@ import pytest
 import torch
 from tolerances import OUTPUT, assert_close
 from torch.nn import functional as F
-from training_cases import call_at_forward, run_elsewhere, tiny_config, tiny_model
+from training_cases import call_at_forward, clock_of_steps, run_elsewhere, tiny_config, tiny_model
 
 import fastweight
 from fastweight import BlockConfig, Model, ModelConfig
@@ -166,13 +166,14 @@ def test_the_learning_rate_in_the_metrics_follows_the_schedule(store, tmp_path):
     assert [r["lr"] / 1e-3 for r in read_metrics(tmp_path, "train")] == pytest.approx(want)
 
 
-def test_a_time_budget_ends_the_run_with_a_final_model(store, tmp_path):
-    result = train(tiny_config(store, steps=10**6, max_seconds=1.0), tmp_path, model=tiny_model(), quiet=True)
-    assert result.stopped == "time"
-    assert 1.0 <= result.seconds < 10
+def test_a_time_budget_ends_the_run_with_a_final_model(store, tmp_path, monkeypatch):
+    clock_of_steps(monkeypatch, 0.125)
+    config = tiny_config(store, steps=10**6, max_seconds=1.0, warmup_steps=0, final_ratio=0.0, lr=1e-3)
+    result = train(config, tmp_path, model=tiny_model(), quiet=True)
+    assert (result.stopped, result.step, result.seconds) == ("time", 8, 1.0)
     assert fastweight.load(result.model).num_parameters == result.parameters
-    rates = [record["lr"] for record in read_metrics(tmp_path, "train")]
-    assert rates[-1] < 0.5 * max(rates), "the decay follows the clock"
+    rates = [record["lr"] / 1e-3 for record in read_metrics(tmp_path, "train")]
+    assert rates == pytest.approx([1 - n / 8 for n in range(8)]), "the decay follows the clock"
 
 
 def test_sigterm_saves_after_the_step_and_says_so(store, tmp_path):

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from training_cases import attention_model, call_at_forward, tiny_config
+from training_cases import attention_model, call_at_forward, clock_of_steps, tiny_config
 
 import fastweight
 from fastweight.convert.in_place import add_in_place_memory
@@ -179,12 +179,13 @@ def test_a_folder_of_other_settings_or_another_model_is_refused(converted, pretr
         convert_stages(titanize(pretrained, seed=9, **OPTIONS), converted[0], config, quiet=True)
 
 
-def test_a_stage_by_the_clock_is_followed_by_a_control_of_as_many_steps(pretrained, config, tmp_path):
+def test_a_stage_by_the_clock_is_followed_by_a_control_of_as_many_steps(pretrained, config, tmp_path, monkeypatch):
+    clock_of_steps(monkeypatch, 0.125)
     model = titanize(pretrained, **OPTIONS)
     tune = StageConfig(max_seconds=0.7, lr=5e-3, trainable=("lora",), mag_start=0.0)
     timed = replace(config, transfer=StageConfig(), distill=StageConfig(), tune=tune)
     result = convert_stages(model, tmp_path, timed, quiet=True)
-    assert result.stages[TUNE]["stopped"] == "time"
+    assert (result.stages[TUNE]["stopped"], result.stages[TUNE]["step"]) == ("time", 6)
     assert mag_weights(result.model)[0] == [1.0, 1.0]
     assert control(model, tmp_path, timed, quiet=True).stages[CONTROL]["step"] == result.stages[TUNE]["step"]
 
