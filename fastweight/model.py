@@ -13,12 +13,13 @@ from torch.utils.checkpoint import checkpoint
 
 from fastweight import files
 from fastweight.block import Block, BlockState
-from fastweight.configs import require, to_json
+from fastweight.configs import near_names, require, to_json
 from fastweight.in_place import InPlaceFeedForward
 from fastweight.init import draw_projections
 from fastweight.layers import UnitRMSNorm, init_linears, make_norm
 from fastweight.mixers import Mixer
 from fastweight.model_config import BlockConfig, ModelConfig, fingerprint
+from fastweight.ops import dispatch
 from fastweight.ops.sequences import INTEGERS, advance, check_cu_seqlens, token_positions
 from fastweight.residual import ResidualWeights, Skips, SmearGate
 from fastweight.state import Faults, ModelState
@@ -97,8 +98,14 @@ class Model(nn.Module):
         return self.embedding.weight.device
 
     def set_backend(self, backend: str) -> "Model":
-        """Use this backend in every op ("auto" chooses per call)."""
-        for memory in self.memories():
+        """Use this backend in every layer with an op that has it ("auto" chooses per call).
+
+        Raises ValueError if no op of the model has one of that name.
+        """
+        able = [m for m in self.memories() if not m.ops or any(dispatch.known(op, backend) for op in m.ops)]
+        names = {name for memory in self.memories() for op in memory.ops for name in dispatch.backends(op)}
+        require(bool(able) or not names, f"set_backend: no op here has one.{near_names(backend, [*names, 'auto'])}")
+        for memory in able:
             memory.backend = backend
         return self
 

@@ -138,7 +138,7 @@ class AttentionLayer(Mixer):
         """Softmax attention over projected heads: y [B, T, heads, head_dim]."""
         y, state = attention(
             q, k, v, state, window=window, num_sinks=num_sinks, scale=self.config.scale, softcap=self.config.softcap,
-            cu_seqlens=cu_seqlens, backend=self.backend,
+            cu_seqlens=cu_seqlens, backend=self.backend_of("attention"),
         )  # fmt: skip
         return (remove_own_value(y, v) if self.config.exclude_self else y), state
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fastweight.configs import check_keys, from_dict, near_names, require
 from fastweight.layers import init_linears
+from fastweight.ops import dispatch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,6 +50,10 @@ class Mixer(nn.Module):
     def ops(self) -> tuple[str, ...]:
         """The names of all ops behind the layer; one that has several says so here."""
         return () if self.op is None else (self.op,)
+
+    def backend_of(self, op: str) -> str:
+        """The layer's backend, where `op` has one of that name: a layer of several ops runs the others on "auto"."""
+        return self.backend if dispatch.known(op, self.backend) else "auto"
 
     def init_state(self, num_sequences: int) -> Any:
         """The state of `num_sequences` sequences before their first token; differentiable where it is learned."""

@@ -60,6 +60,11 @@ def backends(op: str) -> list[str]:
     return [name for name in PREFERENCE if name in _OPS[op]]
 
 
+def known(op: str, backend: str) -> bool:
+    """Whether `op` has a backend of that name; "auto" is one."""
+    return backend == "auto" or backend in _OPS[op]
+
+
 def explain(op: str, x: Tensor, *args: Any, **kwargs: Any) -> list[tuple[str, str | None]]:
     """(backend, why `auto` does not take it for such inputs, or None) for each backend of `op`, fastest first."""
     return [(name, _why_not(op, name, x, *args, **kwargs)) for name in backends(op)]

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import torch
+from laws.laws import D_MODEL
 
 from fastweight.mixers import MixerConfig, mixer_class
 from fastweight.ops import dispatch
@@ -30,6 +31,21 @@ CASES = load_cases()
 
 
 def backends_of(config: MixerConfig, device: str, dtype: torch.dtype) -> list[str]:
-    op = mixer_class(config.kind).op
+    """The backends that take a layer of this config when they are named; "auto" where no op has any."""
+    mixer = mixer_class(config.kind)(D_MODEL, config)
     x = torch.zeros(1, 2, 1, 64, device=device, dtype=dtype)  # [B, T, H, D], as far as it decides
-    return (dispatch.runnable(op, x) if op else []) or ["auto"]
+    named = dict.fromkeys(name for op in mixer.ops for name in dispatch.runnable(op, x))
+    return [name for name in named if name not in dispatch.KERNELS or takes(config, name, device, dtype)] or ["auto"]
+
+
+def takes(config: MixerConfig, backend: str, device: str, dtype: torch.dtype) -> bool:
+    """Whether a kernel takes what such a layer gives it: not every width and setting. It is tried on two tokens."""
+    mixer = mixer_class(config.kind)(D_MODEL, config).to(device, dtype)
+    mixer.backend = backend
+    try:
+        mixer(torch.zeros(1, 2, D_MODEL, device=device, dtype=dtype), mixer.init_state(1))
+    except ValueError as refusal:
+        if f'backend "{backend}"' not in str(refusal):
+            raise
+        return False
+    return True

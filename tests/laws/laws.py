@@ -117,7 +117,9 @@ def agree(subject: Subject, got: Run, want: Run) -> None:
             continue
         # A gradient that is itself rounding noise beside the others carries no information.
         if value.double().square().mean().sqrt().item() > 1e-4 * largest:
-            assert_close(got.gradients[name], value, GRADIENT[subject.dtype], f"gradient of {name}")
+            # On a GPU sums of float32 run in an order that depends on their length.
+            more = 2 if subject.dtype == torch.float32 and subject.device != "cpu" else 1
+            assert_close(got.gradients[name], value, more * GRADIENT[subject.dtype], f"gradient of {name}")
 
 
 def split(subject: Subject) -> None:

@@ -13,7 +13,7 @@ from fastweight.mixers.liza.config import LizaConfig
 from fastweight.mixers.liza.memory import LizaMemory, LizaMemoryState
 from fastweight.mixers.liza.recall import recall_losses
 from fastweight.ops.attention import AttentionState
-from fastweight.ops.sequences import token_positions
+from fastweight.ops.sequences import recording, token_positions
 from fastweight.state import register_state
 
 __all__ = ["Branches", "Liza", "LizaConfig", "LizaMemoryState", "LizaState"]
@@ -96,13 +96,18 @@ class Liza(AttentionLayer):
         """μ of each head as it acts, in [0, 1].
 
         On a GPU the numbers are fetched once and kept until the parameter is written in place or replaced, or the
-        layer changes between training and evaluation; a write through `.data` alone is not noticed there.
+        layer changes between training and evaluation; a write through `.data` alone is not noticed there. While a
+        step is recorded they are those of the step before.
         """
         mag, known = self.mag.detach(), self._known
         if mag.is_meta:
             return [self.config.mag_weight] * mag.numel()
-        if mag.device.type == "cpu" or mag.is_inference():  # cheap to read; made in inference mode, it counts no writes
+        if mag.device.type == "cpu":  # cheap to read
             return mag.clamp(0, 1).tolist()
+        if mag.is_inference():  # it counts no writes, so it is read each time
+            if known is None or not recording(mag):
+                self._known = known = (id(self.mag), mag, 0, mag.clamp(0, 1).tolist())
+            return known[3]
         # The number of the parameter tells a layer from a deep copy of it, whose count of writes starts anew.
         if (
             known is None
@@ -206,7 +211,9 @@ class Liza(AttentionLayer):
         self, x: Tensor, projected: "_Projected", memory: LizaMemoryState, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, LizaMemoryState]:
         shared = self._shared(projected)
-        return self.memory(x, *shared, memory, cu_seqlens, backend=self.backend, learning=self.learning)
+        return self.memory(
+            x, *shared, memory, cu_seqlens, backend=self.backend_of("delta_rule"), learning=self.learning
+        )
 
     def _mix(self, seen: Tensor, read: Tensor) -> Tensor:
         mag = self.mag.to(read.dtype)

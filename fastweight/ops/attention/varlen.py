@@ -17,6 +17,7 @@ from torch import Tensor
 from fastweight.ops import dispatch
 from fastweight.ops.attention import AttentionState
 from fastweight.ops.attention.cache import append
+from fastweight.ops.attention.chunked import chunked
 from fastweight.ops.sequences import advance, sequence_lengths
 
 LARGEST_HEAD = 256
@@ -52,8 +53,6 @@ def refuses(
         return f"needs a head_dim that 8 divides, at most {LARGEST_HEAD}, got {q.shape[-1]}. {OTHERWISE}"
     if num_sinks or softcap is not None:
         return f"knows neither sinks nor soft caps, got num_sinks={num_sinks}, softcap={softcap}. {OTHERWISE}"
-    if q.dim() == 4 and q.shape[1] == 1 and cu_seqlens is None:
-        return f"is for many tokens, got one per sequence. {OTHERWISE}"
     return None
 
 
@@ -62,6 +61,10 @@ def varlen(
     q: Tensor, k: Tensor, v: Tensor, state: AttentionState, *,
     window: int | None, num_sinks: int, scale: float, softcap: float | None, cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, AttentionState]:  # fmt: skip
+    if q.shape[1] == 1:  # one token per sequence has no rows to share a call
+        return chunked(
+            q, k, v, state, window=window, num_sinks=num_sinks, scale=scale, softcap=softcap, cu_seqlens=cu_seqlens
+        )
     lengths = sequence_lengths(q.shape[0], q.shape[1], cu_seqlens)
     state = state._replace(k=state.k.to(k.dtype), v=state.v.to(v.dtype))
     slots, longest = state.k.shape[1], max(lengths)
@@ -99,8 +102,10 @@ def _join(k: Tensor, v: Tensor, state: AttentionState, ends: Tensor) -> tuple[Te
     old = total + (sequence + 1) * slots - cached[sequence] + place
     new = ends[sequence] + place - cached[sequence]
     source = torch.where(place < cached[sequence], old, new).clamp(max=total + n * slots - 1)
+    # What belongs to no sequence is not read, and its gradient is never written: it must not reach what it copies.
+    used = (row < key_ends[-1])[:, None, None]
     keys, values = (
-        torch.cat([tokens, cache.flatten(0, 1)]).index_select(0, source)
+        torch.cat([tokens, cache.flatten(0, 1)]).index_select(0, source).where(used, tokens.new_zeros(()))
         for tokens, cache in ((tokens_k, state.k), (tokens_v, state.v))
     )
     return keys, values, key_ends.to(torch.int32)

@@ -8,6 +8,7 @@ memory in float32. Under torch.compile each call is a graph break: the package's
 import functools
 import importlib
 import importlib.util
+import warnings
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from fastweight.ops import dispatch
 from fastweight.ops.delta.chunked import first, last
+from fastweight.ops.delta.naive import naive
 from fastweight.ops.kernels import why_no_kernels
 from fastweight.ops.sequences import sequence_lengths
 
@@ -52,8 +54,6 @@ def refuses(
         return f"needs the package fla-core. {OTHERWISE[:-1]}, or install it: pip install fla-core."
     if q.shape[-1] > LARGEST_KEY:
         return f"takes keys of at most {LARGEST_KEY} channels, got {q.shape[-1]}. {OTHERWISE}"
-    if q.shape[1] == 1 and cu_seqlens is None:
-        return f"is for many tokens, got one per sequence. {OTHERWISE}"
     return None
 
 
@@ -62,6 +62,8 @@ def fla(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor, memory: Tensor, *,
     cu_seqlens: Tensor | None, gated: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if q.shape[1] == 1:  # one token is read and written as the definition says
+        return naive(q, k, v, beta, decay, memory, cu_seqlens=cu_seqlens, gated=gated)
     order, group = k.shape[2], q.shape[2] // k.shape[3]
     if order > 1:
         q, decay = last(q, order), first(decay, order)
@@ -75,7 +77,7 @@ def fla(
     if gated:
         y, after = _gated(*tokens, v, decay.float().repeat_interleave(group, 2), beta.float(), **shared)
     else:
-        run = importlib.import_module("fla.ops.delta_rule").chunk_delta_rule
+        run = _kernels("delta_rule").chunk_delta_rule
         y, after = run(*tokens, v, beta.float(), **shared)
     return (y[:, order - 1 :: order] if order > 1 else y), after[:, ::group].to(memory.dtype)
 
@@ -83,7 +85,15 @@ def fla(
 def _gated(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, **shared: Any) -> tuple[Tensor, Tensor]:
     """The kernels for one decay per head; for gradients that those get wrong, the kernels for one per channel."""
     if torch.is_grad_enabled() and gated_backward_is_wrong():
-        run = importlib.import_module("fla.ops.kda").chunk_kda
+        run = _kernels("kda").chunk_kda
         return run(q, k, v, decay[..., None].expand(k.shape).contiguous(), beta, **shared)
-    run = importlib.import_module("fla.ops.gated_delta_rule").chunk_gated_delta_rule
+    run = _kernels("gated_delta_rule").chunk_gated_delta_rule
     return run(q, k, v, decay, beta, **shared)
+
+
+@functools.cache
+def _kernels(name: str) -> Any:
+    """The package's module for one op. What it says of packages that it would also like concerns none of these ops."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return importlib.import_module(f"fla.ops.{name}")

@@ -39,7 +39,8 @@ def chunked(
     """bad: [B, T], the tokens that were not finite and are zero now; the rest as in `in_place`."""
     batch, length = hidden.shape[:2]
     lengths = sequence_lengths(batch, length, cu_seqlens)
-    sizes = torch.tensor(lengths, device=hidden.device)
+    sizes = torch.full((batch,), length, device=hidden.device) if cu_seqlens is None else cu_seqlens.diff()
+    sizes = sizes.to(hidden.device, torch.int64)
     late = _late(target, taps, state, sizes, rule)
     tail = _last_two(target, hidden, state, sizes, rule)
     if max(lengths) == 1:
