@@ -17,6 +17,7 @@ from benchmarks.peers import peers
 from benchmarks.timing import Ceilings, ceilings, machine, measure, print_table, write_json
 from fastweight.ops import dispatch
 from fastweight.ops.examples import Example, Inputs, Shape, examples
+from fastweight.ops.lact import recorded
 
 COLUMNS = ["op", "shape", "by", "forward ms (quartiles)", "forward+backward ms (quartiles)", "TFLOP/s", "floor ms"]
 
@@ -76,6 +77,7 @@ def runners(name: str, example: Example, inputs: Inputs, device: str, sizes: dic
 
 def shown(result: dict[str, float]) -> str:
     memory = f", {result['peak_gib']:.1f} GiB" if "peak_gib" in result else ""
+    memory += f", {result['reserved_gib']:.1f} reserved" if "reserved_gib" in result else ""
     return f"{result['median_ms']:.2f} ({result['low_ms']:.2f}-{result['high_ms']:.2f}{memory})"
 
 
@@ -134,6 +136,7 @@ def main(
     found = []
     for name, shape, example, sizes in works(where):
         if only in name:
+            recorded.forget()
             found += time_work(name, shape, example, sizes, where, seconds, limit)
             write_json(json, {"machine": machine(where), "ceilings": limit._asdict(), "results": found})
     about = machine(where)

@@ -17,8 +17,12 @@ from fastweight.files import write_text
 
 
 def measure(run: Callable[[], object], device: str, *, seconds: float = 2.0, at_least: int = 5) -> dict[str, float]:
-    """Median and quartiles in milliseconds of repeated calls, after two calls of warm-up; peak memory on a GPU."""
+    """Median and quartiles in milliseconds of repeated calls, after two calls of warm-up; peak memory on a GPU, that of
+    tensors and all that is taken from the device."""
     cuda = device.startswith("cuda")
+    gc.collect()
+    if cuda:
+        torch.cuda.empty_cache()
     run()
     run()
     gc.collect()
@@ -32,6 +36,8 @@ def measure(run: Callable[[], object], device: str, *, seconds: float = 2.0, at_
     result = {"median_ms": statistics.median(times), "low_ms": low, "high_ms": high, "runs": len(times)}
     if cuda:
         result["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        # Also what recorded passes keep for themselves, and what the allocator holds without need.
+        result["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
     return result
 
 
