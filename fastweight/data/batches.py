@@ -39,6 +39,11 @@ class Batch:
         }
         return Batch(**moved)
 
+    def pinned(self) -> "Batch":
+        """The batch in page-locked memory, from where a GPU copies without stopping the host."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return Batch(**{name: x.pin_memory() for name, x in fields.items() if x is not None})
+
     @property
     def max_seqlen(self) -> int:
         """Tokens of the longest sequence: what variable-length attention wants beside cu_seqlens."""

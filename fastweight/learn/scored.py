@@ -142,7 +142,7 @@ def _features(
     if len(set(lengths)) == 1:
         features, state = model.features(inputs.view(len(pieces), -1), state)
     else:
-        ends = torch.tensor([0, *lengths], device=model.device).cumsum(0).int()
+        ends = torch.tensor([0, *lengths]).cumsum(0).int()  # on the host: lengths decide on shapes
         features, state = model.features(inputs[None], state, ends)
     parts = features.flatten(0, 1).split(lengths)
     return torch.cat([f[p.first - p.start - 1 :] for f, p in zip(parts, pieces, strict=True)]), state

@@ -47,7 +47,7 @@ def record_run(preset: str, loops: LoopConfig | None = None) -> TrainConfig:
     """What the records do: MuonEq-R with Polar Express, averaged weights, decay over three quarters of the time to a
     tenth, strong weight decay that falls to half of itself at the end."""
     return golf_run(
-        preset, data=DataConfig(view="bins", seq_len=2048, batch_size=256, micro_batch_size=32), rate=0.022,
+        preset, data=DataConfig(seq_len=2048, batch_size=256, micro_batch_size=32), rate=0.022,
         scalar_rate=0.02, embedding_rate=0.03, decay=0.75, floor=0.1, weight_decay=0.095, weight_decay_end=0.5,
         clip_norm=0.3, averaging=AveragingConfig(kind="ema", decay=0.99), loops=loops, muon_rows="equalised",
         muon_coefficients="polar-express", muon_momentum=0.97, muon_momentum_first=0.92, muon_momentum_steps=300,
@@ -57,7 +57,7 @@ def record_run(preset: str, loops: LoopConfig | None = None) -> TrainConfig:
 @register("golf-baseline-9x512")
 def golf_baseline() -> TrainConfig:
     """The contest's baseline for ten minutes: 2^19 tokens per step, its 1,200 steps of decay are 86 % of one GPU's."""
-    data = DataConfig(view="windows", seq_len=1024, batch_size=512, micro_batch_size=64)
+    data = DataConfig(seq_len=1024, batch_size=512, micro_batch_size=64)
     return golf_run(
         "golf-baseline-9x512", data=data, rate=0.04, scalar_rate=0.04, embedding_rate=0.05, decay=0.86, floor=0.0,
         muon_momentum=0.95, muon_momentum_first=0.85, muon_momentum_steps=500,

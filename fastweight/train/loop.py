@@ -1,8 +1,10 @@
 """The loop: read, learn, report, save; and go on exactly where it stopped."""
 
 import dataclasses
+import itertools
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from fastweight.state import ModelState
 from fastweight.train import checkpoint, folders, partial
 from fastweight.train.averaging import RAW, describe_average, make_average, put_average
 from fastweight.train.carried import deal_rows, gather_rows
+from fastweight.train.compiling import compile_for
 from fastweight.train.config import TrainConfig
 from fastweight.train.heldout import heldout_losses
 from fastweight.train.inner import inner_statistics
@@ -35,7 +38,7 @@ from fastweight.train.report import Report, describe_heldout, summary, warn_of_f
 from fastweight.train.rounding import rounded
 from fastweight.train.saving import TeamWriter
 from fastweight.train.signals import SIGNALS, StopRequest
-from fastweight.train.source import shares, step_batches
+from fastweight.train.source import read_ahead, shares, step_batches
 from fastweight.train.tally import Tally, TrainResult
 from fastweight.train.trainable import is_adapter
 
@@ -79,8 +82,11 @@ class Trainer:
 
     def run(self, stop: StopRequest) -> TrainResult:
         """Train until the steps, the time or a signal end it; save, and say what came out."""
-        config, tally = self.config, self.tally
+        config, tally, team = self.config, self.tally, self.team
         self.mag.set(self._mag_step())
+        train = self.store.split("train")
+        steps = step_batches(train, config.data, config.seed, tally.step, team.rank, team.size)
+        steps = self._compiled(steps) if config.compile else steps
         if self.saved_step < 0:
             # The first checkpoint before the first step: a disk that is full or read-only shows now, not in an hour.
             if config.log.before_after:
@@ -88,8 +94,7 @@ class Trainer:
                 self._started = time.monotonic()
             self.save()
         self.report.start(tally.step)
-        train, team = self.store.split("train"), self.team
-        steps = step_batches(train, config.data, config.seed, tally.step, team.rank, team.size)
+        steps = read_ahead(steps) if self.device.type == "cuda" else steps
         try:
             while not (ended := self._ended(stop)):
                 self.step(next(steps))
@@ -101,6 +106,16 @@ class Trainer:
             self.save()
         self.writer.finish()
         return self._finish("" if ended == "steps" else ended)
+
+    def _compiled(self, steps: Iterator[list[Batch]]) -> Iterator[list[Batch]]:
+        """Compile on the first of `steps` before the clock goes on; nothing is learned from it. Returns all of them."""
+        started, first = time.monotonic(), next(steps)
+        self.loops.settle(1.0)
+        compile_for(self.objective, first[0].to(self.device))
+        self.optimizer.zero_grad()
+        self._started += time.monotonic() - started
+        self.report.say(f"compiled in {time.monotonic() - started:.0f} s")
+        return itertools.chain([first], steps)
 
     def save(self) -> None:
         """Write a checkpoint of now; a team only begins to, and goes on."""

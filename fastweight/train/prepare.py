@@ -3,13 +3,11 @@
 import contextlib
 from collections.abc import Iterator
 
-import torch
-
 from fastweight.configs import require
 from fastweight.convert.mag import liza_layers, mag_weights
-from fastweight.distributed.shards import is_sharded
 from fastweight.distributed.team import Team
 from fastweight.model import Model
+from fastweight.train.compiling import compiled_blocks
 from fastweight.train.config import LORA, MEMORY, TrainConfig
 from fastweight.train.loops import check_loops
 from fastweight.train.lora import add_adapters, check_adapters, remove_adapters
@@ -32,15 +30,6 @@ def check_parts(model: Model, config: TrainConfig) -> None:
     check_rounding(model, config.rounding)
     check_mag(model, config.mag, config.steps)
     _check_memory_is_read(model, config)
-
-
-def compile_blocks(model: Model) -> None:
-    """Compile each block; of a cut one what it computes, without the putting together of its weights."""
-    for block in model.blocks:
-        if is_sharded(block):
-            block.forward = torch.compile(block.forward)
-        else:
-            block.compile()
 
 
 def check_team(model: Model, config: TrainConfig, team: Team) -> None:
@@ -92,9 +81,8 @@ def prepared(model: Model, config: TrainConfig) -> Iterator[list[str]]:
             add_adapters(model, config.lora)
         if config.partial:
             set_trainable(model, trained_names(model, config, config.trainable))
-        if config.compile:
-            compile_blocks(model)
-        yield [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        with compiled_blocks(model) if config.compile else contextlib.nullcontext():
+            yield [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     finally:
         if config.lora.rank:
             remove_adapters(model)

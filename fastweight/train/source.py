@@ -2,8 +2,10 @@
 
 import itertools
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import torch
 
 from fastweight import data
 from fastweight.configs import require
@@ -39,6 +41,24 @@ def step_batches(
         first = step * config.batch_size + rank * share
         pieces = [np.arange(start, start + rows) for start in range(first, first + share, rows)]
         yield [view.batch(piece if sampler is None else sampler.locate(piece)[1]) for piece in pieces]
+
+
+def read_ahead(steps: Iterator[list[Batch]]) -> Iterator[list[Batch]]:
+    """The same steps without end, each read by a thread while the one before it is computed, for a GPU.
+
+    The thread puts them into page-locked memory where there is a GPU. What reading raises is raised at its step.
+    """
+
+    def read() -> list[Batch]:
+        batches = next(steps)
+        return [batch.pinned() for batch in batches] if torch.cuda.is_available() else batches
+
+    with ThreadPoolExecutor(1, thread_name_prefix="reading") as thread:
+        coming = thread.submit(read)
+        while True:
+            found = coming.result()
+            coming = thread.submit(read)
+            yield found
 
 
 def shares(config: DataConfig, processes: int) -> tuple[int, int]:

@@ -18,6 +18,7 @@ from fastweight.data import Store, Windows
 from fastweight.mixers.lact import LactConfig
 from fastweight.mixers.ttt import TTTLinearConfig
 from fastweight.train import DivergedError, InnerRateWarmup, LogConfig, ModelSource, read_metrics, train
+from fastweight.train.source import read_ahead, step_batches
 
 
 def losses(out):
@@ -298,6 +299,71 @@ def test_compiled_blocks_train_to_the_same_losses(store, tmp_path):
     assert int(done.stdout) > 0, "nothing was compiled"
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
     assert read_metrics(tmp_path / "compiled", "inner")[0]["layers"]
+
+
+# Twelve kinds of blocks, more than torch compiles for one function unless it is told to; past that it would raise here.
+MANY_KINDS = """
+import fastweight, torch._dynamo
+from fastweight.layers import FEED_FORWARDS, FeedForwardConfig
+from fastweight.mixers.attention import AttentionConfig
+torch._dynamo.config.fail_on_recompile_limit_hit = True
+compile = torch.nn.Module.compile
+torch.nn.Module.compile = lambda self: compile(self, backend="eager")
+blocks = tuple(
+    fastweight.BlockConfig(
+        mixer=AttentionConfig(num_heads=2), feed_forward=FeedForwardConfig(kind=kind, hidden=16), residual=residual
+    )
+    for kind in FEED_FORWARDS for residual in ("sequential", "parallel")
+)
+model = fastweight.Model(fastweight.ModelConfig(vocab_size=257, d_model=16, blocks=blocks))
+train(tiny_config(store, steps=2, warmup_steps=0, before_after=True, compile=True), out, model=model, quiet=True)
+print(len(blocks))
+"""
+
+
+def test_blocks_of_many_kinds_are_all_compiled(store, tmp_path):
+    done = run_elsewhere(MANY_KINDS, tmp_path, store)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 8, "torch's own limit would have done"
+
+
+SLOWLY_COMPILED = """
+import json, time
+spent = []
+def slowly(graph, inputs):
+    spent.append(time.sleep(0.2))
+    return graph.forward
+compile = torch.nn.Module.compile
+torch.nn.Module.compile = lambda self: compile(self, backend=slowly)
+result = train(tiny_config(store, steps=2, warmup_steps=0, compile=True), out, model=tiny_model(), quiet=True)
+print(json.dumps([0.2 * len(spent), result.seconds]))
+"""
+
+
+def test_compiling_takes_no_training_time(store, tmp_path):
+    done = run_elsewhere(SLOWLY_COMPILED, tmp_path, store)
+    assert done.returncode == 0, done.stderr
+    compiling, training = json.loads(done.stdout)
+    assert compiling >= 0.4
+    assert training < compiling
+
+
+def test_steps_read_ahead_are_the_same_steps(store):
+    train_split, config = Store.open(store).split("train"), tiny_config(store).data
+    ahead = read_ahead(step_batches(train_split, config, seed=3, start_step=5))
+    for _, got, want in zip(range(3), ahead, step_batches(train_split, config, seed=3, start_step=5), strict=False):
+        assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(got, want, strict=True))
+
+
+def test_what_reading_ahead_raises_is_raised_at_its_step():
+    def failing():
+        yield []
+        raise OSError("the disk is gone")
+
+    ahead = read_ahead(failing())
+    assert next(ahead) == []
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(ahead)
 
 
 class TestBadInput:

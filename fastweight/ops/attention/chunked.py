@@ -135,6 +135,11 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, setting: _Sett
         return _attend_capped(q, k, v, mask, setting.scale, setting.softcap)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     grouped = q.shape[1] != k.shape[1]
+    if grouped and q.is_cuda and (mask is not None or q.dtype == torch.float32):
+        # Only the flash kernel knows shared heads, and it knows neither masks nor float32; without a fused kernel all
+        # scores would be in memory.
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+        grouped = False
     y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=setting.scale, enable_gqa=grouped)
     return y.transpose(1, 2)
 

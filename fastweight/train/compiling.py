@@ -1,0 +1,40 @@
+"""Compiled blocks: room for all their graphs, and compilation before the training clock runs."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from fastweight.data import Batch
+from fastweight.distributed.shards import is_sharded
+from fastweight.model import Model
+from fastweight.train.objectives import Objective
+
+# How many graphs one function may have; blocks of one shape share theirs. Beyond torch's own limit of 8 (training,
+# measuring, other lengths, other kinds of blocks) it would go on uncompiled and say so in a warning alone.
+MOST_GRAPHS = 128
+# The first pass makes what layers keep (rates of rotations), the second one is then compiled like all later ones.
+PASSES = 2
+
+
+@contextlib.contextmanager
+def compiled_blocks(model: Model) -> Iterator[None]:
+    """Inside, each block is compiled when it is first called; of a cut one what it computes, without the putting
+    together of its weights."""
+    import torch._dynamo
+
+    for block in model.blocks:
+        if is_sharded(block):
+            block.forward = torch.compile(block.forward)
+        else:
+            block.compile()
+    with torch._dynamo.config.patch(recompile_limit=MOST_GRAPHS):
+        yield
+
+
+def compile_for(objective: Objective, batch: Batch) -> None:
+    """Compile what a step on a micro-batch like `batch` calls. Its gradients are left behind; random numbers are not
+    used up."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        for _ in range(PASSES):
+            objective.learn(batch, None, max(1, batch.num_targets))
