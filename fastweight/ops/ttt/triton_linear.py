@@ -1,17 +1,19 @@
 """TTT-Linear's kernels as one differentiable unit, which `torch.compile` does not look into."""
 
+import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastweight.ops.ttt.layout import Layout, Part, parts
+from fastweight.ops.ttt.unit import Run, differentiable
 
 Tensors = tuple[Tensor, ...]
 
 
-@torch.library.custom_op("fastweight::ttt_linear", mutates_args=())
-def linear(
+def _run(
     q: Tensor, k: Tensor, v: Tensor, rate: Tensor, tau: Tensor, ln_weight: Tensor, ln_bias: Tensor,
     w: Tensor, b: Tensor, s: Tensor, sb: Tensor, position: Tensor, cu_seqlens: Tensor | None, eps: float, keep: bool,
 ) -> list[Tensor]:  # fmt: skip
@@ -29,7 +31,6 @@ def linear(
     return results
 
 
-@linear.register_fake
 def _results(
     q: Tensor, k: Tensor, v: Tensor, rate: Tensor, tau: Tensor, ln_weight: Tensor, ln_bias: Tensor,
     w: Tensor, b: Tensor, s: Tensor, sb: Tensor, position: Tensor, cu_seqlens: Tensor | None, eps: float, keep: bool,
@@ -41,8 +42,11 @@ def _results(
     return [torch.empty_like(q), *(torch.empty_like(x) for x in (w, b, s, sb)), flags, *kept]
 
 
-@torch.library.custom_op("fastweight::ttt_linear_backward", mutates_args=())
-def linear_gradients(
+linear = torch.library.custom_op("fastweight::ttt_linear", _run, mutates_args=())
+linear.register_fake(_results)
+
+
+def _gradients(
     dy: Tensor, memory: list[Tensor], sums: list[Tensor], q: Tensor, k: Tensor, v: Tensor, rate: Tensor,
     tau: Tensor, ln_weight: Tensor, ln_bias: Tensor, s: Tensor, sb: Tensor, position: Tensor,
     cu_seqlens: Tensor | None, flags: Tensor, kept_w: Tensor, kept_b: Tensor, eps: float,
@@ -117,6 +121,9 @@ def _one_part(
     return shared
 
 
+linear_gradients = torch.library.custom_op("fastweight::ttt_linear_backward", _gradients, mutates_args=())
+
+
 @linear_gradients.register_fake
 def _(dy, memory, sums, q, k, v, rate, tau, ln_weight, ln_bias, s, sb, *rest):
     return [torch.empty_like(x) for x in (q, k, v, rate, tau, ln_weight, ln_bias, s, sb, s, sb)]
@@ -133,21 +140,21 @@ def _remember(ctx, inputs: tuple, output: list[Tensor]) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _pair(given: list[Tensor | None], like: Tensors) -> list[Tensor]:
+def _pair(given: Sequence[Tensor | None], like: Tensors) -> list[Tensor]:
     """Two gradients, zeros for one that is missing; none where both are."""
     if all(g is None for g in given):
         return []
     return [torch.zeros_like(x) if g is None else g.contiguous() for g, x in zip(given, like, strict=True)]
 
 
-def _backward(ctx, gradients: list[Tensor | None]) -> tuple:
+def _backward(ctx, gradients: Sequence[Tensor | None], run: Run) -> tuple:
     saved = ctx.saved_tensors
     q, state = saved[0], saved[7:9]
     dy, *memory = gradients[:5]
     dy = torch.zeros_like(q) if dy is None else dy.contiguous()
     pairs = [_pair(memory[i : i + 2], state) for i in (0, 2)]
-    found = linear_gradients(dy, *pairs, *saved, ctx.eps)
-    return (*found, None, None, None, None)
+    return (*run(dy, *pairs, *saved, ctx.eps), None, None, None, None)
 
 
-linear.register_autograd(_backward, setup_context=_remember)
+linear.register_autograd(functools.partial(_backward, run=linear_gradients), setup_context=_remember)
+differentiable_linear = differentiable(linear, _run, _remember, functools.partial(_backward, run=_gradients))
