@@ -16,14 +16,14 @@ INTEGERS = {
     "base": "*i32",
     "eps": "fp32",
 }
-SIZES = ("num_tokens", "num_sequences", "first", "stop", "H", "packed", "keep")
+SIZES = ("num_tokens", "num_sequences", "first", "stop", "memory_given", "sums_given", "H", "packed", "keep")
 TOKENS = ("q", "k", "v", "y", "dy", "dq", "dk", "dv", "all_w")  # in the dtype of q
 TOKENS += ("d_reads", "actives", "d_middles", "d_hiddens", "d_writes1")
 
 
 def job(name: str, dim: int, dtype: str = "bf16", chunk: int = 16, **constants: object) -> dict:
     """Kernel `name` for heads of `dim` channels."""
-    late = name in ("mlp_reads", "mlp_backward")
+    late = name.endswith(("reads", "backward"))
     step = name.endswith("step")
     part = "step" if step else name.split("_")[0] + ("_backward" if late else "")
     module = f"fastweight.ops.ttt.kernels_{part}"

@@ -19,9 +19,11 @@ SINGLE = {"output": OUTPUT[torch.float32], "gradient": GRADIENT[torch.float32]}
 
 @pytest.fixture(scope="module", autouse=True)
 def _kernels():
-    from fastweight.ops.ttt import kernels_linear, kernels_mlp, kernels_mlp_backward, kernels_shared, kernels_step
+    from fastweight.ops.ttt import kernels_linear, kernels_linear_backward, kernels_mlp, kernels_mlp_backward
+    from fastweight.ops.ttt import kernels_faults, kernels_shared, kernels_step
 
-    interpreted(kernels_shared, kernels_linear, kernels_mlp, kernels_mlp_backward, kernels_step)
+    interpreted(kernels_shared, kernels_linear, kernels_linear_backward, kernels_step, kernels_faults)
+    interpreted(kernels_mlp, kernels_mlp_backward)
 
 
 def wide(tree):

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fastweight.ops import dispatch
-from fastweight.ops.sequences import advance, count_faults
+from fastweight.ops.ttt.faults import account
 from fastweight.state import Faults, map_tensors, register_state
 
 
@@ -101,12 +101,11 @@ def _run(
     _check_shapes(op, q, {"k": k, "v": v}, inner_lr, tau, (ln_weight, ln_bias), chunk_size)
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     _check_state(op, q, state, sequences)
-    y, weights, pending, bad = dispatch.call(
+    y, weights, pending, marks = dispatch.call(
         op, backend, q, q, k, v, inner_lr, tau, ln_weight, ln_bias, state.weights, state.pending, state.position,
         eps=eps, cu_seqlens=cu_seqlens,
     )  # fmt: skip
-    faults = count_faults(state.faults, bad, state.position, cu_seqlens)
-    return y, TTTState(weights, pending, advance(state.position, q.shape[1], cu_seqlens), faults)
+    return y, TTTState(weights, pending, *account(state.position, state.faults, marks, cu_seqlens))
 
 
 def _check_shapes(

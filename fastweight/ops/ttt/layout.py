@@ -1,5 +1,6 @@
 """How the kernels of both memories are cut up and launched: tile sizes, kept states, and stretches to replay."""
 
+import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -15,8 +16,8 @@ HIDDEN_BLOCK = 64  # hidden units of a memory in registers at once
 LAUNCH = {
     "linear_forward": {16: (1, 2), 32: (2, 2), 64: (4, 2), 128: (8, 2)},
     "linear_replay": {16: (1, 2), 32: (2, 2), 64: (4, 2), 128: (8, 2)},
+    "linear_reads": {16: (1, 1), 32: (2, 1), 64: (4, 1), 128: (8, 1)},
     "linear_backward": {16: (1, 1), 32: (2, 1), 64: (4, 1), 128: (8, 1)},
-    "linear_opening": {16: (1, 1), 32: (2, 1), 64: (4, 1), 128: (8, 1)},
     "linear_step": {16: (1, 1), 32: (2, 1), 64: (4, 1), 128: (8, 1)},
     "mlp_step": {16: (2, 1), 32: (4, 1), 64: (8, 1), 128: (8, 1)},
     "mlp_forward": {16: (2, 1), 32: (4, 1), 64: (4, 1), 128: (8, 1)},
@@ -105,22 +106,44 @@ class Part(NamedTuple):
 def parts(layout: Layout, position: Tensor, cu_seqlens: Tensor | None, state_bytes: int) -> Iterator[Part]:
     """The parts of a backward pass, last first. state_bytes: of one replayed state of one head.
 
-    Waits for the device only for packed sequences whose states do not fit in REPLAY_BYTES: their longest must be known.
+    A batch is cut the same way whatever its positions, and its tables are made once; packed sequences are cut on the
+    device. Waits for it only where their states do not fit in REPLAY_BYTES: their longest must be known.
     """
-    lengths = torch.full_like(position, layout.length) if cu_seqlens is None else cu_seqlens.diff().to(position)
-    chunks = (position % layout.chunk + lengths + layout.chunk - 1) // layout.chunk
-    stretches = (chunks + KEEP_EVERY - 1) // KEEP_EVERY
     each, longest = state_bytes * KEEP_EVERY * layout.heads, layout.length
-    if layout.packed and layout.slots * each > REPLAY_BYTES:
+    lengths = None if cu_seqlens is None else cu_seqlens.diff().to(position)
+    if lengths is not None and layout.slots * each > REPLAY_BYTES:
         longest = int(lengths.max())
-    most = -(-(longest + 2 * layout.chunk - 2) // (layout.chunk * KEEP_EVERY))
-    step = max(1, REPLAY_BYTES // (layout.sequences * each))
-    if layout.slots * each <= REPLAY_BYTES:
-        step = most
+    most = -(-((longest + 2 * layout.chunk - 2) // layout.chunk) // KEEP_EVERY)
+    step = most if layout.slots * each <= REPLAY_BYTES else max(1, REPLAY_BYTES // (layout.sequences * each))
     for first in range((most - 1) // step * step, -1, -step):
-        counts = (stretches - first).clamp(0, step)
-        ends = counts.cumsum(0)
-        places = torch.arange(min(layout.sequences * step, layout.slots), device=position.device)
-        owner = torch.searchsorted(ends, places, right=True, out_int32=True)
-        stop = (first + step) * KEEP_EVERY
-        yield Part(first * KEEP_EVERY, stop, (ends - counts).to(torch.int32), owner)
+        if lengths is None:
+            base, owner = _even(layout.sequences, min(step, most - first), position.device)
+        else:
+            base, owner = _by_length(layout, position, lengths, first, step)
+        yield Part(first * KEEP_EVERY, (first + step) * KEEP_EVERY, base, owner)
+
+
+def _even(sequences: int, each: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """base and owner of `each` stretches for every sequence."""
+    recorded = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    # What is made while a graph is recorded belongs to that graph.
+    return (_make_even if recorded else _even_tables)(sequences, each, device)
+
+
+def _make_even(sequences: int, each: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    base = torch.arange(0, sequences * each, each, dtype=torch.int32, device=device)
+    owner = torch.arange(sequences * each, dtype=torch.int32, device=device) // each
+    return base, owner
+
+
+_even_tables = functools.lru_cache(maxsize=64)(_make_even)
+
+
+def _by_length(layout: Layout, position: Tensor, lengths: Tensor, first: int, step: int) -> tuple[Tensor, Tensor]:
+    """base and owner of the stretches first … first + step − 1 of packed sequences, as many as each has."""
+    chunks = (position % layout.chunk + lengths + layout.chunk - 1) // layout.chunk
+    counts = ((chunks + KEEP_EVERY - 1) // KEEP_EVERY - first).clamp(0, step)
+    ends = counts.cumsum(0)
+    places = torch.arange(min(layout.sequences * step, layout.slots), device=position.device)
+    owner = torch.searchsorted(ends, places, right=True, out_int32=True)
+    return (ends - counts).to(torch.int32), owner

@@ -52,8 +52,11 @@ def run(
     q: Tensor, k: Tensor, v: Tensor, rate: Tensor, tau: Tensor, ln_weight: Tensor, ln_bias: Tensor,
     weights: TTTWeights, pending: TTTWeights, position: Tensor, *, eps: float, cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, TTTWeights, TTTWeights, Tensor]:  # fmt: skip
-    """As the other backends; memory and sums in float32, products in q's dtype (of a single token in float32)."""
-    from fastweight.ops.ttt.triton_linear import linear
+    """As the other backends, but faults are marked for each head, int8 [B, T, H].
+
+    Memory and sums are float32, products in q's dtype (of a single token in float32).
+    """
+    from fastweight.ops.ttt.triton_linear import differentiable_linear
     from fastweight.ops.ttt.triton_mlp import mlp
     from fastweight.ops.ttt.triton_step import step
 
@@ -65,6 +68,6 @@ def run(
         results = step(*tensors[:7], tensors[7 : 7 + parts], tensors[7 + parts :], position, eps)
     else:
         ends = None if cu_seqlens is None else cu_seqlens.to(q.device)
-        results = (linear if parts == 2 else mlp)(*tensors, position.contiguous(), ends, eps, keep)
+        results = (differentiable_linear if parts == 2 else mlp)(*tensors, position.contiguous(), ends, eps, keep)
     y, *state, flags = results[: 2 + 2 * parts]
-    return y, TTTWeights(*state[:parts]), TTTWeights(*state[parts:]), (flags > 0).any(-1)
+    return y, TTTWeights(*state[:parts]), TTTWeights(*state[parts:]), flags
