@@ -1,6 +1,6 @@
 """Corpora, tokenizers, the token store, the sampler and batches: text in, `Batch` out."""
 
-from fastweight.data.batches import IGNORED, Batch, check_batch, loader, read_once
+from fastweight.data.batches import IGNORED, Batch, check_batch, loader, read_once, targets_ahead
 from fastweight.data.megatron import import_megatron
 from fastweight.data.mixture import Mixture
 from fastweight.data.overlap import DocumentOverlap, Overlap, overlap
@@ -65,5 +65,6 @@ __all__ = [
     "prepare",
     "read_once",
     "read_shard",
+    "targets_ahead",
     "write_shard",
 ]

@@ -55,6 +55,22 @@ class Batch:
         return int(self.target_bytes.sum())
 
 
+def targets_ahead(batch: Batch, ahead: int) -> Tensor:
+    """The token `ahead` places after each target, int64 [B, T]; 0 gives the targets themselves.
+
+    Ignored where the row or packed sequence ends before, or a target on the way is ignored: beyond a document's start
+    nothing is asked.
+    """
+    stops = batch.targets == IGNORED
+    stops[:, -1] = True
+    if batch.cu_seqlens is not None:
+        stops[0, batch.cu_seqlens[1:].long() - 1] = True
+    found = batch.targets
+    for _ in range(ahead):
+        found = found.roll(-1, 1).masked_fill(stops, IGNORED)
+    return found
+
+
 def check_batch(batch: Batch, vocab_size: int) -> None:
     """Raise ValueError that names what is wrong with `batch` for a model of `vocab_size`."""
     for name in ("tokens", "targets", "target_bytes"):

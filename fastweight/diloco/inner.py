@@ -70,8 +70,9 @@ class Inner:
         """The summed loss and the gradient norm; the gradients are clipped."""
         device = self.model.device
         total = torch.zeros((), device=device)
+        totals = [value or 1.0 for value in self.objective.totals(batches)]
         for batch in batches:
-            sums, _ = self.objective.learn(batch.to(device, non_blocking=True), None, num_targets)
+            sums, _ = self.objective.learn(batch.to(device, non_blocking=True), None, num_targets, totals)
             total = total + sums[0]
         parameters = list(self.optimizer.parameters())
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])

@@ -1,6 +1,7 @@
 """The settings of a run: nested frozen dataclasses with a strict JSON form."""
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -129,6 +130,9 @@ class ObjectiveConfig:
     """distill: both distributions are softened by it; the loss is multiplied by its square."""
     alpha: float = 0.0
     """distill: part of the cross-entropy of the text in the loss, the rest is the KL."""
+    head_weights: tuple[float, ...] = ()
+    """next-token, for a model with tokens_ahead: weight of each head's loss in the mean, the next token's first; empty:
+    all the same."""
 
     def __post_init__(self) -> None:
         check_types(self, "objective")
@@ -137,6 +141,15 @@ class ObjectiveConfig:
         require(self.mse + self.cosine > 0, "objective: mse and cosine are both 0; nothing would be learned.")
         require(self.temperature > 0, f"objective: temperature must be positive, got {self.temperature}.")
         require(0 <= self.alpha <= 1, f"objective: alpha must lie in [0, 1], got {self.alpha}.")
+        heads = self.head_weights
+        require(
+            not heads or (min(heads) >= 0 and 0 < sum(heads) < math.inf),
+            f"objective: head_weights must be finite, not negative and not all 0, got {heads}.",
+        )
+        require(
+            not heads or self.kind == "next-token",
+            f'objective: head_weights belongs to kind "next-token", got {self.kind!r}.',
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

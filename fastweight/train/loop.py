@@ -216,7 +216,8 @@ class Trainer:
             config.optimizer.lr,
             self._fraction() if config.max_seconds else None,
         )
-        sums, norm = self._gradients(batches, max(1, counts.targets))
+        totals = self.team.sum_floats(self.objective.totals(batches))
+        sums, norm = self._gradients(batches, max(1, counts.targets), [total or 1.0 for total in totals])
         if all(map(math.isfinite, sums)) and math.isfinite(norm):
             self._apply(factor)
             self._count(sums, counts)
@@ -242,7 +243,7 @@ class Trainer:
         if len(sums) > 1:
             self.tally.add_parts(sums[1:], counts.targets)
 
-    def _gradients(self, batches: list[Batch], num_targets: int) -> tuple[list[float], float]:
+    def _gradients(self, batches: list[Batch], num_targets: int, totals: list[float]) -> tuple[list[float], float]:
         """The objective's sums and the global gradient norm, the gradients clipped. The one device sync of a step."""
         carry, logged = self.config.carry_state, self._is_logged(self.tally.step + 1)
         states, total = [], torch.zeros((), device=self.device)
@@ -250,7 +251,7 @@ class Trainer:
             batch = batch.to(self.device, non_blocking=True)
             start = self._start_state(i, batch)
             with rounded(self.model, self.config.rounding, self._fraction()):
-                sums, state = self.objective.learn(batch, start, num_targets)
+                sums, state = self.objective.learn(batch, start, num_targets, totals)
             total = total + sums
             # Looking for faults waits for the device, and states are large: only where they are needed.
             self._faults += self._new_faults(i, start, state) if logged else []
