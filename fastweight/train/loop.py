@@ -35,7 +35,7 @@ from fastweight.train.report import Report, describe_heldout, summary, warn_of_f
 from fastweight.train.rounding import rounded
 from fastweight.train.saving import TeamWriter
 from fastweight.train.signals import SIGNALS, StopRequest
-from fastweight.train.source import shares, step_batches
+from fastweight.train.source import shares, step_batches, training_splits
 from fastweight.train.tally import Tally, TrainResult
 from fastweight.train.trainable import is_adapter
 
@@ -88,8 +88,8 @@ class Trainer:
                 self._started = time.monotonic()
             self.save()
         self.report.start(tally.step)
-        train, team = self.store.split("train"), self.team
-        steps = step_batches(train, config.data, config.seed, tally.step, team.rank, team.size)
+        splits, team = training_splits(self.store, config.data), self.team
+        steps = step_batches(splits, config.data, config.seed, tally.step, team.rank, team.size)
         try:
             while not (ended := self._ended(stop)):
                 self.step(next(steps))

@@ -31,12 +31,9 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
-def total_nats(model: Model, features: Tensor, targets: Tensor, ahead: int = 0) -> Tensor:
-    """Sum of -log p(target) over targets that are not ignored, in float32 or wider. features: [T, D]; targets: [T].
-
-    ahead: the targets are as many tokens after the next one.
-    """
-    logits = model.logits(features, ahead)
+def total_nats(model: Model, features: Tensor, targets: Tensor) -> Tensor:
+    """Sum of -log p(target) over targets that are not ignored, in float32 or wider. features: [T, D]; targets: [T]."""
+    logits = model.logits(features)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORED)
 

@@ -71,7 +71,7 @@ def make_objective(model: Model, config: TrainConfig) -> Objective:
     """The objective that `config` names. Raises ValueError if `model` cannot learn it."""
     kind = config.objective.kind
     if kind == "next-token":
-        if model.config.tokens_ahead > 1 or config.objective.head_weights:
+        if model.config.tokens_ahead > 1 or config.objective.head_weights or config.data.weights:
             return Heads(model, config.objective, config.precision)
         return NextToken(model, config.precision)
     # Imported here: both need the layers of a conversion, plain training does not.

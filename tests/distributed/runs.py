@@ -92,6 +92,8 @@ RUNS: dict[str, tuple[Callable[[], Model], dict]] = {
     "packed": (double_tiny, {"view": "bins", "seq_len": 256, "micro_batch_size": 1}),
     "carried": (double_tiny, {"view": "streams", "carry_state": True, **SAVED}),
     "ahead": (ahead_model, {"view": "bins", "seq_len": 64, "micro_batch_size": 1}),
+    "weighed": (double_tiny, {"weights": "random", "view": "bins", "seq_len": 64, "micro_batch_size": 1}),
+    "mixed": (double_tiny, {"mix": {"other": 0.3}, **SAVED}),
     "looped": (looped_model, {"activation_checkpointing": True}),
 }
 
@@ -99,4 +101,6 @@ RUNS: dict[str, tuple[Callable[[], Model], dict]] = {
 def run_config(store: Path | str, name: str, **more) -> TrainConfig:
     """The settings of the run `name`: 20 steps of 4 sequences."""
     changes = {"steps": STEPS, "lr": 3e-3, "batch_size": 4} | RUNS[name][1] | more
-    return tiny_config(store, **changes)
+    # What is mixed in is a store that lies beside the first.
+    mix = {str(Path(store).parent / name / "store"): share for name, share in changes.pop("mix", {}).items()}
+    return tiny_config(store, mix=mix, **changes)
