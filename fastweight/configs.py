@@ -57,6 +57,20 @@ def from_nested(cls: Any, data: Any, owner: str) -> Any:
     return build(**{key: from_nested(hints[key], value, key) for key, value in found.items()})
 
 
+def later(default: Any) -> Any:
+    """A field that was added after configs had been saved: at its default the JSON form leaves it out.
+
+    So an old config keeps its signature, and its states keep their model.
+    """
+    return dataclasses.field(default=default, metadata={"later": True})
+
+
+def json_fields(config: Any) -> list[str]:
+    """The names of the fields that the JSON form of `config` has."""
+    fields = dataclasses.fields(config)
+    return [f.name for f in fields if not (f.metadata.get("later") and getattr(config, f.name) == f.default)]
+
+
 def to_json(data: Any) -> str:
     """The one JSON spelling of a config: sorted keys, so that equal configs have equal text."""
     return json.dumps(data, indent=2, sort_keys=True, allow_nan=False)

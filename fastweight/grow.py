@@ -1,4 +1,4 @@
-"""Depth growth: a trained model with more layers that computes, at first, the very same function."""
+"""Growth: a trained model with more layers, or more tokens predicted, that computes at first the very same function."""
 
 import dataclasses
 from typing import Any
@@ -39,6 +39,21 @@ def grow(model: Model, factor: int = 2) -> Model:
         if index % factor:
             silence(block)
     return grown.train(model.training)
+
+
+@torch.no_grad()
+def look_ahead(model: Model, tokens_ahead: int) -> Model:
+    """A model with the same weights that predicts `tokens_ahead` tokens at each position; 1 is a plain model.
+
+    Heads that `model` has stay as they are, further ones start as copies of the first: they predict the next token
+    until they are trained. Logits of the heads that stay, and the memory, are bit for bit what they were; a state of
+    the old model does not fit the new one.
+    """
+    other = Model(dataclasses.replace(model.config, tokens_ahead=tokens_ahead)).to(model.embedding.weight)
+    weights = {name: tensor for name, tensor in model.state_dict().items() if name in other.state_dict()}
+    other.load_state_dict(other.state_dict() | weights)
+    other.origin = model.origin
+    return other.train(model.training)
 
 
 def silence(block: Any) -> None:

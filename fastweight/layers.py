@@ -182,6 +182,24 @@ class FeedForward(nn.Module):
         return F.gelu(up, approximate="tanh" if self.kind == "gelu" else "none")
 
 
+class AheadLayer(nn.Module):
+    """What the head reads to predict a further token: x + SiLU(W x), at first x itself. [..., D] → [..., D].
+
+    Source: one block of a Medusa head (Cai et al. 2024, arXiv:2401.10774, section 2.1.1).
+    """
+
+    def __init__(self, d_model: int):
+        super().__init__()
+        self.linear = nn.Linear(d_model, d_model, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.linear.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + F.silu(self.linear(x))
+
+
 class ShortConv(nn.Module):
     """Parameters of a depthwise causal convolution: weight [C, width] (last tap meets the current token), bias [C].
 

@@ -16,7 +16,7 @@ from fastweight.block import Block, BlockState
 from fastweight.configs import near_names, require, to_json
 from fastweight.in_place import InPlaceFeedForward
 from fastweight.init import draw_projections
-from fastweight.layers import UnitRMSNorm, init_linears, make_norm
+from fastweight.layers import AheadLayer, UnitRMSNorm, init_linears, make_norm
 from fastweight.mixers import Mixer
 from fastweight.model_config import BlockConfig, ModelConfig, fingerprint
 from fastweight.ops import dispatch
@@ -57,6 +57,8 @@ class Model(nn.Module):
         head = (config.d_model, config.vocab_size, config.head_bias)
         self.head = None if config.tie_embeddings else nn.Linear(*head)
         self.reset_parameters()
+        # Drawn after all else: the other weights are those of the same seed without further tokens.
+        self.ahead = nn.ModuleList(AheadLayer(config.d_model) for _ in range(config.tokens_ahead - 1))
 
     def reset_parameters(self) -> None:
         """Draw new weights: normal with `init_std`, what each memory adds, then what the config asks for beside."""
@@ -70,7 +72,7 @@ class Model(nn.Module):
         for memory in self.memories():
             memory.reset_parameters(self.config.init_std)
         for part in self.modules():
-            if isinstance(part, (ResidualWeights, Skips, SmearGate)):
+            if isinstance(part, (AheadLayer, ResidualWeights, Skips, SmearGate)):
                 part.reset_parameters()
         draw_projections(self.blocks, config.in_init, config.out_init)
 
@@ -218,8 +220,13 @@ class Model(nn.Module):
             )
         return x + self.positions(where)
 
-    def logits(self, features: Tensor) -> Tensor:
-        """Apply the head (and soft cap c·tanh(logits/c)) to features."""
+    def logits(self, features: Tensor, ahead: int = 0) -> Tensor:
+        """Apply the head (and soft cap c·tanh(logits/c)) to features; of the token `ahead` places after the next."""
+        count = self.config.tokens_ahead
+        require(
+            0 <= ahead < count, f"logits: this model predicts {count} token(s), ahead must be below it, got {ahead}."
+        )
+        features = self.ahead[ahead - 1](features) if ahead else features
         logits = F.linear(features, self.embedding.weight) if self.head is None else self.head(features)
         cap = self.config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)

@@ -4,7 +4,7 @@ import hashlib
 from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
-from fastweight.configs import check_keys, check_types, near_names, require, to_json
+from fastweight.configs import check_keys, check_types, json_fields, later, near_names, require, to_json
 from fastweight.layers import FeedForwardConfig, check_norm, feed_forward_config
 from fastweight.mixers.base import MixerConfig, mixer_config
 from fastweight.residual import FACTORS, RESIDUALS, SKIPS
@@ -97,6 +97,8 @@ class ModelConfig:
     skips: U-Net skips from the first half of the visits to the second, "none", "add" or "gated".
     max_positions: size of a learned position embedding, which is then the longest sequence; 0 for none. logit_softcap:
     c of c·tanh(logits / c). head_bias: of an untied head.
+    tokens_ahead: tokens predicted at each position, the next one by the head, each further one by a small layer of its
+    own before the same head (arXiv:2404.19737). Training learns them all; scores and texts are those of the first.
     init_std: of new weights. embedding_std: of the embedding, None: init_std. in_init: of the matrices that read a
     layer's input, "normal" or "orthogonal"; out_init: of those that write its output, "normal" or "zero".
     """
@@ -121,6 +123,7 @@ class ModelConfig:
     embedding_std: float | None = None
     in_init: str = "normal"
     out_init: str = "normal"
+    tokens_ahead: int = later(1)
 
     def __post_init__(self) -> None:
         for name in ("blocks", "order", "loops"):
@@ -132,6 +135,7 @@ class ModelConfig:
         check_norm("model", self.norm)
         require(self.max_positions >= 0, f"model: max_positions must not be negative, got {self.max_positions}.")
         require(not (self.head_bias and self.tie_embeddings), "model: tied embeddings have no head_bias.")
+        require(self.tokens_ahead >= 1, f"model: tokens_ahead must be at least 1, got {self.tokens_ahead}.")
         require(len(self.blocks) > 0, "model: blocks is empty; give at least one BlockConfig.")
         self._settle_order()
         require(self.logit_softcap is None or self.logit_softcap > 0, "model: logit_softcap must be positive or None.")
@@ -225,7 +229,7 @@ class ModelConfig:
         return fingerprint(self.to_dict() | {"order": list(order)})
 
     def to_dict(self) -> dict[str, Any]:
-        data = {key: getattr(self, key) for key in self.__dataclass_fields__ if key not in ("blocks", "order")}
+        data = {key: getattr(self, key) for key in json_fields(self) if key not in ("blocks", "order")}
         loops = None if self.loops is None else list(self.loops)
         order = {"order": list(self.visits), "loops": loops}
         return data | order | {"blocks": [block.to_dict() for block in self.blocks]}

@@ -38,9 +38,9 @@ WORDS = [
 ]
 
 
-def make_store(folder: Path) -> Path:
+def make_store(folder: Path, seed: int = 0) -> Path:
     """About 40 documents of 100 to 900 bytes, as a byte-level token store."""
-    texts, rng = folder / "texts", random.Random(0)
+    texts, rng = folder / "texts", random.Random(seed)
     texts.mkdir(parents=True)
     for i in range(40):
         words = rng.choices(WORDS, k=rng.randint(20, 160))

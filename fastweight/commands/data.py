@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import tyro
 from rich.table import Table
 
-from fastweight.commands import data_shards
+from fastweight.commands import data_shards, data_weights
 from fastweight.commands.base import emit, parse, progress_bar, say, show
 from fastweight.configs import near_names
 
@@ -23,6 +23,7 @@ commands:
   import-shards    a store from contest shards (.bin)
   import-megatron  a store from a Megatron data set (.bin and .idx)
   export-shards    contest shards from a store
+  weigh            which tokens are worth learning: weights of the training tokens by models' losses
   overlap          does the training text hold text of the held-out one?
 
 examples:
@@ -104,6 +105,7 @@ def main(name: str, arguments: list[str]) -> int | None:
         "import-shards": data_shards.import_shards,
         "import-megatron": data_shards.import_megatron,
         "export-shards": data_shards.export_shards,
+        "weigh": data_weights.weigh,
         "overlap": data_shards.overlap,
     }
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -189,4 +191,8 @@ def _summary(store: Any) -> dict[str, Any]:
         if "num_original_bytes" in record:
             counts[name]["original_bytes"] = record["num_original_bytes"]
     tokenizer = {"name": store.tokenizer.name, "vocab_size": store.tokenizer.vocab_size, "hash": store.tokenizer.hash}
-    return {"splits": counts, "tokenizer": tokenizer, "options": store.manifest["options"]}
+    about = {"splits": counts, "tokenizer": tokenizer, "options": store.manifest["options"]}
+    weights = {
+        name: {"split": c["split"], "made_by": c["made_by"]} for name, c in store.manifest.get("weights", {}).items()
+    }
+    return about | ({"weights": weights} if weights else {})

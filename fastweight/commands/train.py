@@ -63,6 +63,8 @@ class Resume:
     """Name of an earlier checkpoint, e.g. step-000500."""
     store: MaybeStr = None
     """Where the run's token store is now, if it has moved or the run named it from another folder."""
+    mix: tuple[str, ...] = ()
+    """Where the further stores of data.mix are now, in their order."""
 
 
 def _resume(arguments: list[str]) -> int:
@@ -71,9 +73,13 @@ def _resume(arguments: list[str]) -> int:
     from fastweight.train import load_run_config, train
 
     config = None
-    if args.store is not None:
+    if args.store is not None or args.mix:
         config = load_run_config(args.run)
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, store=args.store))
+        data, moved = config.data, args.mix or tuple(config.data.mix)
+        require(len(moved) == len(data.mix), f"--mix: the run has {len(data.mix)} further store(s), got {len(moved)}.")
+        mix = dict(zip(moved, data.mix.values(), strict=True))
+        data = dataclasses.replace(data, store=args.store or data.store, mix=mix)
+        config = dataclasses.replace(config, data=data)
     return _finish(train(config, args.run, resume=args.checkpoint or True))
 
 

@@ -1,6 +1,6 @@
 """Corpora, tokenizers, the token store, the sampler and batches: text in, `Batch` out."""
 
-from fastweight.data.batches import IGNORED, Batch, check_batch, loader, read_once
+from fastweight.data.batches import IGNORED, Batch, check_batch, loader, read_once, targets_ahead, weights_ahead
 from fastweight.data.megatron import import_megatron
 from fastweight.data.mixture import Mixture
 from fastweight.data.overlap import DocumentOverlap, Overlap, overlap
@@ -25,6 +25,7 @@ from fastweight.data.tokenizers import (
     load_tokenizer,
 )
 from fastweight.data.views import Windows
+from fastweight.data.weights import remove_weights, write_weights
 
 __all__ = [
     "IGNORED",
@@ -65,5 +66,9 @@ __all__ = [
     "prepare",
     "read_once",
     "read_shard",
+    "remove_weights",
+    "targets_ahead",
+    "weights_ahead",
     "write_shard",
+    "write_weights",
 ]

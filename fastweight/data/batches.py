@@ -20,12 +20,14 @@ class Batch:
     tokens: int64 [B, T]. targets: int64 [B, T], the token after each token, -100 where nothing is asked (a document
     start is predicted by nobody). target_bytes: int64 [B, T], UTF-8 bytes of each target, 0 where ignored.
     cu_seqlens: int32 [N+1]; then B = 1 and row 0 is N documents end to end, n at cu_seqlens[n]:cu_seqlens[n+1].
+    weights: float32 [B, T], how much each target counts in the mean loss, None: all the same. 0 where ignored.
     continues: bool [B], row b goes on where row b of the batch before stopped (carry its state), else it starts fresh.
     """
 
     tokens: Tensor
     targets: Tensor
     target_bytes: Tensor
+    weights: Tensor | None = None
     cu_seqlens: Tensor | None = None
     continues: Tensor | None = None
 
@@ -60,6 +62,27 @@ class Batch:
         return int(self.target_bytes.sum())
 
 
+def targets_ahead(batch: Batch, ahead: int) -> Tensor:
+    """The token `ahead` places after each target, int64 [B, T]; 0 gives the targets themselves.
+
+    Ignored where the row or packed sequence ends before, or a target on the way is ignored: beyond a document's start
+    nothing is asked.
+    """
+    stops = batch.targets == IGNORED
+    stops[:, -1] = True
+    if batch.cu_seqlens is not None:
+        stops[0, batch.cu_seqlens[1:].long() - 1] = True
+    found = batch.targets
+    for _ in range(ahead):
+        found = found.roll(-1, 1).masked_fill(stops, IGNORED)
+    return found
+
+
+def weights_ahead(batch: Batch, ahead: int) -> Tensor | None:
+    """The weights of `targets_ahead`, float32 [B, T]; they count only where these are not ignored."""
+    return None if batch.weights is None else batch.weights.roll(-ahead, 1)
+
+
 def check_batch(batch: Batch, vocab_size: int) -> None:
     """Raise ValueError that names what is wrong with `batch` for a model of `vocab_size`."""
     for name in ("tokens", "targets", "target_bytes"):
@@ -78,6 +101,13 @@ def check_batch(batch: Batch, vocab_size: int) -> None:
             )
     if (batch.target_bytes < 0).any() or batch.target_bytes[batch.targets == IGNORED].any():
         raise ValueError("Batch: target_bytes must be 0 where the target is ignored and never negative.")
+    weights = batch.weights
+    if weights is not None and (weights.dtype != torch.float32 or weights.shape != batch.tokens.shape):
+        raise ValueError(
+            f"Batch: weights is {weights.dtype} {list(weights.shape)}, float32 {list(batch.tokens.shape)} is needed."
+        )
+    if weights is not None and not (weights.isfinite() & (weights >= 0)).all():
+        raise ValueError("Batch: weights must be finite and not negative.")
     _check_rows(batch)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastweight.data.batches import Batch, View
+from fastweight.data.batches import IGNORED, Batch, View
 from fastweight.data.sampler import Sampler, derive_seed, permute
 
 BLOCK = 1024  # samples in which every corpus has its share, to within one sample
@@ -34,6 +34,7 @@ class Mixture:
         self._bounds = np.concatenate([[0.0], shares.cumsum()[:-1], [1.0]])
         self._samplers = [Sampler(len(view), derive_seed(seed, 1, k)) for k, view in enumerate(views)]
         self.shares = shares
+        self._weighed = any(view.split.has_weights for view in views)  # type: ignore[attr-defined]  # as in _check
 
     def __len__(self) -> int:
         """Samples until every view was read once."""
@@ -61,6 +62,9 @@ class Mixture:
         for k in np.unique(views).tolist():
             rows.append(np.flatnonzero(views == k))
             parts.append(self.views[k].batch(self._samplers[k].locate(places[rows[-1]])[1]))
+        if self._weighed:
+            # What has no weights of its own counts in full.
+            parts = [dataclasses.replace(p, weights=_ones(p) if p.weights is None else p.weights) for p in parts]
         return _join(parts, np.concatenate(rows))
 
     def _totals(self, blocks: int) -> np.ndarray:
@@ -87,7 +91,8 @@ def _join(parts: list[Batch], rows: np.ndarray) -> Batch:
     packed = [part.cu_seqlens is not None for part in parts]
     if any(packed) != all(packed):
         raise ValueError("Mixture: some views are packed and others dense. Use one kind of view for all corpora.")
-    names = ("tokens", "targets", "target_bytes")
+    names = ["tokens", "targets", "target_bytes"]
+    names += ["weights"] if parts[0].weights is not None else []
     if not packed[0]:
         order = torch.from_numpy(np.argsort(rows))
         return Batch(**{name: torch.cat([getattr(part, name) for part in parts])[order] for name in names})
@@ -97,3 +102,7 @@ def _join(parts: list[Batch], rows: np.ndarray) -> Batch:
         ends.append(part.cu_seqlens[1:] + ends[-1][-1])
     joined = {name: torch.cat([getattr(part, name) for part in parts], 1) for name in names}
     return dataclasses.replace(Batch(**joined), cu_seqlens=torch.cat(ends))
+
+
+def _ones(batch: Batch) -> torch.Tensor:
+    return (batch.targets != IGNORED).float()

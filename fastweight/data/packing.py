@@ -7,7 +7,15 @@ import torch
 
 from fastweight.data.batches import IGNORED, Batch
 from fastweight.data.store import Split
-from fastweight.data.views import checked_numbers, dense_batch, fill_row, need_positive, need_samples
+from fastweight.data.views import (
+    as_batch,
+    checked_numbers,
+    dense_batch,
+    empty_weights,
+    fill_row,
+    need_positive,
+    need_samples,
+)
 
 
 class Documents:
@@ -155,11 +163,9 @@ def packed_batch(split: Split, starts: np.ndarray, lengths: np.ndarray, align: i
     bounds = np.concatenate([[0], np.cumsum(-(-lengths // align) * align)])
     tokens = np.full((1, int(bounds[-1])), split.bos_id, dtype=np.int64)
     targets, num_bytes = np.full_like(tokens, IGNORED), np.zeros_like(tokens)
+    weights = empty_weights(split, tokens)
     for start, length, low in zip(starts.tolist(), lengths.tolist(), bounds[:-1].tolist(), strict=True):
         row = slice(low, low + length)
-        fill_row(split, start, length, tokens[0, row], targets[0, row], num_bytes[0, row])
-    arrays = (torch.from_numpy(array) for array in (tokens, targets, num_bytes))
-    return Batch(
-        **dict(zip(("tokens", "targets", "target_bytes"), arrays)),
-        cu_seqlens=torch.from_numpy(bounds.astype(np.int32)),
-    )
+        own = None if weights is None else weights[0, row]
+        fill_row(split, start, length, tokens[0, row], targets[0, row], num_bytes[0, row], own)
+    return as_batch(tokens, targets, num_bytes, weights, cu_seqlens=torch.from_numpy(bounds.astype(np.int32)))

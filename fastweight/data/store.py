@@ -3,6 +3,7 @@
 The layout is written down in docs/file-formats.md, section "Token store".
 """
 
+import copy
 import hashlib
 import json
 import zlib
@@ -42,7 +43,7 @@ def checksums(path: Path) -> dict[str, Any]:
 class Shard:
     """One shard, memory-mapped: `tokens`, `num_bytes` (None if every token is one byte) and local document `ends`.
 
-    original_bytes: None where the store does not keep them apart.
+    original_bytes: None where the store does not keep them apart. weights: of the tokens, None if not asked for.
     """
 
     def __init__(self, folder: Path, record: dict[str, Any], dtypes: dict[str, str | None]) -> None:
@@ -53,6 +54,7 @@ class Shard:
             arrays[part] = None if dtype is None else _map(folder / record[part]["file"], np.dtype(dtype), length)
         self.tokens, self.num_bytes, self.ends = arrays["tokens"], arrays["bytes"], arrays["documents"]
         self.original_bytes = arrays["original_bytes"]
+        self.weights: Any = None
 
 
 def _map(path: Path, dtype: np.dtype, length: int) -> np.ndarray:
@@ -102,6 +104,43 @@ class Split:
     def token_bytes(self, start: int, stop: int) -> np.ndarray:
         """Return the UTF-8 bytes each token stands for [stop - start]; document starts stand for 0."""
         return self._read(start, stop, self._shard_bytes)
+
+    def weights(self, start: int, stop: int) -> np.ndarray | None:
+        """Return how much each token counts as a target, float32 [stop - start]; None for a split without weights.
+
+        Raises StoreError for a weight that is negative or not finite.
+        """
+        if not self.has_weights:
+            return None
+        found = self._read(start, stop, lambda shard, a, b: shard.weights[a:b]).astype(np.float32)
+        bad = ~(np.isfinite(found) & (found >= 0))
+        if bad.any():
+            place = start + int(np.argmax(bad))
+            raise StoreError(
+                f"{self.name}: the weight of token {place} is {found[place - start]:g}, it must be finite and not "
+                "negative. Run `data verify`, and write the weights again."
+            )
+        return found
+
+    @property
+    def num_shards(self) -> int:
+        return len(self._shards)
+
+    def shard_documents(self, number: int) -> range:
+        """The numbers of the documents in one shard."""
+        first = sum(shard.num_documents for shard in self._shards[:number])
+        return range(first, first + self._shards[number].num_documents)
+
+    @property
+    def has_weights(self) -> bool:
+        return any(shard.weights is not None for shard in self._shards)
+
+    def weighed(self, columns: list[np.ndarray]) -> "Split":
+        """The same split with the weights of the tokens of each shard."""
+        shards = [copy.copy(shard) for shard in self._shards]
+        for shard, column in zip(shards, columns, strict=True):
+            shard.weights = column
+        return Split(self.name, shards, self.num_bytes, self.tokenizer, original=self.original)
 
     def document(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Return (tokens, num_bytes) of document `index`, both [length]; the first token is the document start."""
@@ -160,14 +199,17 @@ class Store:
             )
         return cls(path, manifest, tokenizer)
 
-    def split(self, name: str, *, original_bytes: bool = False) -> Split:
+    def split(self, name: str, *, original_bytes: bool = False, weights: str = "") -> Split:
         """Return split "train" or "heldout"; any other name raises ValueError.
 
+        weights: name of a column of weights (`write_weights`), which the split's batches then carry.
         original_bytes: count the bytes of the texts as they came instead of those of the normalised texts. Where the
         tokenizer does not normalise, they are the same; where it does and the store lacks them, ValueError.
         """
         if name not in self._splits:
             raise ValueError(f"{self.path}: no split {name!r}.{near_names(name, self._splits)}")
+        if weights:
+            return self.split(name, original_bytes=original_bytes).weighed(self._columns(name, weights))
         if not original_bytes or (name not in self._originals and not normalises(self.tokenizer)):
             return self._splits[name]
         if name not in self._originals:
@@ -176,6 +218,32 @@ class Store:
                 "the texts, or import it with its byte files."
             )
         return self._originals[name]
+
+    def _columns(self, split: str, name: str) -> list[np.ndarray]:
+        columns = self.manifest.get("weights", {})
+        if name not in columns:
+            known = near_names(name, columns) if columns else " Make some with `data weigh`, or write_weights."
+            raise ValueError(f"{self.path}: no weights {name!r}.{known}")
+        record = columns[name]
+        if record["split"] != split:
+            raise ValueError(f"{self.path}: weights {name!r} are of split {record['split']!r}, not of {split!r}.")
+        lengths = [shard["num_tokens"] for shard in self.manifest["splits"][split]["shards"]]
+        return [
+            _map(self.path / split / shard["file"], np.dtype(record["dtype"]), length)
+            for shard, length in zip(record["shards"], lengths, strict=True)
+        ]
+
+    def _check_columns(self, progress: Callable[[str], None] | None) -> list[str]:
+        problems = []
+        for name, record in self.manifest.get("weights", {}).items():
+            for shard, column in zip(record["shards"], self._columns(record["split"], name), strict=True):
+                path = self.path / record["split"] / shard["file"]
+                if progress is not None:
+                    progress(f"{record['split']}/{path.name}")
+                problems += _compare(path, shard)
+                if not bool((np.isfinite(column) & (column >= 0)).all()):
+                    problems.append(f"{path}: holds weights that are negative or not finite")
+        return problems
 
     def verify(self, progress: Callable[[str], None] | None = None) -> None:
         """Read every byte and compare it with the manifest; `progress` gets the name of each file before it is read.
@@ -193,6 +261,7 @@ class Store:
             problems += _check_contents(self._splits[name], record)
             if name in self._originals:
                 problems += _check_byte_total(self._originals[name], record["num_original_bytes"])
+        problems += self._check_columns(progress)
         if problems:
             raise StoreError("\n".join([f"{self.path}: {len(problems)} problem(s):", *problems]))
 

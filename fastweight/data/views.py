@@ -58,16 +58,29 @@ def dense_batch(split: Split, starts: np.ndarray, lengths: np.ndarray, seq_len: 
     """Row b reads lengths[b] <= seq_len tokens from starts[b]; the rest of the row is padding that asks for nothing."""
     tokens = np.full((len(starts), seq_len), split.bos_id, dtype=np.int64)
     targets = np.full_like(tokens, IGNORED)
-    num_bytes = np.zeros_like(tokens)
+    num_bytes, weights = np.zeros_like(tokens), empty_weights(split, tokens)
     for b, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist())):
-        fill_row(split, start, length, tokens[b], targets[b], num_bytes[b])
-    arrays = (torch.from_numpy(array) for array in (tokens, targets, num_bytes))
-    return Batch(**dict(zip(("tokens", "targets", "target_bytes"), arrays)), **fields)
+        fill_row(split, start, length, tokens[b], targets[b], num_bytes[b], None if weights is None else weights[b])
+    return as_batch(tokens, targets, num_bytes, weights, **fields)
+
+
+def empty_weights(split: Split, tokens: np.ndarray) -> np.ndarray | None:
+    """Zeros float32 [B, T] to be filled, None for a split without weights."""
+    return np.zeros(tokens.shape, dtype=np.float32) if split.has_weights else None
+
+
+def as_batch(
+    tokens: np.ndarray, targets: np.ndarray, num_bytes: np.ndarray, weights: np.ndarray | None, **fields: torch.Tensor
+) -> Batch:
+    """The arrays [B, T] of filled rows as a batch."""
+    named = {"tokens": tokens, "targets": targets, "target_bytes": num_bytes, "weights": weights}
+    return Batch(**{name: torch.from_numpy(a) for name, a in named.items() if a is not None}, **fields)
 
 
 def fill_row(
-    split: Split, start: int, length: int, tokens: np.ndarray, targets: np.ndarray, num_bytes: np.ndarray
-) -> None:
+    split: Split, start: int, length: int, tokens: np.ndarray, targets: np.ndarray, num_bytes: np.ndarray,
+    weights: np.ndarray | None,
+) -> None:  # fmt: skip
     """Write tokens start .. start+length and their targets; targets that are document starts are ignored, 0 bytes."""
     if not length:
         return
@@ -75,4 +88,8 @@ def fill_row(
     tokens[:length], targets[:length] = ids[:-1], ids[1:]
     num_bytes[:length] = split.token_bytes(start + 1, start + length + 1)
     first, last = np.searchsorted(split.document_starts, (start + 1, start + length + 1))
-    targets[split.document_starts[first:last] - (start + 1)] = IGNORED
+    heads = split.document_starts[first:last] - (start + 1)
+    targets[heads] = IGNORED
+    if weights is not None:
+        weights[:length] = split.weights(start + 1, start + length + 1)
+        weights[heads] = 0

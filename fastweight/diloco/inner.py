@@ -17,7 +17,7 @@ from fastweight.train import TrainConfig
 from fastweight.train.loss import count
 from fastweight.train.objectives import make_objective
 from fastweight.train.rounding import rounded
-from fastweight.train.source import step_batches
+from fastweight.train.source import step_batches, training_splits
 
 
 class Made(NamedTuple):
@@ -33,7 +33,7 @@ class Inner:
 
     def __init__(self, model: Model, store: Store, config: TrainConfig):
         self.model, self.config = model, config
-        self.split = store.split("train")
+        self.splits = training_splits(store, config.data)
         self.objective = make_objective(model, config)
         self.optimizer = Optimizer(model, config.optimizer)
         self.bad_row = 0
@@ -46,7 +46,7 @@ class Inner:
 
     def start(self, number: int) -> None:
         """Go to step `number`."""
-        self._batches = step_batches(self.split, self.config.data, self.config.seed, number)
+        self._batches = step_batches(self.splits, self.config.data, self.config.seed, number)
 
     def step(self, number: int) -> Made:
         """Make step `number`, the next one. Raises ValueError after too many steps in a row that are not finite."""
@@ -70,8 +70,9 @@ class Inner:
         """The summed loss and the gradient norm; the gradients are clipped."""
         device = self.model.device
         total = torch.zeros((), device=device)
+        totals = [value or 1.0 for value in self.objective.totals(batches)]
         for batch in batches:
-            sums, _ = self.objective.learn(batch.to(device, non_blocking=True), None, num_targets)
+            sums, _ = self.objective.learn(batch.to(device, non_blocking=True), None, num_targets, totals)
             total = total + sums[0]
         parameters = list(self.optimizer.parameters())
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])

@@ -64,7 +64,7 @@ class Learner:
         self.storage, self.run, self.name, self.key = storage, run, name, key
         self.clock, self.beat_seconds, self.say = clock, beat_seconds, say
         self.incarnation = incarnation or secrets.token_hex(8)
-        self.data = data_fingerprint(store)
+        self.data = data_fingerprint(store, run.train.data)
         model = run.empty_model().to(pick_device(device))
         self.layout = run.layout_of(model)
         self.inner = Inner(model, store, run.train)

@@ -19,9 +19,9 @@ from fastweight.diloco.seals import from_bytes, to_bytes
 from fastweight.diloco.state import State
 from fastweight.diloco.storage import Storage
 from fastweight.model import Model, ModelConfig, load
-from fastweight.train import TrainConfig
+from fastweight.train import DataConfig, TrainConfig
 from fastweight.train.prepare import check_parts
-from fastweight.train.source import make_view
+from fastweight.train.source import describe_contents, make_view, training_splits
 
 RECORD, FORMAT, VERSION = "run.json", "fastweight-diloco", 1
 
@@ -65,9 +65,9 @@ class Run:
         return Bases(storage, self.diloco.down, layout.sizes, self.diloco.full_every)
 
 
-def data_fingerprint(store: Store) -> str:
-    """Equal for stores with the same tokens and tokenizer, wherever they lie."""
-    known = {"splits": store.manifest["splits"], "tokenizer": store.manifest["tokenizer"]["hash"]}
+def data_fingerprint(store: Store, data: DataConfig) -> str:
+    """Equal for stores with the same tokens, tokenizer and weights, wherever they lie."""
+    known = {"splits": describe_contents(store, data), "tokenizer": store.manifest["tokenizer"]["hash"]}
     return hashlib.sha256(to_json(known).encode()).hexdigest()
 
 
@@ -105,7 +105,7 @@ def create_run(
     # Where the data lies is each worker's own matter.
     train = dataclasses.replace(train, data=dataclasses.replace(train.data, store=""))
     identity = run_id or secrets.token_hex(8)
-    run = Run(identity, diloco, train, model.config, data_fingerprint(store), layout.digest, signed)
+    run = Run(identity, diloco, train, model.config, data_fingerprint(store, train.data), layout.digest, signed)
     state = State.new(
         diloco, [layout.read(model, i) for i in range(diloco.fragments)], run.total_samples, train.data.batch_size
     )
@@ -141,7 +141,7 @@ def open_store(run: Run, folder: str | Path) -> Store:
     """A worker's copy of the run's data. Raises ValueError if it holds other data or has another tokenizer."""
     store = Store.open(folder)
     require(
-        data_fingerprint(store) == run.data,
+        data_fingerprint(store, run.train.data) == run.data,
         f"{store.path} holds other data, or was made with another tokenizer, than the run was created with. Copy the "
         "run's store here, or prepare it again from the same texts with the same tokenizer.",
     )
@@ -172,7 +172,8 @@ def _check(train: TrainConfig, model: Model, store: Store) -> None:
     require(train.mag is None and not train.loops.moves, "diloco: mag and loop schedules are not supported.")
     require(not train.inner_rate.steps and not train.max_seconds, "diloco: set inner_rate.steps and max_seconds to 0.")
     check_parts(model, train)
-    make_view(store.split("train"), train.data, train.seed)
+    require(not train.data.mix, "diloco: workers read one store; data.mix is not supported.")
+    make_view(training_splits(store, train.data), train.data, train.seed)
     need, have = store.tokenizer.vocab_size, model.config.vocab_size
     require(have >= need, f"diloco: the model's vocabulary has {have} entries, the data's tokenizer needs {need}.")
     held = {name for name, _ in model.named_parameters(remove_duplicate=False)}

@@ -54,6 +54,14 @@ class Team:
         dist.all_reduce(total)
         return total.tolist()
 
+    def sum_floats(self, values: Sequence[float]) -> list[float]:
+        """The same for any numbers, in double precision."""
+        if self.size == 1 or not values:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total)
+        return total.tolist()
+
     def add(self, values: Tensor) -> Tensor:
         """The sums of a tensor over the processes, on its device."""
         if self.size == 1:

@@ -5,6 +5,7 @@ from fastweight.evaluate.learning import score_and_learn
 from fastweight.evaluate.positions import PositionBucket
 from fastweight.evaluate.reading import Document, DocumentList, DocumentSet, encode_documents
 from fastweight.evaluate.scoring import score
+from fastweight.evaluate.selection import keep_highest, token_losses, weigh_by_loss
 from fastweight.evaluate.shares import Share, merge_evaluations
 from fastweight.learn import Scored
 
@@ -17,8 +18,11 @@ __all__ = [
     "Scored",
     "Share",
     "encode_documents",
+    "keep_highest",
     "loss_by_position",
     "merge_evaluations",
     "score",
     "score_and_learn",
+    "token_losses",
+    "weigh_by_loss",
 ]

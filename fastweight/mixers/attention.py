@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastweight.configs import near_names, require
+from fastweight.configs import later, near_names, require
 from fastweight.layers import check_norm, make_norm
 from fastweight.mixers.base import Mixer, MixerConfig, register
 from fastweight.ops.attention import AttentionState, attention, check_softcap, check_window
@@ -29,7 +29,8 @@ class AttentionConfig(MixerConfig):
     norm: the kind of that norm, "rms", "rms-offset", "rms-unit" (no weights) or "layer".
     qk_gain: initial value of a learned factor per head on q, None for no such factor.
     output_gate: a sigmoid gate per head, σ(gate_scale · w·x) of the first gate_width channels of the layer's input
-    (0: all). exclude_self: take the direction of the token's own value out of every head (XSA): y − (y·v̂)v̂, v̂ = v/‖v‖.
+    (0: all). gate_channels: a gate per channel of every head instead (arXiv:2505.06708).
+    exclude_self: take the direction of the token's own value out of every head (XSA): y − (y·v̂)v̂, v̂ = v/‖v‖.
     qkv_bias, out_bias: of the projections.
     """
 
@@ -50,6 +51,7 @@ class AttentionConfig(MixerConfig):
     output_gate: bool = False
     gate_width: int = 0
     gate_scale: float = 1.0
+    gate_channels: bool = later(False)
     exclude_self: bool = False
     qkv_bias: bool = False
     out_bias: bool = False
@@ -80,8 +82,8 @@ class AttentionConfig(MixerConfig):
         require(self.scale is None or self.scale > 0, f"attention: scale must be positive or None, got {self.scale}.")
         require(self.gate_width >= 0, f"attention: gate_width must not be negative, got {self.gate_width}.")
         require(
-            self.output_gate or (self.gate_width == 0 and self.gate_scale == 1.0),
-            "attention: gate_width and gate_scale belong to an output_gate; set it to True.",
+            self.output_gate or (self.gate_width == 0 and self.gate_scale == 1.0 and not self.gate_channels),
+            "attention: gate_width, gate_scale and gate_channels belong to an output_gate; set it to True.",
         )
         check_scaling(self.rope_scaling, self.rotary_dim or self.head_dim)
         require(
@@ -110,8 +112,8 @@ class AttentionLayer(Mixer):
             config.gate_width <= d_model,
             f"attention: gate_width {config.gate_width} exceeds d_model {d_model}.",
         )
-        gate_width = config.gate_width or d_model
-        self.gate = nn.Linear(gate_width, config.num_heads, bias=False) if config.output_gate else None
+        gate = config.gate_width or d_model, self.sizes[0] if config.gate_channels else config.num_heads
+        self.gate = nn.Linear(*gate, bias=False) if config.output_gate else None
         self.out = nn.Linear(self.sizes[0], d_model, bias=config.out_bias)
         self.rates: Tensor | None = None  # of the rotation, made at the first call on the device that asks
 
@@ -146,7 +148,8 @@ class AttentionLayer(Mixer):
         """Gate the heads y [B, T, heads, head_dim] by the layer's input and project them back to [B, T, D]."""
         if self.gate is not None:
             read = x[..., : self.config.gate_width or self.d_model]
-            y = y * (self.config.gate_scale * self.gate(read)).sigmoid().unsqueeze(-1)
+            gate = (self.config.gate_scale * self.gate(read)).sigmoid()
+            y = y * gate.unflatten(-1, (self.config.num_heads, -1))
         return self.out(y.flatten(2))
 
     def project(self, x: Tensor, position: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

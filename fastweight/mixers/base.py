@@ -6,7 +6,7 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
-from fastweight.configs import check_keys, from_dict, near_names, require
+from fastweight.configs import check_keys, from_dict, json_fields, near_names, require
 from fastweight.layers import init_linears
 from fastweight.ops import dispatch
 
@@ -18,7 +18,8 @@ class MixerConfig:
     kind: ClassVar[str]
 
     def to_dict(self) -> dict[str, Any]:
-        return {"kind": self.kind, **dataclasses.asdict(self)}
+        values = dataclasses.asdict(self)
+        return {"kind": self.kind, **{name: values[name] for name in json_fields(self)}}
 
 
 class Mixer(nn.Module):

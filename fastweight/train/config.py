@@ -1,6 +1,7 @@
 """The settings of a run: nested frozen dataclasses with a strict JSON form."""
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -50,6 +51,10 @@ class DataConfig:
 
     store: str = ""
     """Folder of a token store (`fastweight data prepare`)."""
+    mix: dict[str, float] = field(default_factory=dict)
+    """Further stores, each with its share of the samples, e.g. data/code 0.3; `store` has the rest."""
+    weights: str = ""
+    """Name of the weights that the tokens of the store have (`fastweight data weigh`); the loss is then weighted."""
     view: ViewName = "windows"
     """windows: documents concatenated and split; bins: whole documents packed; streams: each row of the batch reads its
     own documents, window after window; long: rows from long documents only, never two in a row."""
@@ -78,10 +83,22 @@ class DataConfig:
             f"data: min_tokens belongs to view long and must lie in 1..seq_len {self.seq_len}, got {self.min_tokens} "
             f"with view {self.view}.",
         )
+        self._check_mix()
         micro = self.micro_batch_size
         require(
             0 <= micro <= self.batch_size and (micro == 0 or self.batch_size % micro == 0),
             f"data: micro_batch_size must divide batch_size {self.batch_size}, got {micro}.",
+        )
+
+    def _check_mix(self) -> None:
+        require(
+            not self.mix or (min(self.mix.values()) > 0 and sum(self.mix.values()) < 1),
+            f"data: mix gives each further store its share of the samples: above 0, together below 1; got {self.mix}.",
+        )
+        require(self.store not in self.mix, f"data: {self.store} is the store and in mix, too. Name it once.")
+        require(
+            not self.mix or self.view != "streams",
+            "data: mix and view streams cannot go together: streams keep an order of their own. Set another view.",
         )
 
     @property
@@ -129,6 +146,9 @@ class ObjectiveConfig:
     """distill: both distributions are softened by it; the loss is multiplied by its square."""
     alpha: float = 0.0
     """distill: part of the cross-entropy of the text in the loss, the rest is the KL."""
+    head_weights: tuple[float, ...] = ()
+    """next-token, for a model with tokens_ahead: weight of each head's loss in the mean, the next token's first; empty:
+    all the same."""
 
     def __post_init__(self) -> None:
         check_types(self, "objective")
@@ -137,6 +157,15 @@ class ObjectiveConfig:
         require(self.mse + self.cosine > 0, "objective: mse and cosine are both 0; nothing would be learned.")
         require(self.temperature > 0, f"objective: temperature must be positive, got {self.temperature}.")
         require(0 <= self.alpha <= 1, f"objective: alpha must lie in [0, 1], got {self.alpha}.")
+        heads = self.head_weights
+        require(
+            not heads or (min(heads) >= 0 and 0 < sum(heads) < math.inf),
+            f"objective: head_weights must be finite, not negative and not all 0, got {heads}.",
+        )
+        require(
+            not heads or self.kind == "next-token",
+            f'objective: head_weights belongs to kind "next-token", got {self.kind!r}.',
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,6 +323,10 @@ class TrainConfig:
         require(
             kind == "next-token" or not self.carry_state,
             f'train: carry_state goes with objective "next-token" alone, got {kind!r}.',
+        )
+        require(
+            kind == "next-token" or not self.data.weights,
+            f'train: data.weights weigh the loss of objective "next-token", got {kind!r}. Leave data.weights empty.',
         )
         require(
             kind == "next-token" or ALL not in self.trainable,

@@ -28,7 +28,12 @@ class Distill:
     def __init__(self, model: Model, config: ObjectiveConfig, precision: str):
         self.model, self.config, self.precision = model, config, precision
 
-    def learn(self, batch: Batch, state: ModelState | None, num_targets: int) -> tuple[Tensor, ModelState | None]:
+    def totals(self, batches: Sequence[Batch]) -> list[float]:
+        return []
+
+    def learn(
+        self, batch: Batch, state: ModelState | None, num_targets: int, totals: Sequence[float] = ()
+    ) -> tuple[Tensor, ModelState | None]:
         taught = self._teacher_features(batch)
         with autocast(batch.tokens.device, self.precision):
             features, after = self.model.features(batch.tokens, state, batch.cu_seqlens)

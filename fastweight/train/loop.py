@@ -38,7 +38,7 @@ from fastweight.train.report import Report, describe_heldout, summary, warn_of_f
 from fastweight.train.rounding import rounded
 from fastweight.train.saving import TeamWriter
 from fastweight.train.signals import SIGNALS, StopRequest
-from fastweight.train.source import read_ahead, shares, step_batches
+from fastweight.train.source import read_ahead, shares, step_batches, training_splits
 from fastweight.train.tally import Tally, TrainResult
 from fastweight.train.trainable import is_adapter
 
@@ -84,8 +84,8 @@ class Trainer:
         """Train until the steps, the time or a signal end it; save, and say what came out."""
         config, tally, team = self.config, self.tally, self.team
         self.mag.set(self._mag_step())
-        train = self.store.split("train")
-        steps = step_batches(train, config.data, config.seed, tally.step, team.rank, team.size)
+        splits = training_splits(self.store, config.data)
+        steps = step_batches(splits, config.data, config.seed, tally.step, team.rank, team.size)
         steps = self._compiled(steps) if config.compile else steps
         if self.saved_step < 0:
             # The first checkpoint before the first step: a disk that is full or read-only shows now, not in an hour.
@@ -231,7 +231,8 @@ class Trainer:
             config.optimizer.lr,
             self._fraction() if config.max_seconds else None,
         )
-        sums, norm = self._gradients(batches, max(1, counts.targets))
+        totals = self.team.sum_floats(self.objective.totals(batches))
+        sums, norm = self._gradients(batches, max(1, counts.targets), [total or 1.0 for total in totals])
         if all(map(math.isfinite, sums)) and math.isfinite(norm):
             self._apply(factor)
             self._count(sums, counts)
@@ -257,7 +258,7 @@ class Trainer:
         if len(sums) > 1:
             self.tally.add_parts(sums[1:], counts.targets)
 
-    def _gradients(self, batches: list[Batch], num_targets: int) -> tuple[list[float], float]:
+    def _gradients(self, batches: list[Batch], num_targets: int, totals: list[float]) -> tuple[list[float], float]:
         """The objective's sums and the global gradient norm, the gradients clipped. The one device sync of a step."""
         carry, logged = self.config.carry_state, self._is_logged(self.tally.step + 1)
         states, total = [], torch.zeros((), device=self.device)
@@ -265,7 +266,7 @@ class Trainer:
             batch = batch.to(self.device, non_blocking=True)
             start = self._start_state(i, batch)
             with rounded(self.model, self.config.rounding, self._fraction()):
-                sums, state = self.objective.learn(batch, start, num_targets)
+                sums, state = self.objective.learn(batch, start, num_targets, totals)
             total = total + sums
             # Looking for faults waits for the device, and states are large: only where they are needed.
             self._faults += self._new_faults(i, start, state) if logged else []

@@ -9,6 +9,7 @@ from fastweight.data import Batch
 from fastweight.model import Model
 from fastweight.state import ModelState
 from fastweight.train.config import TrainConfig
+from fastweight.train.heads import Heads
 from fastweight.train.loss import score_batch, train_on
 
 
@@ -20,8 +21,17 @@ class Objective(Protocol):
 
     reads_text: bool
 
-    def learn(self, batch: Batch, state: ModelState | None, num_targets: int) -> tuple[Tensor, ModelState | None]:
-        """Add a micro-batch's gradients of the loss / num_targets; its sums [P] and the state after it, detached."""
+    def totals(self, batches: Sequence[Batch]) -> list[float]:
+        """What beside the number of targets the loss is divided by; the loop adds it up over the step."""
+        ...
+
+    def learn(
+        self, batch: Batch, state: ModelState | None, num_targets: int, totals: Sequence[float]
+    ) -> tuple[Tensor, ModelState | None]:
+        """Add a micro-batch's gradients of the loss / num_targets; its sums [P] and the state after it, detached.
+
+        num_targets, totals: of the whole step.
+        """
         ...
 
     def score(self, batch: Batch) -> Tensor:
@@ -41,7 +51,12 @@ class NextToken:
     def __init__(self, model: Model, precision: str):
         self.model, self.precision = model, precision
 
-    def learn(self, batch: Batch, state: ModelState | None, num_targets: int) -> tuple[Tensor, ModelState | None]:
+    def totals(self, batches: Sequence[Batch]) -> list[float]:
+        return []
+
+    def learn(
+        self, batch: Batch, state: ModelState | None, num_targets: int, totals: Sequence[float] = ()
+    ) -> tuple[Tensor, ModelState | None]:
         nats, after = train_on(self.model, batch, state, num_targets, self.precision)
         return nats[None], after
 
@@ -56,6 +71,8 @@ def make_objective(model: Model, config: TrainConfig) -> Objective:
     """The objective that `config` names. Raises ValueError if `model` cannot learn it."""
     kind = config.objective.kind
     if kind == "next-token":
+        if model.config.tokens_ahead > 1 or config.objective.head_weights or config.data.weights:
+            return Heads(model, config.objective, config.precision)
         return NextToken(model, config.precision)
     # Imported here: both need the layers of a conversion, plain training does not.
     if kind == "distill":

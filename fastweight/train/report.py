@@ -92,6 +92,11 @@ def describe_run(config: TrainConfig, model: Model, store: Store, device: torch.
         f"run: {config.steps:,} steps of {data.batch_size} × {data.seq_len} = {tokens:,} tokens, "
         f"{config.optimizer.name}, {config.schedule.kind}{budget}{averaging}",
     ]
+    if data.mix:
+        rest = 1 - sum(data.mix.values())
+        shares = ", ".join(f"{share:.1%} {path}" for path, share in {data.store: rest, **data.mix}.items())
+        lines.append(f"mixture: {shares}")
+    lines += [f"weights: {data.weights}"] if data.weights else []
     if team.size > 1:
         replicas, shards = config.mesh.sizes(team.size)
         lines.append(f"mesh: {team.size} processes, {replicas} × the model, each cut into {shards}")

@@ -22,7 +22,7 @@ from fastweight.train.metrics import Metrics, NoMetrics
 from fastweight.train.prepare import check_parts, check_team, prepared
 from fastweight.train.report import Report, describe_run, describe_trained
 from fastweight.train.signals import stop_requests
-from fastweight.train.source import make_view, shares
+from fastweight.train.source import describe_contents, make_view, shares, training_splits
 from fastweight.train.start import new_start, placed, resumed_start
 from fastweight.train.tally import Tally, TrainResult
 
@@ -67,7 +67,7 @@ def _run(
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), stop_requests() as stop:
         torch.manual_seed(config.seed)
         if resume:
-            _check_store(out, store)
+            _check_store(out, store, config)
             start = resumed_start(config, out, read_record(out), resume, team)
         else:
             start = new_start(config, store, model, team)
@@ -122,17 +122,23 @@ def _resumed_config(config: TrainConfig | None, out: Path, team: Team) -> TrainC
     return config
 
 
-def _check_store(out: Path, store: Store) -> None:
-    same = read_record(out)["store"] == _fingerprint(store)
-    require(same, f"{store.path} holds other data than the run in {out} was started with. Give its own store.")
+def _check_store(out: Path, store: Store, config: TrainConfig) -> None:
+    same = read_record(out)["store"] == _fingerprint(store, config)
+    require(
+        same,
+        f"{store.path}, or what is mixed in, holds other data or weights than the run in {out} was started with. Give "
+        "its own store.",
+    )
 
 
 def check_same_run(config: TrainConfig, out: Path) -> None:
     """Raise ValueError naming the settings that shape the weights and differ from those of the run in `out`."""
     before = load_run_config(out)
     old, new = before.to_dict(), config.to_dict()
-    # The store is known by its contents, not by its place.
+    # Stores are known by their contents, not by their places.
     old["data"]["store"] = new["data"]["store"]
+    if list(old["data"]["mix"].values()) == list(new["data"]["mix"].values()):
+        old["data"]["mix"] = new["data"]["mix"]
     changed = [f"{name}: {old[name]} → {new[name]}" for name in old if name not in FREE and old[name] != new[name]]
     require(
         not changed,
@@ -160,16 +166,16 @@ def _record(config: TrainConfig, model: Model, store: Store, out: Path) -> None:
 
     software = {"fastweight": fastweight.__version__, "torch": torch.__version__}
     record = {"format": FORMAT, "version": VERSION, "train": config.to_dict(), "software": software}
-    record |= {"model": model.config.to_dict(), "store": _fingerprint(store)}
+    record |= {"model": model.config.to_dict(), "store": _fingerprint(store, config)}
     if config.partial:
         partial.save_base(out, model, store.tokenizer)
         record["base"] = partial.weights_checksum(model)
     files.write_text(out / "config.json", to_json(record) + "\n")
 
 
-def _fingerprint(store: Store) -> str:
-    """A name for the data itself: the folder may move, its contents may not change."""
-    return hashlib.sha256(to_json(store.manifest["splits"]).encode()).hexdigest()
+def _fingerprint(store: Store, config: TrainConfig) -> str:
+    """A name for the data itself: the folders may move, their contents may not change."""
+    return hashlib.sha256(to_json(describe_contents(store, config.data)).encode()).hexdigest()
 
 
 def _check(config: TrainConfig, model: Model, store: Store, team: Team) -> None:
@@ -192,7 +198,7 @@ def _check_vocabulary(model: Model, store: Store) -> None:
 def _check_data(store: Store, config: TrainConfig, team: Team) -> None:
     """Raise before the run starts if a split is too small for what is asked of it, or a step for the processes."""
     shares(config.data, team.size)
-    make_view(store.split("train"), config.data, config.seed)
+    make_view(training_splits(store, config.data), config.data, config.seed)
     if config.log.heldout_every or config.log.before_after or config.averaging.kind != "none":
         Windows(store.split("heldout"), config.data.seq_len)
 

@@ -1,8 +1,9 @@
 """Micro-batches of each step, as a function of the step number alone."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,8 +17,53 @@ from fastweight.distributed.mesh import share_of_batch
 from fastweight.train.config import DataConfig
 
 
-def make_view(split: data.Split, config: DataConfig, seed: int) -> View:
-    """The view that `config` names over one split; streams have a lane per sequence of a step."""
+def training_stores(store: data.Store, config: DataConfig) -> list[data.Store]:
+    """The store and those that are mixed in, in their order."""
+    return [store, *(data.Store.open(path) for path in config.mix)]
+
+
+def training_splits(store: data.Store, config: DataConfig) -> list[data.Split]:
+    """The training split of each store, with its weights where the run uses some and the store has them.
+
+    Raises ValueError if none has weights of that name.
+    """
+    stores = training_stores(store, config)
+    names = [config.weights if has_weights(found, config) else "" for found in stores]
+    if config.weights and not any(names):
+        names[0] = config.weights  # the store says what it has
+    return [found.split("train", weights=name) for found, name in zip(stores, names, strict=True)]
+
+
+def has_weights(store: data.Store, config: DataConfig) -> bool:
+    """Whether the store has the weights that the run uses."""
+    return config.weights in store.manifest.get("weights", {})
+
+
+def describe_contents(store: data.Store, config: DataConfig) -> Any:
+    """What of the manifests says which tokens and weights a run reads: equal for equal data, wherever it lies."""
+    if not (config.mix or config.weights):
+        return store.manifest["splits"]
+    return [
+        {
+            "splits": found.manifest["splits"],
+            "weights": found.manifest["weights"][config.weights] if has_weights(found, config) else None,
+        }
+        for found in training_stores(store, config)
+    ]
+
+
+def make_view(splits: data.Split | Sequence[data.Split], config: DataConfig, seed: int) -> View:
+    """The view that `config` names over one split, or over several mixed by their shares."""
+    if isinstance(splits, data.Split):
+        return _view_of(splits, config, seed)
+    if len(splits) == 1:
+        return _view_of(splits[0], config, seed)
+    further = list(config.mix.values())
+    return data.Mixture([_view_of(split, config, seed) for split in splits], [1 - sum(further), *further], seed)
+
+
+def _view_of(split: data.Split, config: DataConfig, seed: int) -> View:
+    """The view over one split; streams have a lane per sequence of a step."""
     if config.view == "windows":
         return data.Windows(split, config.seq_len)
     if config.view == "bins":
@@ -28,14 +74,15 @@ def make_view(split: data.Split, config: DataConfig, seed: int) -> View:
 
 
 def step_batches(
-    split: data.Split, config: DataConfig, seed: int, start_step: int, rank: int = 0, processes: int = 1
-) -> Iterator[list[Batch]]:
+    splits: data.Split | Sequence[data.Split], config: DataConfig, seed: int, start_step: int, rank: int = 0,
+    processes: int = 1,
+) -> Iterator[list[Batch]]:  # fmt: skip
     """Yield the micro-batches of step start_step, start_step + 1, ... without end.
 
-    Process `rank` reads the rank-th of equal slices of the step's samples. The samples of a step depend neither on the
-    micro-batch size nor on the number of processes.
+    splits: one, or those of `training_splits`. Process `rank` reads the rank-th of equal slices of the step's samples.
+    The samples of a step depend neither on the micro-batch size nor on the number of processes.
     """
-    view, share, rows = make_view(split, config, seed), *shares(config, processes)
+    view, share, rows = make_view(splits, config, seed), *shares(config, processes)
     sampler = None if view.ordered else Sampler(len(view), seed)
     for step in itertools.count(start_step):
         first = step * config.batch_size + rank * share

@@ -42,7 +42,12 @@ class Transfer:
             "Convert it first: titanize(model).",
         )
 
-    def learn(self, batch: Batch, state: ModelState | None, num_targets: int) -> tuple[Tensor, ModelState | None]:
+    def totals(self, batches: Sequence[Batch]) -> list[float]:
+        return []
+
+    def learn(
+        self, batch: Batch, state: ModelState | None, num_targets: int, totals: Sequence[float] = ()
+    ) -> tuple[Tensor, ModelState | None]:
         losses, errors = [], []
         for mixer, x in self._consume(self._inputs(batch)):
             loss, error = self._errors(mixer, x, batch)

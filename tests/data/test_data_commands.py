@@ -1,10 +1,13 @@
 """The commands of the data folder: what they print is what the store or the shards hold."""
 
 import json
+import math
 
 import pytest
+import torch
 from data.corpora import random_texts, write_store
 
+import fastweight
 from fastweight import cli
 from fastweight.data import ByteTokenizer, Store, StoreWriter
 
@@ -73,3 +76,24 @@ def test_too_few_held_out_documents_are_named_on_the_command_line(store, tmp_pat
     arguments = ["--tokenizer", "bytes", "--out", str(tmp_path / "b"), "--expect-heldout-documents", "5"]
     assert main(["data", "import-shards", str(tmp_path / "x"), *arguments]) == 2
     assert "hold 4 documents, 5 were expected" in capsys.readouterr().err
+
+
+def test_weigh_names_what_it_kept_and_goes_with_a_reference(store, tmp_path, capsys):
+    models = [tmp_path / name for name in ("model", "reference")]
+    for seed, folder in enumerate(models):
+        torch.manual_seed(seed)
+        fastweight.Model.from_preset("tiny-delta").save(folder)
+    command = ["data", "weigh", str(store), "--by", str(models[0]), "--reference", str(models[1])]
+    assert main([*command, "--keep", "0.5", "--window", "40", "--name", "best"]) == 0
+    found = last_line(capsys)
+    split = Store.open(store).split("train", weights="best")
+    lengths = split.document_ends - split.document_starts - 1
+    kept = sum(math.ceil(min(40, n - start) / 2) for n in lengths.tolist() for start in range(0, n, 40))
+    assert (found["kept"], found["tokens"]) == (kept, int(lengths.sum()))
+    assert split.weights(0, split.num_tokens).sum() == kept
+    Store.open(store).verify()
+    about = Store.open(store).manifest["weights"]["best"]["made_by"]
+    assert (about["keep"], about["window"], about["by"]) == (0.5, 40, "excess loss")
+    assert len({about["model"], about["reference"]}) == 2
+    assert main([*command, "--keep", "0.5", "--name", "best"]) == 2
+    assert "has weights 'best' already" in capsys.readouterr().err

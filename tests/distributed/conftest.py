@@ -7,11 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from distributed import runs
 from training_cases import make_store
 
 import fastweight
+from fastweight.data import Store, write_weights
 from fastweight.train import train
 
 WORKER = Path(__file__).parent / "worker.py"
@@ -32,7 +34,13 @@ def make_runs(processes: int, store: Path, jobs: list[dict]) -> subprocess.Compl
 
 @pytest.fixture(scope="session")
 def store(tmp_path_factory):
-    return make_store(tmp_path_factory.mktemp("corpus"))
+    """With the weights "random" for its tokens, and beside it the store "other"."""
+    corpus = tmp_path_factory.mktemp("corpus")
+    folder, _ = make_store(corpus), make_store(corpus / "other", seed=1)
+    split = Store.open(folder).split("train")
+    lengths = split.document_ends - split.document_starts - 1
+    write_weights(folder, "random", lambda numbers: (np.random.default_rng(i).random(lengths[i]) for i in numbers))
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -54,7 +62,7 @@ def two(store, alone, tmp_path_factory):
     """The folder with all runs of two processes, and "alone-…": runs of one that two have gone on with."""
     folder = tmp_path_factory.mktemp("two")
     jobs = [{"run": name, "out": str(folder / name)} for name in runs.RUNS]
-    for name in ("muon", "carried"):
+    for name in ("muon", "carried", "mixed"):
         shutil.copytree(alone(name), folder / f"alone-{name}")
         jobs.append({"run": name, "out": str(folder / f"alone-{name}"), "resume": "step-000008"})
     jobs.append({"run": "delta", "out": str(folder / "stopped"), "fault": "stop"})

@@ -9,6 +9,7 @@ import torch
 from training_cases import PARTIAL, converted_model, tiny_config, tiny_model
 
 from fastweight import BlockConfig, FeedForwardConfig, Model, ModelConfig
+from fastweight.grow import look_ahead
 from fastweight.layers import InPlaceConfig
 from fastweight.mixers.attention import AttentionConfig
 from fastweight.mixers.delta import DeltaConfig
@@ -71,6 +72,15 @@ def double_tiny() -> Model:
     return tiny_model(torch.float64)
 
 
+def ahead_model() -> Model:
+    """`tiny_model` with heads for three tokens, two of them with weights of their own."""
+    model = look_ahead(double_tiny(), 3)
+    with torch.no_grad():
+        for layer in model.ahead:
+            layer.linear.weight.add_(0.2 * torch.randn(D_MODEL, D_MODEL, dtype=torch.float64))
+    return model
+
+
 def double_converted() -> Model:
     return converted_model(torch.float64)
 
@@ -81,6 +91,9 @@ RUNS: dict[str, tuple[Callable[[], Model], dict]] = {
     "memory": (double_converted, {**PARTIAL["distill"], **SAVED}),
     "packed": (double_tiny, {"view": "bins", "seq_len": 256, "micro_batch_size": 1}),
     "carried": (double_tiny, {"view": "streams", "carry_state": True, **SAVED}),
+    "ahead": (ahead_model, {"view": "bins", "seq_len": 64, "micro_batch_size": 1}),
+    "weighed": (double_tiny, {"weights": "random", "view": "bins", "seq_len": 64, "micro_batch_size": 1}),
+    "mixed": (double_tiny, {"mix": {"other": 0.3}, **SAVED}),
     "looped": (looped_model, {"activation_checkpointing": True}),
 }
 
@@ -88,4 +101,6 @@ RUNS: dict[str, tuple[Callable[[], Model], dict]] = {
 def run_config(store: Path | str, name: str, **more) -> TrainConfig:
     """The settings of the run `name`: 20 steps of 4 sequences."""
     changes = {"steps": STEPS, "lr": 3e-3, "batch_size": 4} | RUNS[name][1] | more
-    return tiny_config(store, **changes)
+    # What is mixed in is a store that lies beside the first.
+    mix = {str(Path(store).parent / name / "store"): share for name, share in changes.pop("mix", {}).items()}
+    return tiny_config(store, mix=mix, **changes)

@@ -51,7 +51,7 @@ def test_the_statistics_of_memories_are_those_of_one_process(kind, two, alone):
         assert means[0] == [pytest.approx(mean, rel=TOLERANCE) for mean in means[1]]
 
 
-@pytest.mark.parametrize("name", ["muon", "carried"])
+@pytest.mark.parametrize("name", ["muon", "carried", "mixed"])
 def test_two_processes_go_on_where_one_stopped(name, two, alone):
     assert_same_run(two / f"alone-{name}", alone(name))
 

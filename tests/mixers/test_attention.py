@@ -6,6 +6,7 @@ from tolerances import assert_close
 from torch.nn import functional as F
 
 from fastweight.mixers.attention import Attention, AttentionConfig
+from fastweight.mixers.base import mixer_config
 
 LINEAR = {"kind": "linear", "factor": 4.0}
 CASES = {
@@ -38,6 +39,7 @@ CASES = {
         gate_width=5,
         gate_scale=0.5,
     ),
+    "channel-gates": AttentionConfig(num_heads=4, num_kv_heads=2, window=9, output_gate=True, gate_channels=True),
 }
 
 
@@ -105,13 +107,48 @@ def test_the_gain_starts_at_its_configured_value_and_multiplies_scores():
     assert_close(mixer(x, mixer.init_state(2))[0], plain(x, plain.init_state(2))[0], 1e-6)
 
 
-def test_a_closed_gate_silences_its_head():
-    mixer, x = build(AttentionConfig(num_heads=2, output_gate=True))
+def gated(**settings):
+    """A gated mixer, one with the same weights and no gate, and an input whose first channel is 1 everywhere."""
+    mixer, x = build(AttentionConfig(num_heads=2, output_gate=True, **settings))
     open_, _ = build(AttentionConfig(num_heads=2))
     open_.load_state_dict({k: v for k, v in mixer.state_dict().items() if not k.startswith("gate")})
+    x[..., 0] = 1
     mixer.gate.weight.data.zero_()
+    return mixer, open_, x
+
+
+@pytest.mark.parametrize("settings", [{}, {"gate_channels": True}], ids=["heads", "channels"])
+@pytest.mark.parametrize(("weight", "share"), [(0.0, 0.5), (1e3, 1.0), (-1e3, 0.0)])
+def test_an_open_gate_changes_nothing_a_closed_one_silences_and_one_of_zero_weights_halves(settings, weight, share):
+    mixer, open_, x = gated(**settings)
+    mixer.gate.weight.data[:, 0] = weight
     want, _ = open_(x, open_.init_state(2))
-    assert_close(mixer(x, mixer.init_state(2))[0], want / 2, 1e-10)  # sigmoid(0) = 1/2 on every head
+    assert_close(mixer(x, mixer.init_state(2))[0], share * want, 1e-10)
+
+
+@pytest.mark.parametrize(("settings", "closed"), [({}, slice(0, 8)), ({"gate_channels": True}, slice(2, 3))])
+def test_a_gate_closes_its_own_head_or_channel_and_no_other(settings, closed):
+    mixer, open_, x = gated(**settings)
+    mixer.gate.weight.data[:, 0] = 1e3
+    mixer.gate.weight.data[closed if settings else 0, 0] = -1e3
+    open_.out.weight.data[:, closed] = 0
+    assert_close(mixer(x, mixer.init_state(2))[0], open_(x, open_.init_state(2))[0], 1e-10)
+
+
+def test_the_gate_is_a_sigmoid_of_a_product_with_the_layers_input():
+    mixer, open_, x = gated(gate_channels=True, gate_width=3, gate_scale=0.5)
+    mixer.gate.weight.data = torch.randn(16, 3, dtype=torch.float64)
+    heads = {}
+    open_.out.register_forward_pre_hook(lambda module, args: heads.update(y=args[0]))
+    open_(x, open_.init_state(2))
+    gate = 1 / (1 + torch.exp(-0.5 * torch.einsum("btd,cd->btc", x[..., :3], mixer.gate.weight)))
+    assert_close(mixer(x, mixer.init_state(2))[0], (heads["y"] * gate) @ mixer.out.weight.T, 1e-10)
+
+
+def test_a_layer_without_gates_per_channel_has_the_config_it_always_had():
+    assert "gate_channels" not in AttentionConfig(num_heads=2, output_gate=True).to_dict()
+    config = CASES["channel-gates"]
+    assert mixer_config(config.to_dict()) == config
 
 
 def test_only_a_bare_window_has_no_memory():
@@ -124,6 +161,7 @@ def test_only_a_bare_window_has_no_memory():
         "nope": True,
         "capped": False,
         "own-values-out": True,
+        "channel-gates": False,
     }
 
 
@@ -157,6 +195,7 @@ def test_a_windows_state_stops_growing():
         ({"num_heads": 3}, "d_model 16 is not a multiple of num_heads 3"),
         ({"num_heads": 4, "rotary_dim": 6}, "rotary_dim 6 exceeds head_dim 4"),
         ({"num_heads": 4, "head_dim": 5}, "head_dim 5 is odd"),
+        ({"num_heads": 4, "gate_channels": True}, "gate_channels belong to an output_gate"),
     ],
 )
 def test_a_config_that_cannot_work_is_refused_with_its_numbers(settings, message):
