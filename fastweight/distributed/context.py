@@ -51,14 +51,18 @@ class Context:
         before, after = ([None, *ranks, None][self.part + step] for step in (0, 2))
         self.line = Line(before, after)
 
-    def cut(self, batch: Batch) -> Slice:
-        """This process's part of `batch`, which all have. Raises ValueError if there are too few tokens for all."""
-        length = batch.tokens.shape[1]
+    def check_length(self, length: int) -> None:
+        """Refuse rows of so few tokens that a process would have none."""
         require(
             length >= self.parts,
             f"context: a row of {length} tokens cannot be cut for {self.parts} processes. Read longer rows "
             "(data.seq_len), or lower mesh.context.",
         )
+
+    def cut(self, batch: Batch) -> Slice:
+        """This process's part of `batch`, which all have. Raises ValueError if there are too few tokens for all."""
+        length = batch.tokens.shape[1]
+        self.check_length(length)
         start, stop = (length * part // self.parts for part in (self.part, self.part + 1))
         tokens, targets, sizes = (z[:, start:stop] for z in (batch.tokens, batch.targets, batch.target_bytes))
         parts = {"tokens": tokens, "targets": targets, "target_bytes": sizes}
