@@ -179,14 +179,21 @@ class Model(nn.Module):
         self, tokens: Tensor, state: ModelState | None = None, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, ModelState]:
         """The normalised activations before the head, [B, T, D], and the new state."""
+        if self.relay is not None:
+            return self.relay.read(self, tokens, state)
+        return self.read(tokens, state, cu_seqlens)
+
+    def read(
+        self, tokens: Tensor, state: ModelState | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, ModelState]:
+        """`features` in one piece."""
         self._check_tokens(tokens, cu_seqlens)
         num_sequences = tokens.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
         state = self.init_state(num_sequences) if state is None else state
         self._check_state(state, num_sequences)
-        state = state if self.relay is None else self.relay.begin(state)
         x, last = self._embed(tokens, state.position, cu_seqlens), state.last
         if self.smear is not None:
-            x, last = self._read(self.smear, x, last, cu_seqlens)
+            x, last = self._relayed(self.smear, x, last, cu_seqlens)
         x, visits = self._visit_all(x, state.visits, cu_seqlens)
         position = advance(state.position, tokens.shape[1], cu_seqlens)
         return self.norm(x), ModelState(visits, position, state.signature, state.note, last)
@@ -199,13 +206,13 @@ class Model(nn.Module):
             if self.skips is not None and place >= half and kept:
                 x = self.skips(x, kept.pop(), place - half)
             number = self.visits[:place].count(i) if self.config.blocks[i].per_visit else 0
-            x, state = self._read(partial(self._visit, i), x, state, cu_seqlens, embedded, number)
+            x, state = self._relayed(partial(self._visit, i), x, state, cu_seqlens, embedded, number)
             visits.append(state)
             if self.skips is not None and place < half:
                 kept.append(x)
         return x.mean(0) if x.dim() == 4 else x, tuple(visits)
 
-    def _read(self, part: Callable[..., Any], x: Tensor, state: Any, *others: Any) -> tuple[Tensor, Any]:
+    def _relayed(self, part: Callable[..., Any], x: Tensor, state: Any, *others: Any) -> tuple[Tensor, Any]:
         """What `part` makes of x from `state` on; of a sequence cut over processes, from what the one before hands on."""
         if self.relay is None:
             return part(x, state, *others)

@@ -85,11 +85,11 @@ def tensors(tree: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
 class Relay(Protocol):
     """What carries the states of sequences that other processes have begun to read, and will read on.
 
-    A model that has one asks it before and after everything in it that has a state; x: what is read there.
+    A model that has one lets it `read`, and asks it before and after everything that has a state; x: what that reads.
     """
 
-    def begin(self, state: "ModelState") -> "ModelState":
-        """The state that a forward pass starts from, with the positions of this process's part of the sequences."""
+    def read(self, model: Any, tokens: Tensor, state: "ModelState | None") -> "tuple[Tensor, ModelState]":
+        """What `model.features` gives for this process's parts of the sequences, [B, T], and a state after them."""
         ...
 
     def receive(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:

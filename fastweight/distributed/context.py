@@ -23,74 +23,86 @@ from fastweight.state import Faults, ModelState, map_tensors
 
 
 @dataclass(frozen=True, kw_only=True)
-class Slice:
-    """What a process reads of a batch.
+class Piece:
+    """Tokens start … stop - 1 of what a process holds of a row: a piece of the text without gaps.
 
-    batch: a part of every row, or of the packed row. position: [N], tokens of each of its sequences that stand before
-    it. receives, sends: whether its first sequence (of rows: all of them) has begun before it, and goes on after it.
+    position: [N], tokens of each of its sequences that stand before it. cu_seqlens: [N+1] of a packed row, from 0.
+    receives, sends: whether its first sequence has begun before it, and whether its last one goes on after it; of
+    rows, all of them.
     """
 
-    batch: Batch
+    start: int
+    stop: int
     position: Tensor
-    receives: bool = False
-    sends: bool = False
+    cu_seqlens: Tensor | None
+    receives: bool
+    sends: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slice:
+    """What a process reads of a batch: its pieces of every row, or of the packed row, one after another in `batch`."""
+
+    batch: Batch
+    pieces: tuple[Piece, ...] = ()
 
 
 class Context:
-    """The processes among which sequences are cut: this one reads part number `part` of `parts`. Alone (`Context()`),
-    it reads all of them.
+    """The processes among which sequences are cut: this one is number `part` of `parts`. Alone (`Context()`), it reads
+    all of them.
 
-    group: the processes, in the order of the text. Methods that exchange something must be called by all of them.
+    group: the processes, in the order of the text. turns: how often the text goes round them; a row is cut into
+    turns · parts pieces, of which each process reads every parts-th. Methods that exchange something must be called by
+    all of them.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None):
-        self.group = group
+    def __init__(self, group: dist.ProcessGroup | None = None, turns: int = 1):
+        self.group, self.turns = group, turns
         ranks = [0] if group is None else dist.get_process_group_ranks(group)
         self.parts = len(ranks)
         self.part = 0 if group is None else dist.get_rank(group)
-        before, after = ([None, *ranks, None][self.part + step] for step in (0, 2))
-        self.line = Line(before, after)
+        self.line = Line(ranks[self.part - 1], ranks[(self.part + 1) % self.parts])
 
     def check_length(self, length: int) -> None:
-        """Refuse rows of so few tokens that a process would have none."""
+        """Refuse rows of so few tokens that a piece would have none."""
         require(
-            length >= self.parts,
-            f"context: a row of {length} tokens cannot be cut for {self.parts} processes. Read longer rows "
-            "(data.seq_len), or lower mesh.context.",
+            length >= self.parts * self.turns,
+            f"context: a row of {length} tokens cannot be cut into {self.parts * self.turns} pieces for {self.parts} "
+            "processes. Read longer rows (data.seq_len), or lower mesh.context or mesh.turns.",
         )
 
     def cut(self, batch: Batch) -> Slice:
         """This process's part of `batch`, which all have. Raises ValueError if there are too few tokens for all."""
-        length = batch.tokens.shape[1]
+        if self.parts == 1:
+            return Slice(batch=batch)
+        length, count = batch.tokens.shape[1], self.parts * self.turns
         self.check_length(length)
-        start, stop = (length * part // self.parts for part in (self.part, self.part + 1))
-        tokens, targets, sizes = (z[:, start:stop] for z in (batch.tokens, batch.targets, batch.target_bytes))
-        parts = {"tokens": tokens, "targets": targets, "target_bytes": sizes}
-        if batch.cu_seqlens is None:
-            position = torch.full((len(tokens),), start)
-            return Slice(batch=Batch(**parts), position=position, receives=start > 0, sends=stop < length)
-        inside = batch.cu_seqlens[(batch.cu_seqlens > start) & (batch.cu_seqlens < stop)]
-        ends = torch.cat([inside.new_tensor([start]), inside, inside.new_tensor([stop])])
-        begun = int(batch.cu_seqlens[batch.cu_seqlens <= start].max())
-        position = torch.zeros(len(ends) - 1, dtype=torch.int64)
-        position[0] = start - begun
-        sends = not bool((batch.cu_seqlens == stop).any())
-        return Slice(
-            batch=Batch(**parts, cu_seqlens=ends - start), position=position, receives=start > begun, sends=sends
-        )
+        bounds = [length * i // count for i in range(count + 1)]
+        own = [(bounds[i], bounds[i + 1]) for i in range(self.part, count, self.parts)]
+        pieces, done = [], 0
+        for start, stop in own:
+            pieces.append(_piece(batch, start, stop, done))
+            done += stop - start
+        named = {"tokens": batch.tokens, "targets": batch.targets, "target_bytes": batch.target_bytes}
+        joined = {name: torch.cat([z[:, start:stop] for start, stop in own], 1) for name, z in named.items()}
+        ends = [piece.cu_seqlens + piece.start for piece in pieces if piece.cu_seqlens is not None]
+        packed = torch.cat([ends[0][:1], *(end[1:] for end in ends)]) if ends else None
+        return Slice(batch=Batch(**joined, cu_seqlens=packed), pieces=tuple(pieces))
 
     @contextlib.contextmanager
-    def reading(self, model: Model, part: Slice) -> Iterator[None]:
+    def reading(self, model: Model, part: Slice) -> Iterator[list[ModelState]]:
         """Inside, `model` reads `part.batch` as a part of the whole, forward and backward.
 
-        A forward pass starts from new states (None). All processes must make the same passes, in the same order.
+        Yields the states after each piece, detached, as they come; `model` itself returns the last one. A forward pass
+        starts from new states (None). All processes must make the same passes, in the same order.
         """
         if self.parts == 1:
-            yield
+            yield []
             return
-        model.relay = _Relay(self.line, part)
+        relay = _Relay(self.line, part)
+        model.relay = relay
         try:
-            yield
+            yield relay.states
         finally:
             model.relay = None
         self.line.settle()
@@ -112,38 +124,65 @@ class Context:
             work.wait()
 
 
+def _piece(batch: Batch, start: int, stop: int, done: int) -> Piece:
+    """Tokens start … stop - 1 of the rows of `batch`, of which this process holds `done` tokens before."""
+    place = {"start": done, "stop": done + stop - start}
+    if batch.cu_seqlens is None:
+        position = torch.full((len(batch.tokens),), start)
+        more = stop < batch.tokens.shape[1]
+        return Piece(**place, position=position, cu_seqlens=None, receives=start > 0, sends=more)
+    ends = batch.cu_seqlens
+    inside = ends[(ends > start) & (ends < stop)]
+    own = torch.cat([ends.new_tensor([start]), inside, ends.new_tensor([stop])]) - start
+    position = torch.zeros(len(own) - 1, dtype=torch.int64)
+    position[0] = start - int(ends[ends <= start].max())
+    sends = not bool((ends == stop).any())
+    return Piece(**place, position=position, cu_seqlens=own, receives=bool(position[0] > 0), sends=sends)
+
+
 class _Relay:
-    """The hand-overs of one slice."""
+    """The hand-overs of one slice. states: those after its pieces."""
 
     def __init__(self, line: Line, part: Slice):
-        self.line, self.part = line, part
-        self.packed = part.batch.cu_seqlens is not None
-        self.num_sequences = len(part.position)
-        lengths = part.batch.tokens.shape[1] if part.batch.cu_seqlens is None else part.batch.cu_seqlens.diff()
-        self.read = int((part.position + lengths)[-1])  # tokens of the sequences that go on, up to the cut
+        self.line, self.pieces = line, part.pieces
+        self.piece = part.pieces[0]
+        self.states: list[ModelState] = []
 
-    def begin(self, state: ModelState) -> ModelState:
-        position = self.part.position.to(state.position.device)
-        return ModelState(state.visits, position, state.signature, state.note, state.last)
+    def read(self, model: Any, tokens: Tensor, state: ModelState | None) -> tuple[Tensor, ModelState]:
+        require(state is None, "context: a sequence that is cut over processes starts anew; pass no state.")
+        outputs, states = [], []
+        for piece in self.pieces:
+            self.piece = piece
+            start = model.init_state(len(piece.position))
+            start.position = piece.position.to(start.position.device)
+            x, after = model.read(tokens[:, piece.start : piece.stop], start, piece.cu_seqlens)
+            outputs.append(x)
+            states.append(after)
+        self.states[:] = [after.detach() for after in states]
+        return torch.cat(outputs, 1), states[-1]
 
     def receive(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
-        if not self.part.receives:
+        if not self.piece.receives:
             return x, state
         x, carried = receive_state(self.line, x)
-        keep = torch.ones(self.num_sequences, dtype=torch.bool, device=x.device)
-        if self.packed:
-            carried = map_tensors(lambda t: t.expand(self.num_sequences, *t.shape[1:]), carried)
+        count = len(self.piece.position)
+        keep = torch.ones(count, dtype=torch.bool, device=x.device)
+        if self.piece.cu_seqlens is not None:
+            carried = map_tensors(lambda t: t.expand(count, *t.shape[1:]), carried)
             keep[1:] = False
         if isinstance(state, Start):
-            return x, Start(state.count, carried, keep)
-        fresh, old = (ModelState((tree,), self.part.position, "") for tree in (state, carried))
+            return x, Start(count, carried, keep)
+        fresh, old = (ModelState((tree,), self.piece.position, "") for tree in (state, carried))
         return x, old.where(keep, fresh).visits[0]
 
     def send(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
-        if not self.part.sends:
+        if not self.piece.sends:
             return x, state
-        handed = map_tensors(lambda t: t[-1:], state) if self.packed else state
-        return send_state(self.line, x, _travelling(handed, self.read)), state
+        piece, handed = self.piece, state
+        length = piece.stop - piece.start
+        if piece.cu_seqlens is not None:
+            handed, length = map_tensors(lambda t: t[-1:], state), int(piece.cu_seqlens.diff()[-1])
+        return send_state(self.line, x, _travelling(handed, int(piece.position[-1]) + length)), state
 
 
 def _travelling(tree: Any, read: int) -> Any:

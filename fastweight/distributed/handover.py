@@ -3,12 +3,15 @@
 A hand-over is two messages: a header on the host (which tensors, of which shapes and dtypes), then all numbers in one.
 Its gradient is one message in the other direction, of the floating-point tensors alone.
 
-The order. The processes 0, 1, … hold the parts of a sequence in the order of the text. For each part of the model that
-has a state, in the order in which the model visits them, process r receives from r - 1, computes, and sends to r + 1.
-Sending waits for nobody, receiving for one message of the process before; process 0 receives nothing, so there is
-always one that can go on, and a process may be any number of layers ahead of the one after it. In the backward pass the
-same holds from the last process on: the gradient of the last hand-over is the first to be sent. What the layers read (x)
-passes through `send_state` and `receive_state`, so that autograd runs every one of them, and in the reverse of the forward order,
+The order. The pieces 0, 1, … of a sequence are dealt to the processes in turn: of R processes, process r reads the pieces
+r, r + R, …, one after the other. For each part of the model that has a state, in the order in which the model visits
+them, piece p receives from piece p - 1, computes, and sends to p + 1. Sending waits for nobody, receiving for one message,
+that of an earlier piece at the same place; piece 0 receives nothing. So the earliest piece that is not finished can always
+go on, and nobody waits in a circle; a process may be any number of layers ahead of the one after it. Between two processes
+all messages of a forward pass go in one direction (with R = 2 only if there is one piece each: two ends that send at once
+would block each other where a device takes messages in order), and those of the backward pass in the other. In the
+backward pass the same holds from the last piece on: the gradient of the last hand-over is the first to be sent. What the
+layers read (x) passes through `send_state` and `receive_state`, so that autograd runs every one of them, and in the reverse of the forward order,
 on all processes alike.
 """
 
@@ -46,24 +49,22 @@ class Posted(NamedTuple):
 
 
 class Line:
-    """Messages between this process and its neighbours, by their ranks among all processes; None at the ends.
+    """Messages between this process and its neighbours in the order of the text, by their ranks among all processes.
 
     Messages from one process arrive in the order in which they were sent.
     """
 
-    def __init__(self, before: int | None, after: int | None):
+    def __init__(self, before: int, after: int):
         self.before, self.after = before, after
         self._underway: list[Posted] = []
 
-    def post(self, message: Tensor, to: int | None) -> Posted:
+    def post(self, message: Tensor, to: int) -> Posted:
         """Send without waiting; `message` must not change until it has arrived."""
-        assert to is not None
         self._underway.append(Posted(dist.isend(message, to), message))
         return self._underway[-1]
 
-    def fetch(self, buffer: Tensor, source: int | None) -> Tensor:
+    def fetch(self, buffer: Tensor, source: int) -> Tensor:
         """Fill `buffer` with the next message from `source`."""
-        assert source is not None
         dist.recv(buffer, source)
         return buffer
 

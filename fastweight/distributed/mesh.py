@@ -20,6 +20,9 @@ class MeshConfig:
     """Processes that share one copy; 0: all there are, divided by `replicate` and `context`."""
     context: int = 1
     """Processes that share a sequence: it is cut into so many parts along T."""
+    turns: int = 1
+    """How often a text goes round the processes of `context`: each reads every context-th of turns · context pieces. More
+    turns, shorter waits at the ends of a pass, and more hand-overs; they need 3 or more processes."""
     gather: Gather = "own"
     """Dtype in which the weights of a block travel to those who compute it: their own, or bfloat16, which is half the
     traffic and memory of float32, and rounds norms and initial memories too. Gradients are summed in float32."""
@@ -31,6 +34,10 @@ class MeshConfig:
         require(self.replicate >= 1, f"mesh: replicate must be at least 1, got {self.replicate}.")
         require(self.shard >= 0, f"mesh: shard must not be negative, got {self.shard}.")
         require(self.context >= 1, f"mesh: context must be at least 1, got {self.context}.")
+        require(
+            self.turns == 1 or (self.turns > 1 and self.context >= 3),
+            f"mesh: turns must be 1, or more with context 3 or more, got {self.turns} with context {self.context}.",
+        )
         require(self.timeout_seconds >= 1, f"mesh: timeout_seconds must be positive, got {self.timeout_seconds}.")
 
     def fits(self, processes: int) -> bool:

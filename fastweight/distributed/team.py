@@ -63,7 +63,7 @@ class Team:
             return
         # Neighbours in a sequence are neighbours in number: their hand-overs are the most frequent messages.
         mesh = init_device_mesh(device.type, (*sizes, config.context), mesh_dim_names=(REPLICATE, SHARD, CONTEXT))
-        self._mesh, self.context = mesh[REPLICATE, SHARD], Context(mesh.get_group(CONTEXT))
+        self._mesh, self.context = mesh[REPLICATE, SHARD], Context(mesh.get_group(CONTEXT), config.turns)
 
     def sum(self, values: Sequence[int]) -> list[int]:
         """The sums of whole numbers over the processes, exchanged between their hosts."""

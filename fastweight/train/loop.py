@@ -252,11 +252,12 @@ class Trainer:
             batch = part.batch.to(self.device, non_blocking=True)
             start = self._start_state(i, batch)
             rounding = rounded(self.model, self.config.rounding, self._fraction())
-            with rounding, self.team.context.reading(self.model, part):
+            with rounding, self.team.context.reading(self.model, part) as pieces:
                 sums, state = self.objective.learn(batch, start, num_targets)
             total = total + sums
             # Looking for faults waits for the device, and states are large: only where they are needed.
-            self._faults += self._new_faults(i, start, state) if logged else []
+            for after in (pieces or [state]) if logged else []:
+                self._faults += self._new_faults(i, start, after)
             states += [state] if carry and state is not None else []
         self.carried = states if carry else None
         parameters = list(self.optimizer.parameters())

@@ -1,6 +1,6 @@
 """One process of several: makes the runs that a JSON list names, one after another.
 
-Each entry: run (a name of runs.RUNS) and out; replicate, context, gather, dtype of the weights, changes of settings; resume (a
+Each entry: run (a name of runs.RUNS) and out; replicate, context, turns, gather, dtype of the weights, changes of settings; resume (a
 checkpoint's name) to go on in `out`; fault, what process 1 does before step 4: "raise", "kill", or "stop" (SIGTERM to
 itself).
 """
@@ -37,7 +37,7 @@ def main(store: str, jobs: list[dict]) -> None:
 
 
 def make(store: str, job: dict) -> None:
-    mesh = MeshConfig(**{key: job[key] for key in ("replicate", "context", "gather") if key in job})
+    mesh = MeshConfig(**{key: job[key] for key in ("replicate", "context", "turns", "gather") if key in job})
     config = runs.run_config(store, job["run"], mesh=mesh, **job.get("changes", {}))
     model = None if "resume" in job else runs.RUNS[job["run"]][0]().to(getattr(torch, job.get("dtype", "float64")))
     train(config, job["out"], resume=job.get("resume", False), model=model, quiet=True)
