@@ -183,9 +183,7 @@ class Model(nn.Module):
             return self.relay.read(self, tokens, state)
         return self.read(tokens, state, cu_seqlens)
 
-    def read(
-        self, tokens: Tensor, state: ModelState | None, cu_seqlens: Tensor | None
-    ) -> tuple[Tensor, ModelState]:
+    def read(self, tokens: Tensor, state: ModelState | None, cu_seqlens: Tensor | None) -> tuple[Tensor, ModelState]:
         """`features` in one piece."""
         self._check_tokens(tokens, cu_seqlens)
         num_sequences = tokens.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
@@ -213,7 +211,7 @@ class Model(nn.Module):
         return x.mean(0) if x.dim() == 4 else x, tuple(visits)
 
     def _relayed(self, part: Callable[..., Any], x: Tensor, state: Any, *others: Any) -> tuple[Tensor, Any]:
-        """What `part` makes of x from `state` on; of a sequence cut over processes, from what the one before hands on."""
+        """What `part` makes of x from `state` on, or from what the process before hands on."""
         if self.relay is None:
             return part(x, state, *others)
         return self.relay.send(*part(*self.relay.receive(x, state), *others))

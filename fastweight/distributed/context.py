@@ -165,11 +165,11 @@ class _Relay:
         if not self.piece.receives:
             return x, state
         x, carried = receive_state(self.line, x)
+        if self.piece.cu_seqlens is None:
+            return x, carried
         count = len(self.piece.position)
-        keep = torch.ones(count, dtype=torch.bool, device=x.device)
-        if self.piece.cu_seqlens is not None:
-            carried = map_tensors(lambda t: t.expand(count, *t.shape[1:]), carried)
-            keep[1:] = False
+        carried = map_tensors(lambda t: t.expand(count, *t.shape[1:]), carried)
+        keep = torch.arange(count, device=x.device) == 0
         if isinstance(state, Start):
             return x, Start(count, carried, keep)
         fresh, old = (ModelState((tree,), self.piece.position, "") for tree in (state, carried))

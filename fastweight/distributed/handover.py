@@ -3,16 +3,18 @@
 A hand-over is two messages: a header on the host (which tensors, of which shapes and dtypes), then all numbers in one.
 Its gradient is one message in the other direction, of the floating-point tensors alone.
 
-The order. The pieces 0, 1, … of a sequence are dealt to the processes in turn: of R processes, process r reads the pieces
-r, r + R, …, one after the other. For each part of the model that has a state, in the order in which the model visits
-them, piece p receives from piece p - 1, computes, and sends to p + 1. Sending waits for nobody, receiving for one message,
-that of an earlier piece at the same place; piece 0 receives nothing. So the earliest piece that is not finished can always
-go on, and nobody waits in a circle; a process may be any number of layers ahead of the one after it. Between two processes
-all messages of a forward pass go in one direction (with R = 2 only if there is one piece each: two ends that send at once
-would block each other where a device takes messages in order), and those of the backward pass in the other. In the
-backward pass the same holds from the last piece on: the gradient of the last hand-over is the first to be sent. What the
-layers read (x) passes through `send_state` and `receive_state`, so that autograd runs every one of them, and in the reverse of the forward order,
-on all processes alike.
+The order. The pieces 0, 1, … of a sequence are dealt to the processes in turn: of R processes, process r reads the
+pieces r, r + R, …, one after the other. For each part of the model that has a state, in the order in which the model
+visits them, piece p receives from piece p - 1, computes, and sends to p + 1. Sending waits for nobody; receiving waits
+for one message, that of the piece before at the same place; piece 0 receives nothing. So the earliest piece that is not
+finished can always go on and nobody waits in a circle, and a process may be any number of layers ahead of the one after
+it. In the backward pass the same holds from the last piece on: the gradient of the last hand-over is the first to be
+sent. Between two neighbours all messages of a forward pass go in one direction and those of the backward pass in the
+other; so that this is true, two processes have one piece each (where a device takes messages in order, two that send to
+each other at once would wait for ever).
+
+What the layers read (x) passes through `send_state` and `receive_state`: autograd runs every one of them, and in the
+reverse of the forward order, on all processes alike.
 """
 
 import json
@@ -107,7 +109,7 @@ class _Send(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         line, floats = ctx.line, [spec for spec in ctx.specs if spec.dtype.is_floating_point]
         buffer = torch.empty(sum(spec.num_bytes for spec in floats), dtype=torch.uint8, device=grad.device)
         grads = iter(unpack(line.fetch(buffer, line.after), floats))
@@ -126,10 +128,8 @@ class _Receive(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, *grads: Tensor) -> tuple[Any, ...]:
-        floats = [
-            g.to(spec.dtype) for g, spec in zip(grads, ctx.specs, strict=True) if spec.dtype.is_floating_point
-        ]
+    def backward(ctx: Any, grad: Tensor, *grads: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        floats = [g.to(spec.dtype) for g, spec in zip(grads, ctx.specs, strict=True) if spec.dtype.is_floating_point]
         ctx.line.post(pack(floats), ctx.line.before)
         return None, None, None, grad
 

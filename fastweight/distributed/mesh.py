@@ -21,8 +21,8 @@ class MeshConfig:
     context: int = 1
     """Processes that share a sequence: it is cut into so many parts along T."""
     turns: int = 1
-    """How often a text goes round the processes of `context`: each reads every context-th of turns · context pieces. More
-    turns, shorter waits at the ends of a pass, and more hand-overs; they need 3 or more processes."""
+    """How often a text goes round the processes of `context`: each reads every context-th of turns · context pieces.
+    More turns, shorter waits at the ends of a pass, and more hand-overs. Above 1, context must be 3 or more."""
     gather: Gather = "own"
     """Dtype in which the weights of a block travel to those who compute it: their own, or bfloat16, which is half the
     traffic and memory of float32, and rounds norms and initial memories too. Gradients are summed in float32."""
@@ -49,11 +49,12 @@ class MeshConfig:
         shard = self._shards(processes)
         wanted = self.replicate * shard * self.context
         cut = f" × context {self.context}" if self.context > 1 else ""
+        settings = "mesh.replicate, mesh.shard and mesh.context" if cut else "mesh.replicate and mesh.shard"
         require(
             wanted == processes,
             f"mesh: replicate {self.replicate} × shard {self.shard or 'any'}{cut} needs {wanted} processes, there "
             f"{'is' if processes == 1 else 'are'} {processes}. Start so many (torchrun --nproc-per-node {wanted} -m "
-            f"fastweight train ...), or change mesh.replicate{', mesh.shard and mesh.context' if cut else ' and mesh.shard'}.",
+            f"fastweight train ...), or change {settings}.",
         )
         return self.replicate, shard
 
@@ -62,7 +63,8 @@ class MeshConfig:
 
 
 def share_of_batch(batch_size: int, processes: int) -> int:
-    """Sequences of a step that each process reads, alone or with others of its context. Raises ValueError if they cannot be dealt out evenly."""
+    """Sequences of a step that each process reads (those of a context together). Raises ValueError if they cannot be
+    dealt out evenly."""
     fits = [n for n in range(1, batch_size + 1) if batch_size % n == 0]
     require(
         batch_size % processes == 0,

@@ -1,8 +1,9 @@
 """One process of several: makes the runs that a JSON list names, one after another.
 
-Each entry: run (a name of runs.RUNS) and out; replicate, context, turns, gather, dtype of the weights, changes of settings; resume (a
-checkpoint's name) to go on in `out`; fault, what process 1 does before step 4: "raise", "kill", or "stop" (SIGTERM to
-itself).
+Each entry: run (a name of runs.RUNS) and out; replicate, context, turns, gather, dtype of the weights, changes of
+settings; resume (a checkpoint's name) to go on in `out`; fault, what process 1 does before step 4: "raise", "kill", or
+"stop" (SIGTERM to itself). Or: cases (names that distributed.cut_cases knows), turns and out: compare them with one
+process, and write what each process has found to OUT/RANK.json.
 """
 
 import json
@@ -16,7 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from distributed import runs  # found in the folder of all tests
+from distributed import cut_cases, runs  # found in the folder of all tests
 
 from fastweight.distributed.mesh import MeshConfig
 from fastweight.distributed.team import joined
@@ -28,8 +29,12 @@ FAULT_STEP = 4
 
 def main(store: str, jobs: list[dict]) -> None:
     torch.set_num_threads(1)
-    with joined(600):
+    with joined(600) as team:
         for job in jobs:
+            if "cases" in job:
+                found = cut_cases.differences(job["cases"], job["turns"])
+                (Path(job["out"]) / f"{team.rank}.json").write_text(json.dumps(found))
+                continue
             with pytest.MonkeyPatch.context() as patch:
                 if "fault" in job:
                     patch.setattr(Trainer, "step", faulty(job["fault"]))
