@@ -113,7 +113,7 @@ class Context:
         if self.parts == 1:
             return
         parameters = list(parameters)
-        found = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int64)
+        found = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device=parameters[0].device)
         dist.all_reduce(found, group=self.group)
         works = []
         for p in (p for p, number in zip(parameters, found.tolist(), strict=True) if number):

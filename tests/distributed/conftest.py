@@ -84,7 +84,7 @@ def cut_by_two(store, alone, tmp_path_factory):
     folder = tmp_path_factory.mktemp("cut-by-two")
     (folder / "cases").mkdir()
     names = [*cut_cases.CASES, *cut_cases.PRESETS, "looped"]
-    jobs: list[dict] = [{"cases": names, "turns": 1, "out": str(folder / "cases")}]
+    jobs: list[dict] = [{"ahead": True}, {"cases": names, "turns": 1, "out": str(folder / "cases")}]
     jobs += [{"run": name, "out": str(folder / name), "context": 2} for name in runs.CUT]
     shutil.copytree(alone("muon"), folder / "alone-muon")
     jobs.append({"run": "muon", "out": str(folder / "alone-muon"), "context": 2, "resume": "step-000008"})

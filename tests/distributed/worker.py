@@ -3,7 +3,7 @@
 Each entry: run (a name of runs.RUNS) and out; replicate, context, turns, gather, dtype of the weights, changes of
 settings; resume (a checkpoint's name) to go on in `out`; fault, what process 1 does before step 4: "raise", "kill", or
 "stop" (SIGTERM to itself). Or: cases (names that distributed.cut_cases knows), turns and out: compare them with one
-process, and write what each process has found to OUT/RANK.json.
+process, and write what each process has found to OUT/RANK.json. Or: ahead, for cut_cases.go_ahead.
 """
 
 import json
@@ -31,14 +31,16 @@ def main(store: str, jobs: list[dict]) -> None:
     torch.set_num_threads(1)
     with joined(600) as team:
         for job in jobs:
-            if "cases" in job:
+            if "ahead" in job:
+                cut_cases.go_ahead()
+            elif "cases" in job:
                 found = cut_cases.differences(job["cases"], job["turns"])
                 (Path(job["out"]) / f"{team.rank}.json").write_text(json.dumps(found))
-                continue
-            with pytest.MonkeyPatch.context() as patch:
-                if "fault" in job:
-                    patch.setattr(Trainer, "step", faulty(job["fault"]))
-                make(store, job)
+            else:
+                with pytest.MonkeyPatch.context() as patch:
+                    if "fault" in job:
+                        patch.setattr(Trainer, "step", faulty(job["fault"]))
+                    make(store, job)
 
 
 def make(store: str, job: dict) -> None:
