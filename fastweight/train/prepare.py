@@ -62,25 +62,13 @@ def check_team(model: Model, config: TrainConfig, team: Team) -> None:
         f"train: weights of several dtypes ({', '.join(dtypes)}) cannot be cut for several processes. Convert it "
         "with model.float(), or run it in one process.",
     )
-    _check_context(config, team)
-    kind = config.objective.kind
-    require(kind != "transfer", f'train: objective "{kind}" cannot be trained by several processes. {advice}')
-
-
-def _check_context(config: TrainConfig, team: Team) -> None:
-    """Refuse what does not go with sequences that are cut over processes."""
-    if team.context.parts == 1:
-        return
     require(
-        not config.carry_state,
+        team.context.parts == 1 or not config.carry_state,
         "train: carry_state goes on from the end of a row, which with mesh.context only the last process of it has. "
         "Set mesh.context to 1, or read longer rows without carry_state.",
     )
-    require(
-        not config.compile,
-        "train: compile and mesh.context cannot go together: what is handed on has other sizes in other batches. Set "
-        "compile to False.",
-    )
+    kind = config.objective.kind
+    require(kind != "transfer", f'train: objective "{kind}" cannot be trained by several processes. {advice}')
 
 
 def _check_memory_is_read(model: Model, config: TrainConfig) -> None:

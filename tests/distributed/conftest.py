@@ -86,6 +86,7 @@ def cut_by_two(store, alone, tmp_path_factory):
     names = [*cut_cases.CASES, *cut_cases.PRESETS, "looped"]
     jobs: list[dict] = [{"ahead": True}, {"cases": names, "turns": 1, "out": str(folder / "cases")}]
     jobs += [{"run": name, "out": str(folder / name), "context": 2} for name in runs.CUT]
+    jobs.append({"run": "lact", "out": str(folder / "compiled"), "context": 2, "changes": {"compile": True}})
     shutil.copytree(alone("muon"), folder / "alone-muon")
     jobs.append({"run": "muon", "out": str(folder / "alone-muon"), "context": 2, "resume": "step-000008"})
     done = make_runs(2, store, jobs)

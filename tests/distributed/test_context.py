@@ -58,6 +58,10 @@ def test_two_halves_of_every_sequence_learn_what_one_process_learns(name, cut_by
     assert_same_run(cut_by_two / name, alone(name))
 
 
+def test_compiled_blocks_hand_on_the_same_states(cut_by_two, alone):
+    assert_same_run(cut_by_two / "compiled", alone("lact"))
+
+
 @pytest.mark.parametrize("name", ["lact", "packed", "looped"])
 def test_four_processes_with_turns_replicas_or_shards_learn_what_one_learns(name, cut_by_four, alone):
     assert_same_run(cut_by_four / name, alone(name))
@@ -161,18 +165,11 @@ def test_rows_with_fewer_tokens_than_pieces_are_refused():
         context(0, 14, turns=3).cut(make_batch(packed=False))
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"carry_state": True, "view": "streams"}, "carry_state goes on from the end of a row"),
-        ({"compile": True}, "compile and mesh.context cannot go together"),
-    ],
-)
-def test_what_does_not_go_with_cut_sequences_is_refused(settings, message):
+def test_memories_that_only_the_last_process_has_cannot_be_carried():
     team = Team(0, 2)
     team.context = context(0, 2)
-    with pytest.raises(ValueError, match=message):
-        check_team(tiny_model(), tiny_config("store", **settings), team)
+    with pytest.raises(ValueError, match="carry_state goes on from the end of a row"):
+        check_team(tiny_model(), tiny_config("store", carry_state=True, view="streams"), team)
 
 
 def test_a_sequence_that_is_cut_starts_anew():
