@@ -2,7 +2,8 @@
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from fastweight.model_config import BlockConfig, ModelConfig, fingerprint
 from fastweight.ops import dispatch
 from fastweight.ops.sequences import INTEGERS, advance, check_cu_seqlens, token_positions
 from fastweight.residual import ResidualWeights, Skips, SmearGate
-from fastweight.state import Faults, ModelState
+from fastweight.state import Faults, ModelState, Relay
 from fastweight.tensor_files import read_tensors, write_tensors
 
 __all__ = ["Block", "BlockConfig", "BlockState", "Model", "ModelConfig", "check_weights", "load", "load_config"]
@@ -37,6 +38,7 @@ class Model(nn.Module):
 
     visits: the blocks in the order in which they are visited now, that of the config unless `set_order` changed it.
     origin: where pretrained weights came from, {"family": ..., "config": ...}; saved with them, else None.
+    relay: set while other processes read the rest of the same sequences (fastweight.distributed.context), else None.
 
     `logits, state = model(tokens, state)` reads tokens [B, T] (or packed [1, total] with cu_seqlens) from `state` on.
     """
@@ -47,6 +49,7 @@ class Model(nn.Module):
         self.visits, self.signature = config.visits, config.signature
         self.checkpointing = False
         self.origin: dict[str, Any] | None = None
+        self.relay: Relay | None = None
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.positions = nn.Embedding(config.max_positions, config.d_model) if config.max_positions else None
         self.embedding_norm = UnitRMSNorm(config.d_model, config.norm_eps) if config.embedding_norm else None
@@ -178,14 +181,19 @@ class Model(nn.Module):
         self, tokens: Tensor, state: ModelState | None = None, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, ModelState]:
         """The normalised activations before the head, [B, T, D], and the new state."""
+        if self.relay is not None:
+            return self.relay.read(self, tokens, state)
+        return self.read(tokens, state, cu_seqlens)
+
+    def read(self, tokens: Tensor, state: ModelState | None, cu_seqlens: Tensor | None) -> tuple[Tensor, ModelState]:
+        """`features` in one piece."""
         self._check_tokens(tokens, cu_seqlens)
         num_sequences = tokens.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
         state = self.init_state(num_sequences) if state is None else state
         self._check_state(state, num_sequences)
         x, last = self._embed(tokens, state.position, cu_seqlens), state.last
         if self.smear is not None:
-            assert last is not None
-            x, last = self.smear(x, last, cu_seqlens)
+            x, last = self._relayed(self.smear, x, last, cu_seqlens)
         x, visits = self._visit_all(x, state.visits, cu_seqlens)
         position = advance(state.position, tokens.shape[1], cu_seqlens)
         return self.norm(x), ModelState(visits, position, state.signature, state.note, last)
@@ -198,11 +206,17 @@ class Model(nn.Module):
             if self.skips is not None and place >= half and kept:
                 x = self.skips(x, kept.pop(), place - half)
             number = self.visits[:place].count(i) if self.config.blocks[i].per_visit else 0
-            x, state = self._visit(i, x, state, cu_seqlens, embedded, number)
+            x, state = self._relayed(partial(self._visit, i), x, state, cu_seqlens, embedded, number)
             visits.append(state)
             if self.skips is not None and place < half:
                 kept.append(x)
         return x.mean(0) if x.dim() == 4 else x, tuple(visits)
+
+    def _relayed(self, part: Callable[..., Any], x: Tensor, state: Any, *others: Any) -> tuple[Tensor, Any]:
+        """What `part` makes of x from `state` on, or from what the process before hands on."""
+        if self.relay is None:
+            return part(x, state, *others)
+        return self.relay.send(*part(*self.relay.receive(x, state), *others))
 
     def _embed(self, tokens: Tensor, position: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         x, scale = self.embedding(tokens), self.config.embedding_scale

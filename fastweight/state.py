@@ -4,9 +4,9 @@ It can be sized, forked, selected, detached, moved, saved and loaded; nothing in
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -82,6 +82,25 @@ def tensors(tree: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
             yield from tensors(child, f"{name}.{field}" if name else field)
 
 
+class Relay(Protocol):
+    """What carries the states of sequences that other processes have begun to read, and will read on.
+
+    A model that has one lets it `read`, and asks it before and after everything that has a state; x: what that reads.
+    """
+
+    def read(self, model: Any, tokens: Tensor, state: "ModelState | None") -> "tuple[Tensor, ModelState]":
+        """What `model.features` gives for this process's parts of the sequences, [B, T], and a state after them."""
+        ...
+
+    def receive(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """x, and the part of a state to go on from where the process before has read a sequence so far."""
+        ...
+
+    def send(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """x and `state`, of which the process after has got what it needs."""
+        ...
+
+
 class ModelState:
     """Everything a model needs to read the next token: one entry per visited block.
 
@@ -151,7 +170,7 @@ class ModelState:
     def save(self, path: str | Path) -> None:
         """Write the state to one safetensors file, atomically."""
         header = {"format": FORMAT, "version": str(VERSION), "signature": self.signature}
-        header |= {"structure": json.dumps(_structure(self._tree())), "note": json.dumps(self.note)}
+        header |= {"structure": json.dumps(structure(self._tree())), "note": json.dumps(self.note)}
         write_tensors(path, dict(tensors(self._tree())), header)
 
     def _tree(self) -> tuple:
@@ -177,7 +196,7 @@ def load_state(path: str | Path) -> ModelState:
         got = f"{header.get('format', 'no format')!r} version {header.get('version', '?')}"
         raise ValueError(f"{path} holds {got}; this library reads {FORMAT!r} version {VERSION}.")
     try:
-        visits, position, *last = _rebuild(json.loads(header["structure"]), found, "")
+        visits, position, *last = rebuild(json.loads(header["structure"]), found, "")
         return ModelState(visits, position, header["signature"], json.loads(header.get("note", "{}")), *last)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"state file {path} has a structure this library does not know: {error}.") from error
@@ -202,31 +221,35 @@ def _rows(indices: Tensor, num_sequences: int) -> Tensor:
     return rows
 
 
-def _structure(tree: Any) -> Any:
+def structure(tree: Any) -> Any:
     """The JSON description of a tree: null, "tensor", [children], or {"type": name, field: child}."""
     if tree is None:
         return None
     if isinstance(tree, Tensor):
         return "tensor"
     if not hasattr(tree, "_fields"):
-        return [_structure(child) for child in tree]
-    fields = {field: _structure(child) for field, child in zip(tree._fields, tree, strict=True)}
+        return [structure(child) for child in tree]
+    fields = {field: structure(child) for field, child in zip(tree._fields, tree, strict=True)}
     return {"type": type(tree).__name__, "fields": fields}
 
 
-def _rebuild(structure: Any, found: dict[str, Tensor], name: str) -> Any:
+def rebuild(structure: Any, found: Mapping[str, Tensor], name: str = "") -> Any:
+    """The tree that `structure` describes, with the tensors `found` by their dotted names.
+
+    Raises ValueError for a type that is not registered.
+    """
     if structure is None:
         return None
     if structure == "tensor":
         return found[name]
     prefix = f"{name}." if name else ""
     if isinstance(structure, list):
-        return tuple(_rebuild(child, found, f"{prefix}{i}") for i, child in enumerate(structure))
+        return tuple(rebuild(child, found, f"{prefix}{i}") for i, child in enumerate(structure))
     if structure["type"] not in _TYPES:
         raise ValueError(
             f"state type {structure['type']!r} is not registered; import the module that defines its layer"
         )
-    fields = {field: _rebuild(child, found, prefix + field) for field, child in structure["fields"].items()}
+    fields = {field: rebuild(child, found, prefix + field) for field, child in structure["fields"].items()}
     return _TYPES[structure["type"]](**fields)
 
 

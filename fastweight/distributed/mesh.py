@@ -1,4 +1,4 @@
-"""How the processes of a run are arranged: replicas of the model, each cut into shards."""
+"""How the processes of a run are arranged: replicas of the model, each cut into shards; sequences cut over several."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,17 +6,23 @@ from typing import Literal
 from fastweight.configs import check_types, require
 
 Gather = Literal["own", "bfloat16"]
-REPLICATE, SHARD = "replicate", "shard"
+REPLICATE, SHARD, CONTEXT = "replicate", "shard", "context"
 
 
 @dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """replicate × shard processes. Each replica holds all weights once, cut over its `shard` processes."""
+    """replicate × shard × context processes. Each replica holds all weights once, cut over its `shard` processes; each
+    of these is `context` processes, with the same weights, that read a part of every sequence each."""
 
     replicate: int = 1
     """Copies of the model."""
     shard: int = 0
-    """Processes that share one copy; 0: all there are, divided by `replicate`."""
+    """Processes that share one copy; 0: all there are, divided by `replicate` and `context`."""
+    context: int = 1
+    """Processes that share a sequence: it is cut into so many parts along T."""
+    turns: int = 1
+    """How often a text goes round the processes of `context`: each reads every context-th of turns · context pieces.
+    More turns, shorter waits at the ends of a pass, and more hand-overs. Above 1, context must be 3 or more."""
     gather: Gather = "own"
     """Dtype in which the weights of a block travel to those who compute it: their own, or bfloat16, which is half the
     traffic and memory of float32, and rounds norms and initial memories too. Gradients are summed in float32."""
@@ -27,30 +33,38 @@ class MeshConfig:
         check_types(self, "mesh")
         require(self.replicate >= 1, f"mesh: replicate must be at least 1, got {self.replicate}.")
         require(self.shard >= 0, f"mesh: shard must not be negative, got {self.shard}.")
+        require(self.context >= 1, f"mesh: context must be at least 1, got {self.context}.")
+        require(
+            self.turns == 1 or (self.turns > 1 and self.context >= 3),
+            f"mesh: turns must be 1, or more with context 3 or more, got {self.turns} with context {self.context}.",
+        )
         require(self.timeout_seconds >= 1, f"mesh: timeout_seconds must be positive, got {self.timeout_seconds}.")
 
     def fits(self, processes: int) -> bool:
         """Whether so many processes can be arranged like this."""
-        return self.replicate * self._shards(processes) == processes
+        return self.replicate * self._shards(processes) * self.context == processes
 
     def sizes(self, processes: int) -> tuple[int, int]:
         """(replicate, shard) for so many processes. Raises ValueError if they do not fit."""
         shard = self._shards(processes)
-        wanted = self.replicate * shard
+        wanted = self.replicate * shard * self.context
+        cut = f" × context {self.context}" if self.context > 1 else ""
+        settings = "mesh.replicate, mesh.shard and mesh.context" if cut else "mesh.replicate and mesh.shard"
         require(
             wanted == processes,
-            f"mesh: replicate {self.replicate} × shard {self.shard or 'any'} needs {wanted} processes, there "
+            f"mesh: replicate {self.replicate} × shard {self.shard or 'any'}{cut} needs {wanted} processes, there "
             f"{'is' if processes == 1 else 'are'} {processes}. Start so many (torchrun --nproc-per-node {wanted} -m "
-            "fastweight train ...), or change mesh.replicate and mesh.shard.",
+            f"fastweight train ...), or change {settings}.",
         )
         return self.replicate, shard
 
     def _shards(self, processes: int) -> int:
-        return self.shard or max(1, processes // self.replicate)
+        return self.shard or max(1, processes // (self.replicate * self.context))
 
 
 def share_of_batch(batch_size: int, processes: int) -> int:
-    """Sequences of a step that each process reads. Raises ValueError if they cannot be dealt out evenly."""
+    """Sequences of a step that each process reads (those of a context together). Raises ValueError if they cannot be
+    dealt out evenly."""
     fits = [n for n in range(1, batch_size + 1) if batch_size % n == 0]
     require(
         batch_size % processes == 0,

@@ -13,7 +13,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
 from fastweight.configs import require
-from fastweight.distributed.mesh import REPLICATE, SHARD, Gather, MeshConfig
+from fastweight.distributed.context import Context
+from fastweight.distributed.mesh import CONTEXT, REPLICATE, SHARD, Gather, MeshConfig
 
 FAILED = "fastweight/failed"
 
@@ -23,12 +24,14 @@ class Team:
 
     rank: number of this process, 0 leads: it alone writes and speaks. size: how many there are. Methods that exchange
     something must be called by all processes, in the same order.
+    context: the processes that read the same sequences, a part each.
     """
 
     def __init__(self, rank: int = 0, size: int = 1):
         self.rank, self.size = rank, size
         self._mesh: DeviceMesh | None = None
         self.gather: Gather = "own"
+        self.context = Context()
 
     @property
     def leads(self) -> bool:
@@ -36,15 +39,31 @@ class Team:
 
     @property
     def mesh(self) -> DeviceMesh:
-        """replicate × shard, after `arrange`."""
+        """replicate × shard, after `arrange`: the processes that read the same part of their sequences."""
         assert self._mesh is not None
         return self._mesh
+
+    @property
+    def readers(self) -> int:
+        """How many read sequences of their own; the processes of a context count as one."""
+        return self.size // self.context.parts
+
+    @property
+    def reader(self) -> int:
+        """The number of this one among them."""
+        return self.rank // self.context.parts
 
     def arrange(self, config: MeshConfig, device: torch.device) -> None:
         """Place the processes as `config` says. Raises ValueError if their number does not fit."""
         sizes, self.gather = config.sizes(self.size), config.gather
-        if self.size > 1:
+        if self.size == 1:
+            return
+        if config.context == 1:
             self._mesh = init_device_mesh(device.type, sizes, mesh_dim_names=(REPLICATE, SHARD))
+            return
+        # Neighbours in a sequence are neighbours in number: their hand-overs are the most frequent messages.
+        mesh = init_device_mesh(device.type, (*sizes, config.context), mesh_dim_names=(REPLICATE, SHARD, CONTEXT))
+        self._mesh, self.context = mesh[REPLICATE, SHARD], Context(mesh.get_group(CONTEXT), config.turns)
 
     def sum(self, values: Sequence[int]) -> list[int]:
         """The sums of whole numbers over the processes, exchanged between their hosts."""

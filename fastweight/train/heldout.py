@@ -30,12 +30,14 @@ def heldout_losses(
     training = model.training
     model.eval()
     try:
-        for turn in range(0, len(starts), team.size):
+        for turn in range(0, len(starts), team.readers):
             # All processes compute every time, as each holds a part of the weights; the last turn may have too few.
-            mine = turn + team.rank
+            mine = turn + team.reader
             first = starts[mine if mine < len(starts) else 0]
-            batch = view.batch(np.arange(first, min(first + config.data.rows, num_windows)))
-            scored = objective.score(batch.to(model.device)).cpu().double()
+            part = team.context.cut(view.batch(np.arange(first, min(first + config.data.rows, num_windows))))
+            batch = part.batch
+            with team.context.reading(model, part):
+                scored = objective.score(batch.to(model.device)).cpu().double()
             if mine < len(starts):
                 targets, num_bytes = targets + batch.num_targets, num_bytes + batch.num_bytes
                 sums = sums + scored

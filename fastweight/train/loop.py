@@ -14,6 +14,7 @@ from torch import Tensor
 from fastweight import files
 from fastweight.configs import require, to_json
 from fastweight.data import Batch, Store
+from fastweight.distributed.context import Slice
 from fastweight.distributed.copies import plain_model, read_state
 from fastweight.distributed.shards import full, go_on, whole
 from fastweight.distributed.team import Team
@@ -85,7 +86,7 @@ class Trainer:
         config, tally, team = self.config, self.tally, self.team
         self.mag.set(self._mag_step())
         splits = training_splits(self.store, config.data)
-        steps = step_batches(splits, config.data, config.seed, tally.step, team.rank, team.size)
+        steps = step_batches(splits, config.data, config.seed, tally.step, team.reader, team.readers)
         steps = self._compiled(steps) if config.compile else steps
         if self.saved_step < 0:
             # The first checkpoint before the first step: a disk that is full or read-only shows now, not in an hour.
@@ -160,9 +161,9 @@ class Trainer:
             if self.average is not None:
                 self.average.load_state_tensors(read_state(tensors.under("averaged"), parameters))
         checkpoint.set_random_state(resumed.rng)
-        share, rows = shares(self.config.data, self.team.size)
+        share, rows = shares(self.config.data, self.team.readers)
         if resumed.carried is not None:
-            self.carried = deal_rows(resumed.carried, rows, share // rows, self.team.rank)
+            self.carried = deal_rows(resumed.carried, rows, share // rows, self.team.reader)
         self.saved_step = self.tally.step
 
     def _ended(self, stop: StopRequest) -> str:
@@ -201,8 +202,9 @@ class Trainer:
         """One step and all that is due after it."""
         config, log, tally = self.config, self.config.log, self.tally
         started = time.monotonic()
-        (tokens,) = self.team.sum([sum(batch.tokens.numel() for batch in batches)])
-        rate = self._update(batches)
+        parts = [self.team.context.cut(batch) for batch in batches]
+        (tokens,) = self.team.sum([sum(part.batch.tokens.numel() for part in parts)])
+        rate = self._update(parts)
         tally.step, tally.tokens = tally.step + 1, tally.tokens + tokens
         seconds, before = self._interval
         self._interval = (seconds + time.monotonic() - started, before + tokens)
@@ -217,10 +219,10 @@ class Trainer:
             self.save()
         self.report.advance(tally.step, self._fraction())
 
-    def _update(self, batches: list[Batch]) -> float:
+    def _update(self, parts: list[Slice]) -> float:
         """One update of the weights, or a skipped one; returns the learning rate."""
         config, tally = self.config, self.tally
-        counts = Counts(*self.team.sum(count(batches)))
+        counts = Counts(*self.team.sum(count([part.batch for part in parts])))
         self._warm_inner_rate()
         self.mag.set(self._mag_step())
         self.loops.set(tally.step, self._fraction())
@@ -231,8 +233,8 @@ class Trainer:
             config.optimizer.lr,
             self._fraction() if config.max_seconds else None,
         )
-        totals = self.team.sum_floats(self.objective.totals(batches))
-        sums, norm = self._gradients(batches, max(1, counts.targets), [total or 1.0 for total in totals])
+        totals = self.team.sum_floats(self.objective.totals([part.batch for part in parts]))
+        sums, norm = self._gradients(parts, max(1, counts.targets), [total or 1.0 for total in totals])
         if all(map(math.isfinite, sums)) and math.isfinite(norm):
             self._apply(factor)
             self._count(sums, counts)
@@ -258,21 +260,24 @@ class Trainer:
         if len(sums) > 1:
             self.tally.add_parts(sums[1:], counts.targets)
 
-    def _gradients(self, batches: list[Batch], num_targets: int, totals: list[float]) -> tuple[list[float], float]:
+    def _gradients(self, parts: list[Slice], num_targets: int, totals: list[float]) -> tuple[list[float], float]:
         """The objective's sums and the global gradient norm, the gradients clipped. The one device sync of a step."""
         carry, logged = self.config.carry_state, self._is_logged(self.tally.step + 1)
         states, total = [], torch.zeros((), device=self.device)
-        for i, batch in enumerate(batches):
-            batch = batch.to(self.device, non_blocking=True)
+        for i, part in enumerate(parts):
+            batch = part.batch.to(self.device, non_blocking=True)
             start = self._start_state(i, batch)
-            with rounded(self.model, self.config.rounding, self._fraction()):
+            rounding = rounded(self.model, self.config.rounding, self._fraction())
+            with rounding, self.team.context.reading(self.model, part) as pieces:
                 sums, state = self.objective.learn(batch, start, num_targets, totals)
             total = total + sums
             # Looking for faults waits for the device, and states are large: only where they are needed.
-            self._faults += self._new_faults(i, start, state) if logged else []
+            for after in (pieces or [state]) if logged else []:
+                self._faults += self._new_faults(i, start, after)
             states += [state] if carry and state is not None else []
         self.carried = states if carry else None
         parameters = list(self.optimizer.parameters())
+        self.team.context.sum_gradients(parameters)
         total = self.team.add(total)
         norm = full(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])).to(self.device)
         if self.config.clip_norm:

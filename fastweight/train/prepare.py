@@ -51,6 +51,11 @@ def check_team(model: Model, config: TrainConfig, team: Team) -> None:
         f"train: weights of several dtypes ({', '.join(dtypes)}) cannot be cut for several processes. Convert it "
         "with model.float(), or run it in one process.",
     )
+    require(
+        team.context.parts == 1 or not config.carry_state,
+        "train: carry_state goes on from the end of a row, which with mesh.context only the last process of it has. "
+        "Set mesh.context to 1, or read longer rows without carry_state.",
+    )
     kind = config.objective.kind
     require(kind != "transfer", f'train: objective "{kind}" cannot be trained by several processes. {advice}')
 

@@ -99,7 +99,9 @@ def describe_run(config: TrainConfig, model: Model, store: Store, device: torch.
     lines += [f"weights: {data.weights}"] if data.weights else []
     if team.size > 1:
         replicas, shards = config.mesh.sizes(team.size)
-        lines.append(f"mesh: {team.size} processes, {replicas} × the model, each cut into {shards}")
+        parts = team.context.parts
+        cut = f"; sequences are cut over {parts} processes" if parts > 1 else ""
+        lines.append(f"mesh: {team.size} processes, {replicas} × the model, each cut into {shards}{cut}")
     tokens_as = torch.bfloat16 if config.precision == "bfloat16" else None
     return lines + [f"op {op}: {text}" for op, text in describe_backends(model, tokens_as).items()]
 

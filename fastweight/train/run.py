@@ -197,7 +197,8 @@ def _check_vocabulary(model: Model, store: Store) -> None:
 
 def _check_data(store: Store, config: TrainConfig, team: Team) -> None:
     """Raise before the run starts if a split is too small for what is asked of it, or a step for the processes."""
-    shares(config.data, team.size)
+    shares(config.data, team.readers)
+    team.context.check_length(config.data.seq_len)
     make_view(training_splits(store, config.data), config.data, config.seed)
     if config.log.heldout_every or config.log.before_after or config.averaging.kind != "none":
         Windows(store.split("heldout"), config.data.seq_len)

@@ -33,7 +33,7 @@ class TeamWriter:
         self.finish()
         if self.team.leads:
             write_rest(folders.begin_parts(self.out, step))
-        held, rows = own_rows(named, self.team.leads)
+        held, rows = own_rows(named if self.team.context.part == 0 else {}, self.team.leads)
         self.team.wait()
         path = folders.parts_folder(self.out, step) / part_name(self.team.rank, self.team.size)
 

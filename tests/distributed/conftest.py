@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from distributed import runs
+from distributed import cut_cases, runs
 from training_cases import make_store
 
 import fastweight
@@ -80,6 +80,42 @@ def four(store, two, tmp_path_factory):
     for name in ("muon", "carried", "memory"):
         shutil.copytree(two / name, folder / f"two-{name}")
         jobs.append({"run": name, "out": str(folder / f"two-{name}"), "resume": "step-000008"})
+    done = make_runs(4, store, jobs)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cut_by_two(store, alone, tmp_path_factory):
+    """Two processes that read a half of every sequence each: the folder with their runs, and in "cases" what they say
+    of all cases of `cut_cases`."""
+    folder = tmp_path_factory.mktemp("cut-by-two")
+    (folder / "cases").mkdir()
+    names = [*cut_cases.CASES, *cut_cases.PRESETS, "looped"]
+    jobs: list[dict] = [{"ahead": True}, {"cases": names, "turns": 1, "out": str(folder / "cases")}]
+    jobs += [{"run": name, "out": str(folder / name), "context": 2} for name in runs.CUT]
+    jobs.append({"run": "lact", "out": str(folder / "compiled"), "context": 2, "changes": {"compile": True}})
+    shutil.copytree(alone("muon"), folder / "alone-muon")
+    jobs.append({"run": "muon", "out": str(folder / "alone-muon"), "context": 2, "resume": "step-000008"})
+    done = make_runs(2, store, jobs)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cut_by_four(store, cut_by_two, tmp_path_factory):
+    """Four processes: cases and runs in which four, or two of two replicas or shards, share a sequence."""
+    folder = tmp_path_factory.mktemp("cut-by-four")
+    jobs: list[dict] = []
+    for turns, names in cut_cases.FEW.items():
+        out = folder / f"turns-{turns}"
+        out.mkdir()
+        jobs.append({"cases": names, "turns": turns, "out": str(out)})
+    jobs.append({"run": "lact", "out": str(folder / "lact"), "context": 4, "turns": 2})
+    jobs.append({"run": "packed", "out": str(folder / "packed"), "context": 2, "replicate": 2})
+    jobs.append({"run": "looped", "out": str(folder / "looped"), "context": 2})
+    shutil.copytree(cut_by_two / "muon", folder / "two-muon")
+    jobs.append({"run": "muon", "out": str(folder / "two-muon"), "context": 2, "resume": "step-000008"})
     done = make_runs(4, store, jobs)
     assert done.returncode == 0, done.stderr[-4000:]
     return folder

@@ -47,7 +47,7 @@ BFLOAT16 = {"dtype": "float32", "changes": {"precision": "bfloat16"}}
 def mixer_model(kind: str) -> Model:
     """Two blocks with one kind of mixer, in double precision."""
     block = BlockConfig(mixer=KINDS[kind], feed_forward=FeedForwardConfig(hidden=24))
-    return _model(blocks=(block, block))
+    return build(blocks=(block, block))
 
 
 def looped_model() -> Model:
@@ -56,10 +56,10 @@ def looped_model() -> Model:
     block = BlockConfig(mixer=mixer, feed_forward=FeedForwardConfig(hidden=24), x0_mix=True, pre_conv=3)
     memory = FeedForwardConfig(hidden=24, memory=InPlaceConfig(chunk_size=8))
     middle = dataclasses.replace(block, feed_forward=memory)
-    return _model(blocks=(block, middle, block), loops=(1, 3, 2), skips="gated", smear=4, tie_embeddings=False)
+    return build(blocks=(block, middle, block), loops=(1, 3, 2), skips="gated", smear=4, tie_embeddings=False)
 
 
-def _model(**settings) -> Model:
+def build(**settings) -> Model:
     torch.manual_seed(0)
     model = Model(ModelConfig(vocab_size=257, d_model=D_MODEL, init_std=0.2, **settings)).double()
     with torch.no_grad():
@@ -96,6 +96,10 @@ RUNS: dict[str, tuple[Callable[[], Model], dict]] = {
     "mixed": (double_tiny, {"mix": {"other": 0.3}, **SAVED}),
     "looped": (looped_model, {"activation_checkpointing": True}),
 }
+
+
+# Those that are also made by processes that share every sequence.
+CUT = ("lact", "muon", "memory", "packed", "looped")
 
 
 def run_config(store: Path | str, name: str, **more) -> TrainConfig:

@@ -1,10 +1,12 @@
 """One process of several: makes the runs that a JSON list names, one after another.
 
-Each entry: run (a name of runs.RUNS) and out; replicate, gather, dtype of the weights, changes of settings; resume (a
-checkpoint's name) to go on in `out`; fault, what process 1 does before step 4: "raise", "kill", or "stop" (SIGTERM to
-itself).
+Each entry: run (a name of runs.RUNS) and out; replicate, context, turns, gather, dtype of the weights, changes of
+settings; resume (a checkpoint's name) to go on in `out`; fault, what process 1 does before step 4: "raise", "kill", or
+"stop" (SIGTERM to itself). Or: cases (names that distributed.cut_cases knows), turns and out: compare them with one
+process, and write what each process has found to OUT/RANK.json. Or: ahead, for cut_cases.go_ahead.
 """
 
+import functools
 import json
 import os
 import signal
@@ -16,7 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from distributed import runs  # found in the folder of all tests
+from distributed import cut_cases, runs  # found in the folder of all tests
 
 from fastweight.distributed.mesh import MeshConfig
 from fastweight.distributed.team import joined
@@ -26,18 +28,28 @@ from fastweight.train.loop import Trainer
 FAULT_STEP = 4
 
 
+# Everything but the code generator, which needs a minute to compile even a tiny model.
+torch.compile = functools.partial(torch.compile, backend="aot_eager")
+
+
 def main(store: str, jobs: list[dict]) -> None:
     torch.set_num_threads(1)
-    with joined(600):
+    with joined(600) as team:
         for job in jobs:
-            with pytest.MonkeyPatch.context() as patch:
-                if "fault" in job:
-                    patch.setattr(Trainer, "step", faulty(job["fault"]))
-                make(store, job)
+            if "ahead" in job:
+                cut_cases.go_ahead()
+            elif "cases" in job:
+                found = cut_cases.differences(job["cases"], job["turns"])
+                (Path(job["out"]) / f"{team.rank}.json").write_text(json.dumps(found))
+            else:
+                with pytest.MonkeyPatch.context() as patch:
+                    if "fault" in job:
+                        patch.setattr(Trainer, "step", faulty(job["fault"]))
+                    make(store, job)
 
 
 def make(store: str, job: dict) -> None:
-    mesh = MeshConfig(replicate=job.get("replicate", 1), gather=job.get("gather", "own"))
+    mesh = MeshConfig(**{key: job[key] for key in ("replicate", "context", "turns", "gather") if key in job})
     config = runs.run_config(store, job["run"], mesh=mesh, **job.get("changes", {}))
     model = None if "resume" in job else runs.RUNS[job["run"]][0]().to(getattr(torch, job.get("dtype", "float64")))
     train(config, job["out"], resume=job.get("resume", False), model=model, quiet=True)
