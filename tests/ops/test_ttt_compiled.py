@@ -12,10 +12,10 @@ pytestmark = needs_triton
 # that a change made a kernel outgrow the registers.
 SPILLS = {
     64: {
-        "linear_forward": 192, "linear_replay": 0, "linear_backward": 640, "linear_opening": 0, "linear_step": 0,
+        "linear_forward": 216, "linear_replay": 24, "linear_reads": 0, "linear_backward": 216, "linear_step": 0,
         "mlp_forward": 576, "mlp_reads": 128, "mlp_backward": 1088, "mlp_step": 0,
     },
-    128: {"linear_forward": 1152, "linear_backward": 1408, "mlp_forward": 704, "mlp_backward": 896},
+    128: {"linear_forward": 1304, "linear_reads": 0, "linear_backward": 640, "mlp_forward": 704, "mlp_backward": 896},
 }  # fmt: skip
 
 

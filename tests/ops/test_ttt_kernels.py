@@ -7,8 +7,9 @@ from tolerances import GRADIENT, OUTPUT, assert_close, assert_trees_close
 from ttt_cases import CHUNK, DIM, assert_same, inputs, random_state, run, values_and_gradients
 
 from fastweight.ops.ttt import layout
+from fastweight.ops.ttt.faults import account
 from fastweight.ops.ttt.triton import refuses
-from fastweight.state import map_tensors, tensors
+from fastweight.state import Faults, map_tensors, tensors
 
 pytestmark = needs_triton
 KINDS = ["linear", "mlp"]
@@ -19,8 +20,15 @@ SINGLE = {"output": OUTPUT[torch.float32], "gradient": GRADIENT[torch.float32]}
 
 @pytest.fixture(scope="module", autouse=True)
 def _kernels():
-    from fastweight.ops.ttt import kernels_linear, kernels_linear_backward, kernels_mlp, kernels_mlp_backward
-    from fastweight.ops.ttt import kernels_faults, kernels_shared, kernels_step
+    from fastweight.ops.ttt import (
+        kernels_faults,
+        kernels_linear,
+        kernels_linear_backward,
+        kernels_mlp,
+        kernels_mlp_backward,
+        kernels_shared,
+        kernels_step,
+    )
 
     interpreted(kernels_shared, kernels_linear, kernels_linear_backward, kernels_step, kernels_faults)
     interpreted(kernels_mlp, kernels_mlp_backward)
@@ -193,10 +201,42 @@ def test_the_differentiable_unit_passes_the_checks_of_torch(kind):
 
 
 @kinds
-def test_a_compiled_function_holds_the_op_without_a_break(kind):
+def test_a_compiled_function_holds_the_op_without_a_break_and_gives_the_same_bits(kind):
     args, state = inputs(1, 5, torch.float32, 4), random_state(kind, 1, torch.float32, 4)
-    compiled = torch.compile(lambda *x: run(kind, x, state, "triton")[0], backend="eager", fullgraph=True)
-    args[0].requires_grad_()
-    y = compiled(*args)
-    assert y.requires_grad
-    assert torch.equal(y, run(kind, args, state, "triton")[0])
+    plain = lambda *x: run(kind, x, state, "triton")[0]  # noqa: E731
+    leaves = [x.requires_grad_() for x in args]
+    y, got = plain(*args), torch.compile(plain, backend="eager", fullgraph=True)(*args)
+    assert torch.equal(got, y)
+    assert all(map(torch.equal, torch.autograd.grad(got.sum(), leaves), torch.autograd.grad(y.sum(), leaves)))
+
+
+@kinds
+@pytest.mark.parametrize("asked", ["y", "weights.w1", "pending.b1"])
+def test_gradients_of_one_result_alone_equal_the_definition(kind, asked):
+    def gradients(backend, dtype):
+        args = [x.to(dtype).requires_grad_() for x in given]
+        y, after = run(kind, args, map_tensors(lambda t: t.to(dtype) if t.is_floating_point() else t, state), backend)
+        wanted = {"y": y, **dict(tensors(after))}[asked]
+        mixing = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+        return torch.autograd.grad((wanted.double() * mixing).sum(), args, materialize_grads=True)
+
+    given, state = inputs(2, 13, torch.float32), random_state(kind, 2, torch.float32)
+    for got, want in zip(gradients("triton", torch.float32), gradients("naive", torch.float64), strict=True):
+        assert_close(got, want, GRADIENT[torch.float32])
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 2), (3, 700, 5), (1, 700, 70)])
+@pytest.mark.parametrize("packed", [False, True])
+def test_faults_counted_by_the_kernel_equal_those_counted_by_torch(shape, packed):
+    ends = torch.tensor([0, 1, 300, 650, 700]) if packed else None
+    shape = (1, 700, shape[2]) if packed else shape
+    n = 4 if packed else shape[0]
+    # A token in a hundred is marked in one head; one sequence is without a fault, one has had its first before.
+    marks = ((torch.rand(shape) < 0.01 / shape[2]) * torch.randint(1, 4, shape)).to(torch.int8)
+    marks[-1, -1] = 0
+    before = Faults(torch.arange(n), torch.tensor([-1, 4, -1, -1][:n]))
+    position = torch.arange(n) * 7 + 3
+    (at, got), (want_at, want) = (account(position, before, m, ends) for m in (marks, (marks > 0).any(-1)))
+    assert torch.equal(at, want_at)
+    assert torch.equal(got.count, want.count)
+    assert torch.equal(got.first, want.first)

@@ -1,5 +1,7 @@
 """Positions and faults after a call, from the tokens that a backend marked."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,9 +11,7 @@ from fastweight.state import Faults
 BLOCK = 8192  # marks that one program looks at together
 
 
-def account(
-    position: Tensor, faults: Faults, marks: Tensor, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Faults]:  # fmt: skip
+def account(position: Tensor, faults: Faults, marks: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Faults]:
     """The new positions [N] and faults. marks: bool [B, T], or int8 [B, T, H] of heads, from kernels."""
     if marks.dim() == 2 or torch.compiler.is_compiling():
         bad = marks if marks.dim() == 2 else (marks > 0).any(-1)
@@ -23,8 +23,9 @@ def account(
     after, count, first = (torch.empty_like(t) for t in given)
     ends = position if cu_seqlens is None else cu_seqlens.to(position.device)
     wide = min(64, 1 << (heads - 1).bit_length())
+    launch: Any = count_marks
     with torch.cuda.device_of(marks):
-        count_marks[(position.shape[0],)](
+        launch[(position.shape[0],)](
             marks, ends, *given, after, count, first, length, heads, packed=int(cu_seqlens is not None),
             BLOCK_T=16 if length == 1 else BLOCK // wide, BLOCK_H=wide, num_warps=1 if length == 1 else 8,
         )  # fmt: skip

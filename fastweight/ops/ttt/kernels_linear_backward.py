@@ -8,8 +8,8 @@ dk = dTᵀ q; dS = −(τ q)ᵀ d read; dτ = −Σ_j tril(d read Pᵀ) T − Σ
 dP += λ (k U + ub); dr = Σ_D dP G; dG = r dP; dk += λ P Uᵀ + dz Wᵀ − dY; dv = dY; dτ_last −= Σ (W'-gradient) Σ_W;
 dW = dW' + qᵀ d read + kᵀ dz; dS += λ U.
 Where the mini-batch ends U = dW' and λ = −τ_last (0 if its update was refused), else U is the gradient of the sum that
-is left behind and λ = 1. dz, dY come from dG by the derivative in kernels_shared.py. All means that it needs follow from
-five sums over D, of dP, dP unit, dP u, γ² dP and γ² dP unit, and from what was replayed: one wait for them in all.
+is left behind and λ = 1. dz, dY come from dG by the derivative in kernels_shared.py. All means that it needs follow
+from five sums over D, of dP, dP unit, dP u, γ² dP and γ² dP unit, and from what was replayed: one wait for them in all.
 """
 
 import triton
@@ -65,8 +65,8 @@ def linear_reads(
     """Grid: places · heads, a place being one mini-batch: stretches · EVERY of them (see `linear_replay`).
 
     Written: d_reads [places, H, CHUNK, D] in q's dtype; shared [places, H, CHUNK + 2 D], gradients of τ, γ, β, zero for
-    places without a mini-batch; for the tokens dq, and in dk, dv what `linear_backward` adds to (dT q, dP); ds, dsb with
-    a sequence's first mini-batch.
+    places without a mini-batch; for the tokens dq, and in dk, dv what `linear_backward` adds to (dTᵀ q, dP); ds, dsb
+    with a sequence's first mini-batch.
     """
     pid, i = tl.program_id(0), tl.arange(0, BLOCK_K)
     at, h = pid // H, pid % H
@@ -147,8 +147,8 @@ def linear_backward(
     """Grid: sequences · heads. Mini-batches stop − 1 … first of each sequence, backwards.
 
     dw_out, db_out: the gradient of the memory after these mini-batches, ds_out, dsb_out that of the sums that are left
-    behind, not read unless memory_given, sums_given (zero then). Written: drate; dw, db, the gradient of the memory before;
-    shared [N, H, CHUNK + 2 D] as in `linear_reads`. Completed: dk, dv; with the first mini-batch ds, dsb.
+    behind, not read unless memory_given, sums_given (zero then). Written: drate; dw, db, the gradient of the memory
+    before; shared [N, H, CHUNK + 2 D] as in `linear_reads`. Completed: dk, dv; with the first mini-batch ds, dsb.
     """
     pid = tl.program_id(0)
     n, h, i = pid // H, pid % H, tl.arange(0, BLOCK_K)

@@ -28,6 +28,10 @@ LAUNCH = {
     "mlp_keys": {16: (2, 1), 32: (4, 1), 64: (4, 1), 128: (8, 1)},
 }
 
+# The most registers of a thread, by the same width, where more programs on a processor are worth a little local memory:
+# 128 let four programs of four warps run side by side, 168 three.
+REGISTERS = {"linear_replay": {64: 168}, "linear_reads": {64: 128}}
+
 
 def block(size: int) -> int:
     """The tile that holds `size` entries: a power of two, and at least what matrix units take."""
@@ -47,7 +51,8 @@ def launch_options(kernel: str, dim: int, dtype: torch.dtype) -> dict[str, int]:
     # Products in float32 are made without matrix units and need more threads.
     warps = min(8, 2 * warps) if dtype == torch.float32 else warps
     # Left without a bound, the assembler gives some of the largest kernels 32 registers and local memory for the rest.
-    return {"num_warps": warps, "num_stages": stages, "maxnreg": 255}
+    registers = REGISTERS.get(kernel, {}).get(block(dim), 255)
+    return {"num_warps": warps, "num_stages": stages, "maxnreg": registers}
 
 
 def shared_bytes(dim: int, chunk: int, dtype: torch.dtype) -> int:

@@ -27,7 +27,7 @@ def differentiable(
 
         @staticmethod
         @once_differentiable
-        def backward(ctx: Any, *gradients: Tensor | None) -> tuple:
+        def backward(ctx: Any, *gradients: Tensor | None) -> tuple:  # type: ignore[override]  # always by position
             return backward(ctx, gradients)
 
     def call(*inputs: Any) -> Sequence[Tensor]:
