@@ -192,7 +192,8 @@ def linear_backward(
         applied = full & (refused == 0)
         scale = tl.where(full, tl.where(refused, 0.0, -last), 1.0)
         if c == 0:
-            # Kept for what came in with the call; nobody needs this W any more.
+            # Kept for what came in with the call; nobody needs this W any more once every thread has read it.
+            tl.debug_barrier()
             store_matrix(all_w, product, at, D, BLOCK_D)
             store_vector(all_b, after_b, at, D, BLOCK_D)
         grad_w = tl.dot(tl.trans(queries), d_read, grad_w, input_precision=PRECISION)
