@@ -83,8 +83,10 @@ class Context:
         for start, stop in own:
             pieces.append(_piece(batch, start, stop, done))
             done += stop - start
-        named = {"tokens": batch.tokens, "targets": batch.targets, "target_bytes": batch.target_bytes}
-        joined = {name: torch.cat([z[:, start:stop] for start, stop in own], 1) for name, z in named.items()}
+        named = {name: getattr(batch, name) for name in ("tokens", "targets", "target_bytes", "weights")}
+        joined = {
+            name: torch.cat([z[:, start:stop] for start, stop in own], 1) for name, z in named.items() if z is not None
+        }
         ends = [piece.cu_seqlens + piece.start for piece in pieces if piece.cu_seqlens is not None]
         packed = torch.cat([ends[0][:1], *(end[1:] for end in ends)]) if ends else None
         return Slice(batch=Batch(**joined, cu_seqlens=packed), pieces=tuple(pieces))

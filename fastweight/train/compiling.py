@@ -36,5 +36,6 @@ def compile_for(objective: Objective, batch: Batch) -> None:
     """Compile what a step on a micro-batch like `batch` calls. Its gradients are left behind; random numbers are not
     used up."""
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        totals = [total or 1.0 for total in objective.totals([batch])]
         for _ in range(PASSES):
-            objective.learn(batch, None, max(1, batch.num_targets))
+            objective.learn(batch, None, max(1, batch.num_targets), totals)

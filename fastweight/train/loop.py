@@ -112,7 +112,7 @@ class Trainer:
         """Compile on the first of `steps` before the clock goes on; nothing is learned from it. Returns all of them."""
         started, first = time.monotonic(), next(steps)
         self.loops.settle(1.0)
-        compile_for(self.objective, first[0].to(self.device))
+        compile_for(self.objective, self.team.context.cut(first[0]).batch.to(self.device))
         self.optimizer.zero_grad()
         self._started += time.monotonic() - started
         self.report.say(f"compiled in {time.monotonic() - started:.0f} s")

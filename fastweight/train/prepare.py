@@ -56,6 +56,11 @@ def check_team(model: Model, config: TrainConfig, team: Team) -> None:
         "train: carry_state goes on from the end of a row, which with mesh.context only the last process of it has. "
         "Set mesh.context to 1, or read longer rows without carry_state.",
     )
+    require(
+        team.context.parts == 1 or model.config.tokens_ahead == 1,
+        f"train: this model predicts {model.config.tokens_ahead} tokens at each position; with mesh.context those "
+        "beyond a cut are with another process. Set mesh.context to 1, or model tokens_ahead to 1.",
+    )
     kind = config.objective.kind
     require(kind != "transfer", f'train: objective "{kind}" cannot be trained by several processes. {advice}')
 

@@ -51,8 +51,9 @@ def make_batch(packed: bool) -> Batch:
     shape = (1, DOCUMENTS[-1]) if packed else (2, LENGTH)
     tokens, targets = (torch.randint(0, 257, shape, generator=generator) for _ in range(2))
     targets[:, ::7] = -100
+    weights = torch.rand(shape, generator=generator) * (targets >= 0)
     ends = torch.tensor(DOCUMENTS, dtype=torch.int32) if packed else None
-    return Batch(tokens=tokens, targets=targets, target_bytes=(targets >= 0).long(), cu_seqlens=ends)
+    return Batch(tokens=tokens, targets=targets, target_bytes=(targets >= 0).long(), weights=weights, cu_seqlens=ends)
 
 
 def read(model: Model, batch: Batch) -> tuple[Tensor, Any]:

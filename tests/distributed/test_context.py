@@ -1,5 +1,6 @@
 """Sequences cut over processes: what they compute is what one process computes, and what cannot be cut is refused."""
 
+import dataclasses
 import json
 import shutil
 
@@ -11,6 +12,7 @@ from distributed.test_equality import TOLERANCE, assert_same_run
 from tolerances import GRADIENT, OUTPUT
 from training_cases import tiny_config, tiny_model
 
+from fastweight import Model
 from fastweight.distributed import handover
 from fastweight.distributed.context import Context
 from fastweight.distributed.handover import Line, Spec, pack, unpack
@@ -90,13 +92,21 @@ def test_copies_of_weights_are_written_once(cut_by_two):
     assert first < 200 < second
 
 
+def test_heads_for_tokens_beyond_the_cut_are_refused():
+    team = Team(0, 2)
+    team.context = context(0, 2)
+    model = Model(dataclasses.replace(tiny_model().config, tokens_ahead=2))
+    with pytest.raises(ValueError, match="predicts 2 tokens at each position.*beyond a cut"):
+        check_team(model, tiny_config("store"), team)
+
+
 @pytest.mark.parametrize("turns", [1, 2])
 @pytest.mark.parametrize("packed", [False, True])
 def test_the_pieces_of_all_processes_are_the_batch(packed, turns):
     batch = make_batch(packed)
     slices = [context(part, 3, turns).cut(batch) for part in range(3)]
     pieces = [(part, piece) for turn in range(turns) for part in slices for piece in [part.pieces[turn]]]
-    for name in ("tokens", "targets", "target_bytes"):
+    for name in ("tokens", "targets", "target_bytes", "weights"):
         joined = torch.cat([getattr(part.batch, name)[:, p.start : p.stop] for part, p in pieces], 1)
         assert torch.equal(joined, getattr(batch, name))
     assert not pieces[0][1].receives

@@ -191,7 +191,8 @@ def _save(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
 
 
 def _gradient(ctx: Any, grads: list[Tensor | None]) -> tuple:
-    *tokens, norms, good = ctx.saved_tensors[:8]
+    saved = ctx.saved_tensors  # read once: where activations are computed again, a second look is refused
+    *tokens, norms, good = saved[:8]
     y, *memory = grads[:4]
     if y is None:
         y = torch.zeros_like(tokens[0])
@@ -200,7 +201,7 @@ def _gradient(ctx: Any, grads: list[Tensor | None]) -> tuple:
         grad = torch.zeros(shape, dtype=dtype, device=device) if grad is None else grad.contiguous()
         end.append(grad if there else None)
     s = ctx.settings
-    found = lact_chunks_gradient(y, *end, norms, good, *tokens, list(ctx.saved_tensors[8:]), *s[:-1])
+    found = lact_chunks_gradient(y, *end, norms, good, *tokens, list(saved[8:]), *s[:-1])
     of_tokens = [None if t is None else g.to(t.dtype) for g, t in zip(found[:5], tokens[:5], strict=True)]
     state = [t if there else None for t, there in zip(found[5:], ctx.given[6:], strict=True)]
     return *of_tokens, None, *state, None if s.active else [], *[None] * 7
