@@ -208,7 +208,7 @@ def muon_jobs(dim: int, size: int) -> list[dict]:
 
     tile, kind = MUON_TILES[size], "*bf16" if size == 2 else "*fp32"
     jobs = []
-    for turned, two, base, precision in ((True, False, False, "tf32x3"), (False, True, True, "tf32")):
+    for turned, two, base, precision in ((True, False, False, "tf32x3"), (False, True, True, "tf32x3")):
         constants = {"ROWS": dim, "COLUMNS": dim, "INNER": dim, "TURNED": turned, "TWO": two, "BASE": base,
                      "BLOCK": tile.block, "BLOCK_K": tile.block_k, "PRECISION": precision}  # fmt: skip
         signature = dict.fromkeys(("a", "b", "c", "d", "base", "out"), kind)

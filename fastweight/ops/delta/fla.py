@@ -68,17 +68,17 @@ def fla(
     if order > 1:
         q, decay = last(q, order), first(decay, order)
     k, v, beta = (x.flatten(1, 2).repeat_interleave(group, 2) for x in (k, v, beta))
-    tokens = [x.to(v.dtype) for x in (q, k)]
+    q, k = q.to(v.dtype), k.to(v.dtype)
     start = memory.float().repeat_interleave(group, 1)
     shared = {"scale": 1.0, "initial_state": start, "output_final_state": True}
     if cu_seqlens is not None:
         ends = torch.tensor([0, *sequence_lengths(1, q.shape[1] // order, cu_seqlens)]).cumsum(0) * order
         shared |= {"cu_seqlens": ends.to(q.device), "cu_seqlens_cpu": ends}
     if gated:
-        y, after = _gated(*tokens, v, decay.float().repeat_interleave(group, 2), beta.float(), **shared)
+        y, after = _gated(q, k, v, decay.float().repeat_interleave(group, 2), beta.float(), **shared)
     else:
         run = _kernels("delta_rule").chunk_delta_rule
-        y, after = run(*tokens, v, beta.float(), **shared)
+        y, after = run(q, k, v, beta.float(), **shared)
     return (y[:, order - 1 :: order] if order > 1 else y), after[:, ::group].to(memory.dtype)
 
 

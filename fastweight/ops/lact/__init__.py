@@ -112,9 +112,9 @@ def lact(
     backend: "chunked" computes in the dtype of the weights. "triton" (GPUs) multiplies in the dtype of the buffers of k
     and v, weights rounded to it; sums and state stay float32. For bfloat16 tokens that is within 5e-3 of the exact
     outputs and 1e-2 of the exact gradients (relative RMS). With muon_dtype "float32" it is so from chunks of twice the
-    head dim on: there directions are multiplied unrounded (in two bfloat16 parts), the iterations in three
-    TensorFloat32 parts and their gradients in one. "bfloat16" iterations deviate by some percent, as the published
-    code's do. Gradients are written by hand and cannot be differentiated again.
+    head dim on: there directions are multiplied unrounded (in two bfloat16 parts), the iterations and their gradients
+    in three TensorFloat32 parts. "bfloat16" iterations deviate by some percent, as the published code's do. Gradients
+    are written by hand and cannot be differentiated again.
     An update whose direction or result is not finite is skipped for its sequence and counted in `state.faults`.
     Raises ValueError if shapes or settings disagree or `backend` is named and cannot run these inputs.
     Source: Zhang et al. 2025, arXiv:2505.23884, section 3 and algorithm 1; rules of the published code.

@@ -113,7 +113,7 @@ def _by_channel(
     of_lr: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """With rates [rows, H, 3, C, D]: those of w0 and w2 scale the channels of k, those of w1 hidden ones."""
-    k, (r0, r1, r2) = grid.k, grid.lr.unbind(2)
+    k, r0, r1, r2 = grid.k, grid.lr[:, :, 0], grid.lr[:, :, 1], grid.lr[:, :, 2]
     of0, of2 = inner[0].split(shape.hidden, -2)
     asked = [split_product(r * k, w.mT) for r, w in ((r0, of0), (r2, of2))]
     rates = torch.stack([torch.ones_like(r1), r1, torch.ones_like(r1)], 2)
@@ -140,13 +140,13 @@ def outer_gradient(
 
 def _empty_gradients(q: Tensor, grid: Grid, end: Memory, norms: Tensor, shape: Shape, *, late: bool) -> Gradients:
     """To be filled: of every chunk but the last ones, which nothing is learned from; of all chunks at once if late."""
-    tokens = [torch.empty_like(grid.k), torch.empty_like(grid.v)]
-    tokens.append(torch.zeros_like(grid.lr) if late else torch.empty_like(grid.lr))
+    k, v = torch.empty_like(grid.k), torch.empty_like(grid.v)
+    lr = torch.zeros_like(grid.lr) if late else torch.empty_like(grid.lr)
     beta = None if grid.beta is None else torch.zeros_like(grid.beta)
     for learned, rows in zip([*shape.active[1:], 0], range(len(shape.active)), strict=True):
-        for t in tokens:
+        for t in (k, v, lr):
             t[shape.offset[rows] + learned : shape.offset[rows + 1]] = 0
-    return Gradients(q, *tokens, beta, end._replace(norms=torch.zeros_like(norms)))
+    return Gradients(q, k, v, lr, beta, end._replace(norms=torch.zeros_like(norms)))
 
 
 def _update_gradient(

@@ -67,9 +67,9 @@ def iterates(flat: Tensor, rule: Rule, shape: Shape) -> list[Iterates]:
 
 
 def orthogonalise_gradient(made: list[Iterates], grad: Tensor, rule: Rule, shape: Shape) -> Tensor:
-    """As in `muon`; float32 is rounded to TensorFloat32 where tokens are not float32."""
+    """As in `muon`, multiplied as the iterates are: with one TensorFloat32 part gradients were 1.1 % off on an H100."""
     found, done = groups(rule, shape.dim, shape.hidden), []
-    precision = "ieee" if shape.exact else "tf32"
+    precision = "ieee" if shape.exact else "tf32x3"
     for group, kept in zip(found, made, strict=True):
         g = gather(grad, group).to(kept.x[0].dtype)
         g = g if g.is_contiguous() else g.contiguous()

@@ -147,7 +147,7 @@ def make_grid(tokens: Tokens, dtype: torch.dtype, p: "Pieces", into: Grid | None
     if into is None:
         return grid
     for new, old in zip(grid[3:], into[3:], strict=True):
-        if old is not None:
+        if old is not None and new is not None:
             old.copy_(new)
     return into
 

@@ -74,7 +74,8 @@ class Iterates(NamedTuple):
     norm: Tensor
 
     def rows(self, part: slice) -> "Iterates":
-        return Iterates(*([t[part] for t in group] for group in self[:3]), self.norm[part])
+        x, s, p = ([t[part] for t in group] for group in self[:3])
+        return Iterates(x, s, p, self.norm[part])
 
 
 def orthogonalise(flat: Tensor, rule: Rule, shape: Shape) -> Tensor:

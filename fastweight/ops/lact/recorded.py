@@ -71,6 +71,7 @@ class Desk:
         self._good = torch.empty_like(tokens.due)
         self._forward: Any = None
         self._backward: Any = None
+        self._warm = False
 
     def forward(self, tokens: Tokens, memory: Memory) -> tuple[Tensor, Memory, Tensor, Trail]:
         """As `unit.forward_pass`."""
@@ -90,7 +91,12 @@ class Desk:
         return self._pieces.swap(y, y.dtype), end, good.clone(), map_tensors(torch.clone, trail)
 
     def backward(self, tokens: Tokens, trail: Trail, good: Tensor, y: Tensor, end: Memory) -> Gradients:
-        """As `unit.backward_pass`."""
+        """As `unit.backward_pass`. The first is not recorded: a kernel that is loaded meanwhile spoils a recording."""
+        from fastweight.ops.lact.unit import as_given, backward_pass
+
+        if not self._warm:
+            self._warm = True
+            return backward_pass(tokens, trail, good, y, end, settings=self._settings)
         make_grid(tokens, self._dtype, self._pieces, into=self._grid)
         self._pieces.swap(y, self._dtype, out=self._y)
         given = (trail, good, end)
@@ -100,8 +106,6 @@ class Desk:
             self._rows, self._pieces,
         )  # fmt: skip
         found = self._backward()
-        from fastweight.ops.lact.unit import as_given
-
         found = as_given(found, tokens.q.shape[1], self._pieces)
         return found._replace(memory=map_tensors(torch.clone, found.memory))
 

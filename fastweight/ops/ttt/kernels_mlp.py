@@ -9,7 +9,7 @@ through the registers in blocks of units, twice per mini-batch. One mini-batch:
 z1 = k W1 + b1, x = φ(z1), z2 = x W2 + b2 and from it P2 = r G(z2); E = P2 W2ᵀ, P1 = E ⊙ φ'(z1),
 m1 = q W1 + b1 − τ T1 P1 − τ (q S1 + t1) with T1 = tril(q kᵀ + 1), a = φ(m1);
 read = a W2 + b2 − τ T2 P2 − τ (a S2 + t2) with T2 = tril(a xᵀ + 1), y = q + LN(read);
-W1' = W1 − τ_last (S1 + kᵀ P1), W2' = W2 − τ_last (S2 + xᵀ P2), where τ_last k and τ_last x are rounded for the products.
+W1' = W1 − τ_last (S1 + kᵀ P1), W2' = W2 − τ_last (S2 + xᵀ P2), where τ_last k and τ_last x are rounded for products.
 (S, t) are the sums that came in with the call; they count in the first mini-batch only.
 """
 
@@ -379,7 +379,9 @@ def mlp_replay(
             store_block(running, initial, own, column, True, D, BLOCK_D, C, BLOCK_C)
         tl.debug_barrier()
     for piece in range(2):  # the sums that came in with the call count after mini-batch 0, between the two
-        for c in range(tl.where(piece == 0, begin, tl.maximum(begin, 1)), tl.where(piece == 0, tl.minimum(end, 1), end)):
+        for c in range(
+            tl.where(piece == 0, begin, tl.maximum(begin, 1)), tl.where(piece == 0, tl.minimum(end, 1), end)
+        ):
             place = (stretch * EVERY + c - begin) * H + h
             store_vector(all_b2, bias2, place, D, BLOCK_D)
             rows, inside = rows_of(c, start, length, phase, h, H, CHUNK, BLOCK_K)

@@ -6,8 +6,8 @@ d read through LN; dT2 = −τ tril(d read P2ᵀ); dP2 = −(τ T2)ᵀ d read; b
 da = d read W2ᵀ + dT2 x − τ d read S2ᵀ, dx = dT2ᵀ a, dm = da ⊙ φ'(m1), dP1 = −(τ T1)ᵀ dm, dT1 = −τ tril(dm P1ᵀ);
 dq = dy + dm W1ᵀ + dT1 k − τ dm S1ᵀ; dk = dT1ᵀ q; dS1 = −(τ q)ᵀ dm, dS2 = −(τ a)ᵀ d read;
 dτ = −Σ_j (tril(dm P1ᵀ) T1 + tril(d read P2ᵀ) T2) − Σ dm (q S1 + t1) − Σ d read (a S2 + t2).
-`mlp_backward`, one program per sequence and head, from the last mini-batch to the first: what needs it. Its products are
-few, the forward pass it needs was stored, and dW1, dW2 stay in registers if they fit. With U, λ as in kernels_linear.py:
+`mlp_backward`, one program per sequence and head, from the last mini-batch to the first: what needs it. Its products
+are few, the forward pass it needs was stored, and dW1, dW2 stay in registers if they fit. U, λ: kernels_linear.py.
 dP1 += λ (k U1 + u1); dP2 += λ (x U2 + u2) + dE W2, dE = dP1 ⊙ φ'(z1); dr = Σ_D dP2 G; dG = r dP2 → dz2, dY;
 dx += λ P2 U2ᵀ + dz2 W2ᵀ; dz1 = dx ⊙ φ'(z1) + dP1 ⊙ E ⊙ φ''(z1); dk += λ P1 U1ᵀ − dY; dv = dY;
 dW1 = dW1' + qᵀ dm + kᵀ dz1; dW2 = dW2' + aᵀ d read + xᵀ dz2 + dEᵀ P2; dS += λ U.
@@ -58,18 +58,19 @@ def _place(at, owner, base, first, num_sequences, position, cu_seqlens, num_toke
 @triton.jit(do_not_specialize=["num_tokens", "num_sequences", "first", "packed"])
 def mlp_reads(
     dy, q, k, v, rate, tau, ln_weight, ln_bias, s1, t1, s2, t2, position, cu_seqlens, flags, owner, base,
-    all_w1, all_b1, all_w2, all_b2, units, grads2, d_writes2, d_keys, d_reads, inverses, products,
+    all_w1, all_b1, all_w2, all_b2, units, grads2, d_writes2, d_keys, d_reads, inverses,
     xs, slopes, bends, writes1, actives, d_middles, d_hiddens, d_writes1,
     dq, dtau, dgamma, dbeta, ds1, dt1, ds2, dt2, num_tokens, num_sequences, first, eps, H,
     D: tl.constexpr, BLOCK_D: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, EVERY: tl.constexpr, packed, PRECISION: tl.constexpr, OPENING: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, EVERY: tl.constexpr, packed, PRECISION: tl.constexpr,
+    OPENING: tl.constexpr,
 ):  # fmt: skip
     """Grid: (places, heads), a place being one mini-batch: stretches · EVERY of them (see `linear_replay`).
 
     OPENING: (sequences, heads) and only the first mini-batch of each sequence, else all but those.
 
     Written per place and head: units, grads2, d_writes2, d_keys [·, CHUNK, D] float32, d_reads in q's dtype;
-    inverses (1 / s), products (mean u unit) [·, CHUNK]; turned, in q's dtype, [·, C, CHUNK]: x, φ'(z1), E ⊙ φ''(z1), P1,
+    inverses (1 / s) [·, CHUNK]; turned, in q's dtype, [·, C, CHUNK]: x, φ'(z1), E ⊙ φ''(z1), P1,
     a, dm, and the parts of dx and dP1; dtau [·, CHUNK], dgamma, dbeta [·, D]; dq for the tokens; OPENING:
     ds1 …, too.
     """
@@ -102,7 +103,6 @@ def mlp_reads(
     store_tile(units, inner_unit, own, here, D, BLOCK_D)
     store_tile(grads2, grad2, own, here, D, BLOCK_D)
     tl.store(inverses + own, tl.sum(inner_inverse, 1), mask=here)
-    tl.store(products + own, tl.sum(u * inner_unit, 1) * (1.0 / D), mask=here)
     write2 = (rates[:, None] * grad2).to(keys.dtype)
     raw1 = causal(tl.dot(queries, tl.trans(keys), input_precision=PRECISION) + 1.0, BLOCK_K)
     scores1 = (raw1 * -taus).to(keys.dtype)
@@ -209,7 +209,7 @@ def _middle(
 @triton.jit(do_not_specialize=["num_tokens", "first", "stop", "packed"])
 def mlp_backward(
     q, k, v, rate, tau, ln_weight, ln_bias, s1, t1, s2, t2, position, cu_seqlens, flags, base,
-    all_w2, units, grads2, d_writes2, d_keys, d_reads, inverses, products,
+    all_w2, units, grads2, d_writes2, d_keys, d_reads, inverses,
     xs, slopes, bends, writes1, actives, d_middles, d_hiddens, d_writes1,
     ds1_out, dt1_out, ds2_out, dt2_out, dv, drate, dlast, dgamma, dbeta,
     dw1, db1, dw2, db2, ds1, dt1, ds2, dt2, num_tokens, first, stop, eps, H,
@@ -219,7 +219,7 @@ def mlp_backward(
     """Grid: sequences · heads. Mini-batches stop − 1 … first of each sequence, backwards.
 
     In place: dw1, db1, dw2, db2 (the gradient of the memory after these mini-batches, then before them), dlast [N, H]
-    (of τ_last), dgamma, dbeta [N, H, D] (added to), ds1 … with the first mini-batch; d_keys, to which `mlp_keys` adds the
+    (of τ_last), dgamma, dbeta [N, H, D] (added to), ds1 … with the first mini-batch; d_keys, to which `mlp_keys` adds
     last part; d_writes1, which become dz1. Written: dv, drate.
     """
     pid = tl.program_id(0)
@@ -275,7 +275,6 @@ def mlp_backward(
             scale = tl.where(unfinished, 1.0, -last * counts)
             unit, grad2 = load_tile(units, own, here, D, BLOCK_D), load_tile(grads2, own, here, D, BLOCK_D)
             inverse = tl.load(inverses + own, mask=here, other=0.0)[:, None]
-            product = tl.load(products + own, mask=here, other=0.0)[:, None]
             gap = beta - (values.to(tl.float32) - keys.to(tl.float32))
             u = within((unit * gamma + gap) * gamma, D, BLOCK_D)
             write2 = (rates[:, None] * grad2).to(keys.dtype)
@@ -365,7 +364,7 @@ def _after(
     held, memory, left, pid, column, unfinished,
     D: tl.constexpr, BLOCK_D: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """A block of U1 (turned), u1, U2: the memory's gradient where the mini-batch ends, else that of the sums left behind."""
+    """A block of U1 (turned), u1, U2: the memory's gradient where the mini-batch ends, else that of the sums left."""
     first, bias, second = block_of(held, memory, pid, column, False, D, BLOCK_D, C, BLOCK_C)
     if BLOCK_C < C and unfinished:
         first, bias, second = load_block(left, pid, column, False, D, BLOCK_D, C, BLOCK_C)

@@ -102,13 +102,18 @@ def _one_part(
     n, h, d, chunk, constants = layout.sequences, layout.heads, layout.dim, layout.chunk, layout.constants(width)
     stretches = part.owner.shape[0]
     places, empty = (stretches * layout.every, h), kept[0].new_empty
-    w1, b1, w2, b2 = q.new_empty(*places, width, d), empty(*places, width), q.new_empty(*places, width, d), empty(*places, d)
+    w1, b1, w2, b2 = (
+        q.new_empty(*places, width, d),
+        empty(*places, width),
+        q.new_empty(*places, width, d),
+        empty(*places, d),
+    )
     held = constants["BLOCK_C"] >= width
     running = [empty(0 if held else stretches, h, *x.shape[2:]) for x in kept[:3]]
     units, grads, d_writes, d_keys = (empty(*places, chunk, d) for _ in range(4))
-    d_reads, inverses, products = q.new_empty(*places, chunk, d), empty(*places, chunk), empty(*places, chunk)
+    d_reads, inverses = q.new_empty(*places, chunk, d), empty(*places, chunk)
     turned = [q.new_empty(*places, width, chunk) for _ in range(8)]
-    scratch = (units, grads, d_writes, d_keys, d_reads, inverses, products, *turned)
+    scratch = (units, grads, d_writes, d_keys, d_reads, inverses, *turned)
     shared = [kept[0].new_zeros(*places, size) for size in (chunk, d, d)]
     where, sizes = (part.owner, part.base), (layout.length, n, part.first)
     layout.launch(

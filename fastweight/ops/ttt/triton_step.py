@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastweight.ops.ttt.layout import HIDDEN_BLOCK, Layout, block
+from fastweight.ops.ttt.layout import Layout
 
 
 @torch.library.custom_op("fastweight::ttt_step", mutates_args=())
