@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
 from fastweight.configs import require
+from fastweight.distributed.meeting import meet
 from fastweight.distributed.mesh import REPLICATE, SHARD, Gather, MeshConfig
 
 FAILED = "fastweight/failed"
@@ -113,7 +114,8 @@ def is_lost(error: Exception) -> bool:
 
 def _start(rank: int, size: int, timeout: timedelta) -> Any:
     """Join the others. Host memory goes over gloo, that of GPUs over NCCL."""
-    store, *_ = next(rendezvous("env://", rank, size, timeout=timeout))
+    found, *_ = next(rendezvous("env://", rank, size, timeout=timeout))
+    store = meet(found, rank, size, timeout.total_seconds())
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     return store

@@ -1,6 +1,5 @@
 """The loop: read, learn, report, save; and go on exactly where it stopped."""
 
-import dataclasses
 import math
 import time
 from pathlib import Path
@@ -26,11 +25,12 @@ from fastweight.train.config import TrainConfig
 from fastweight.train.heldout import heldout_losses
 from fastweight.train.inner import inner_statistics
 from fastweight.train.loops import LoopFollower
-from fastweight.train.lora import add_adapters, merge_and_unload, save_adapter
+from fastweight.train.lora import merge_and_unload, merged_into, save_adapter
 from fastweight.train.loss import Counts, autocast, count
 from fastweight.train.mag import MagFollower
 from fastweight.train.metrics import Metrics, NoMetrics, finite
 from fastweight.train.objectives import make_objective
+from fastweight.train.recovery import Recovery
 from fastweight.train.report import Report, describe_heldout, summary, warn_of_faults
 from fastweight.train.rounding import rounded
 from fastweight.train.saving import TeamWriter
@@ -68,6 +68,7 @@ class Trainer:
         self.loops = LoopFollower(model, config.loops, config.seed)
         self.carried: list[ModelState] | None = None
         self.saved_step = -1
+        self.recovery: Recovery | None = None
         self._started = time.monotonic() - tally.seconds
         self._interval = (0.0, 0)
         self._faults: list[str] = []
@@ -192,6 +193,9 @@ class Trainer:
         seconds, before = self._interval
         self._interval = (seconds + time.monotonic() - started, before + tokens)
         done = tally.step == config.steps
+        if self.recovery is not None:
+            self.recovery.note(self.metrics, self.report, tally.step - 1)
+            self.recovery = None
         if self._is_logged(tally.step):
             self._log(rate)
         if log.stats_every and tally.step % log.stats_every == 0:
@@ -390,10 +394,5 @@ class Trainer:
 
     def _merged_copy(self) -> Model:
         """The same as a model of its own, merged into the weights that the run started from."""
-        lora = self.config.lora
-        model = load(self.out / partial.BASE, self.device)
-        add_adapters(model, dataclasses.replace(lora, quantize="none"))
-        trained = dict(self.model.named_parameters())
-        for name in self.trained:
-            model.get_parameter(name).data.copy_(trained[name])
-        return merge_and_unload(model)
+        trained = {name: self.model.get_parameter(name) for name in self.trained}
+        return merged_into(load(self.out / partial.BASE, self.device), self.config.lora, trained)
