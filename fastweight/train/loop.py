@@ -30,12 +30,13 @@ from fastweight.train.loss import Counts, autocast, count
 from fastweight.train.mag import MagFollower
 from fastweight.train.metrics import Metrics, NoMetrics, finite
 from fastweight.train.objectives import make_objective
-from fastweight.train.recovery import Recovery
+from fastweight.train.recovery import Recovery, note
+from fastweight.train.replicas import Alone, Replicas
 from fastweight.train.report import Report, describe_heldout, summary, warn_of_faults
 from fastweight.train.rounding import rounded
 from fastweight.train.saving import TeamWriter
 from fastweight.train.signals import SIGNALS, StopRequest
-from fastweight.train.source import shares, step_batches
+from fastweight.train.source import Reader, shares
 from fastweight.train.tally import Tally, TrainResult
 from fastweight.train.trainable import is_adapter
 
@@ -69,6 +70,7 @@ class Trainer:
         self.carried: list[ModelState] | None = None
         self.saved_step = -1
         self.recovery: Recovery | None = None
+        self.groups = Alone()
         self._started = time.monotonic() - tally.seconds
         self._interval = (0.0, 0)
         self._faults: list[str] = []
@@ -89,12 +91,14 @@ class Trainer:
                 self._started = time.monotonic()
             self.save()
         self.report.start(tally.step)
-        train, team = self.store.split("train"), self.team
-        steps = step_batches(train, config.data, config.seed, tally.step, team.rank, team.size)
+        reader, team = Reader(self.store.split("train"), config.data, config.seed), self.team
+        self.groups = Replicas(config.replicas, self) if config.replicas.most else Alone()
         try:
             while not (ended := self._ended(stop)):
-                self.step(next(steps))
+                rank, size = self.groups.begin()
+                self.step(reader.read(tally.step, rank * team.size + team.rank, size * team.size))
         finally:
+            self.groups.close()
             self.report.stop()
             self._set_inner_rate(1.0)
             self.loops.settle(1.0)
@@ -110,7 +114,7 @@ class Trainer:
         if self.team.size == 1:
             folders.write_checkpoint(self.out, step, lambda folder: self._write(folder, carried), keep)
         else:
-            self.writer.start(step, self._tensors(), lambda folder: self._write_rest(folder, carried))
+            self.writer.start(step, self.tensors(), lambda folder: self._write_rest(folder, carried))
         self.saved_step = step
 
     def _write(self, folder: Path, carried: list[ModelState] | None) -> None:
@@ -129,7 +133,7 @@ class Trainer:
             checkpoint.save_config(folder, self.model, self.store.tokenizer)
         checkpoint.save_trainer(folder, None, self.tally, carried)
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
         """What of a checkpoint has the size of the model, by the names of `checkpoint.open_tensors`."""
         weights = dict(self.model.named_parameters())
         word = "trained" if self.config.partial else "model"
@@ -187,8 +191,10 @@ class Trainer:
         """One step and all that is due after it."""
         config, log, tally = self.config, self.config.log, self.tally
         started = time.monotonic()
-        (tokens,) = self.team.sum([sum(batch.tokens.numel() for batch in batches)])
+        (tokens,) = self.groups.sum(tuple(self.team.sum([sum(batch.tokens.numel() for batch in batches)])))
         rate = self._update(batches)
+        if rate is None:
+            return
         tally.step, tally.tokens = tally.step + 1, tally.tokens + tokens
         seconds, before = self._interval
         self._interval = (seconds + time.monotonic() - started, before + tokens)
@@ -196,6 +202,8 @@ class Trainer:
         if self.recovery is not None:
             self.recovery.note(self.metrics, self.report, tally.step - 1)
             self.recovery = None
+        if (seconds := self.groups.lost_seconds()) is not None:
+            note(self.metrics, self.report, tally.step - 1, seconds, 0)
         if self._is_logged(tally.step):
             self._log(rate)
         if log.stats_every and tally.step % log.stats_every == 0:
@@ -206,10 +214,10 @@ class Trainer:
             self.save()
         self.report.advance(tally.step, self._fraction())
 
-    def _update(self, batches: list[Batch]) -> float:
-        """One update of the weights, or a skipped one; returns the learning rate."""
+    def _update(self, batches: list[Batch]) -> float | None:
+        """One update of the weights, or a skipped one; returns the learning rate, None if the step must be repeated."""
         config, tally = self.config, self.tally
-        counts = Counts(*self.team.sum(count(batches)))
+        counts = Counts(*self.groups.sum(tuple(self.team.sum(count(batches)))))
         self._warm_inner_rate()
         self.mag.set(self._mag_step())
         self.loops.set(tally.step, self._fraction())
@@ -221,6 +229,10 @@ class Trainer:
             self._fraction() if config.max_seconds else None,
         )
         sums, norm = self._gradients(batches, max(1, counts.targets))
+        if not self.groups.agreed():
+            self.optimizer.zero_grad()
+            self._faults = []
+            return None
         if all(map(math.isfinite, sums)) and math.isfinite(norm):
             self._apply(factor)
             self._count(sums, counts)
@@ -261,7 +273,7 @@ class Trainer:
             states += [state] if carry and state is not None else []
         self.carried = states if carry else None
         parameters = list(self.optimizer.parameters())
-        total = self.team.add(total)
+        total = self.groups.add(self.team.add(total), [p.grad for p in parameters if p.grad is not None])
         norm = full(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])).to(self.device)
         if self.config.clip_norm:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.config.clip_norm, norm)

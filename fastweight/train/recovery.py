@@ -21,8 +21,11 @@ class Recovery:
     def note(self, metrics: Metrics | NoMetrics, report: Report, step: int) -> None:
         """Record, at the end of the first new step, that the run has gone on after `step` steps."""
         seconds, again = max(0.0, time.time() - self.last_sign), max(0, self.reached - step)
-        metrics.write(KIND, step, {"recovery_seconds": seconds, "repeated_steps": again})
-        report.say(
-            f"recovered: {seconds:.1f} s from the last sign of the run before to its first new step; "
-            f"went on after step {step}, {again} logged step(s) made again"
-        )
+        note(metrics, report, step, seconds, again)
+
+
+def note(metrics: Metrics | NoMetrics, report: Report, step: int, seconds: float, again: int) -> None:
+    """Record what a fault cost: seconds until the first new step was made, and logged steps that were made again."""
+    metrics.write(KIND, step, {"recovery_seconds": seconds, "repeated_steps": again})
+    went_on = f"went on after step {step}, {again} logged step(s) made again"
+    report.say(f"recovered: {seconds:.1f} s until the first new step was made; {went_on}")

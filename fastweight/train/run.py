@@ -21,6 +21,7 @@ from fastweight.train.loop import RESULT, Trainer
 from fastweight.train.metrics import Metrics, NoMetrics
 from fastweight.train.prepare import check_parts, check_team, prepared
 from fastweight.train.recovery import Recovery
+from fastweight.train.replicas import check_replicas
 from fastweight.train.report import Report, describe_run, describe_trained
 from fastweight.train.signals import stop_requests
 from fastweight.train.source import make_view, shares
@@ -30,7 +31,7 @@ from fastweight.train.tally import Tally, TrainResult
 FORMAT, VERSION = "fastweight-run", 1
 # What may differ when a run is resumed: nothing here changes the weights of a given step, but for max_seconds, which
 # makes the rate follow the clock; it is free so that a run can be given more time.
-FREE = ("log", "max_seconds", "max_bad_steps", "device", "mesh")
+FREE = ("log", "max_seconds", "max_bad_steps", "device", "mesh", "replicas")
 
 
 def train(
@@ -192,6 +193,7 @@ def _check(config: TrainConfig, model: Model, store: Store, team: Team) -> None:
     _check_statistics(model, config)
     check_parts(model, config)
     check_team(model, config, team)
+    check_replicas(config, team)
 
 
 def _check_vocabulary(model: Model, store: Store) -> None:

@@ -41,6 +41,22 @@ def step_batches(
         yield [view.batch(piece if sampler is None else sampler.locate(piece)[1]) for piece in pieces]
 
 
+class Reader:
+    """The micro-batches of any step for any slice; it costs nothing to go on with the next step of the same one."""
+
+    def __init__(self, split: data.Split, config: DataConfig, seed: int):
+        self._given = split, config, seed
+        self._at = (-1, 0, 0)
+        self._steps: Iterator[list[Batch]] = iter(())
+
+    def read(self, step: int, rank: int, size: int) -> list[Batch]:
+        """The rank-th of `size` slices of a step."""
+        if self._at != (step, rank, size):
+            self._steps = step_batches(*self._given, step, rank, size)
+        self._at = (step + 1, rank, size)
+        return next(self._steps)
+
+
 def shares(config: DataConfig, processes: int) -> tuple[int, int]:
     """Sequences per step and per forward pass of each of so many processes. Raises ValueError if they do not fit."""
     share = share_of_batch(config.batch_size, processes)
