@@ -97,13 +97,16 @@ def _start(name: str, arguments: list[str]) -> int:
 
         out: Path
         """Folder of the run: settings, metrics, checkpoints, and the final model in DIR/model."""
+        go_on: bool = False
+        """If DIR holds a checkpoint of a run with these settings, resume it; else start. For whatever starts a command
+        again after a fault: torchrun --max-restarts, a queue."""
         config: Annotated[TrainConfig, tyro.conf.arg(name="")] = dataclasses.field(default_factory=lambda: recipe(name))
 
     examples = [f"fastweight train {name} --data.store data/stdlib --out runs/first --steps 100"]
     Run.__doc__ = f"{Run.__doc__}\n\n{inspect.cleandoc(TrainConfig.__doc__ or '')}"
     args = parse(Run, f"train {name}", examples, arguments)
     require(args.config.data.store != "", f"train {name}: name a token store: --data.store DIR. {_MAKE_STORE}")
-    return _finish(train(args.config, args.out))
+    return _finish(train(args.config, args.out, go_on=args.go_on))
 
 
 def _finish(result: Any) -> int:

@@ -1,4 +1,5 @@
-"""How the processes of a run are arranged: replicas of the model, each cut into shards; sequences cut over several."""
+"""How the processes of a run are arranged: replicas of the model, each cut into shards; sequences cut over several;
+groups that come and go."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -60,6 +61,34 @@ class MeshConfig:
 
     def _shards(self, processes: int) -> int:
         return self.shard or max(1, processes // (self.replicate * self.context))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplicaConfig:
+    """Replica groups through torchft; each is one process with a run folder of its own."""
+
+    most: int = 0
+    """Groups that there may be at once; batch_size must be a multiple of each number up to it. 0: no groups."""
+    least: int = 1
+    """With fewer groups than this no step counts."""
+    lighthouse: str = ""
+    """Address of torchft_lighthouse, e.g. http://host:29510."""
+    timeout_seconds: int = 60
+    """An exchange between groups that takes longer has failed; its step is made again."""
+
+    def __post_init__(self) -> None:
+        check_types(self, "replicas")
+        require(self.most >= 0, f"replicas: most must not be negative, got {self.most}.")
+        require(
+            1 <= self.least <= max(1, self.most),
+            f"replicas: least must lie in 1 .. most ({self.most}), got {self.least}.",
+        )
+        require(
+            not self.most or self.lighthouse.startswith("http"),
+            f"replicas: lighthouse {self.lighthouse!r}: give the address of a running torchft_lighthouse, "
+            "e.g. http://host:29510.",
+        )
+        require(self.timeout_seconds >= 1, f"replicas: timeout_seconds must be positive, got {self.timeout_seconds}.")
 
 
 def share_of_batch(batch_size: int, processes: int) -> int:

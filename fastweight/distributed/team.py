@@ -14,6 +14,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from fastweight.configs import require
 from fastweight.distributed.context import Context
+from fastweight.distributed.meeting import meet
 from fastweight.distributed.mesh import CONTEXT, REPLICATE, SHARD, Gather, MeshConfig
 
 FAILED = "fastweight/failed"
@@ -140,7 +141,8 @@ def is_lost(error: Exception) -> bool:
 
 def _start(rank: int, size: int, timeout: timedelta) -> Any:
     """Join the others. Host memory goes over gloo, that of GPUs over NCCL."""
-    store, *_ = next(rendezvous("env://", rank, size, timeout=timeout))
+    found, *_ = next(rendezvous("env://", rank, size, timeout=timeout))
+    store = meet(found, rank, size, timeout.total_seconds())
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     return store

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from fastweight.configs import check_types, from_nested, require
 from fastweight.convert.mag_schedule import MagSchedule
-from fastweight.distributed.mesh import MeshConfig
+from fastweight.distributed.mesh import MeshConfig, ReplicaConfig
 from fastweight.optim import AveragingConfig, OptimizerConfig, ScheduleConfig, schedule_factor
 from fastweight.train.loops import LoopConfig
 from fastweight.train.rounding import RoundingConfig
@@ -249,6 +249,7 @@ class TrainConfig:
     """How the weight of the linear branches moves over the run; None leaves it as it is."""
     log: LogConfig = field(default_factory=LogConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    replicas: ReplicaConfig = field(default_factory=ReplicaConfig)
     steps: int = 1000
     """Updates of the weights."""
     max_seconds: float = 0.0

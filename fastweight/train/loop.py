@@ -1,10 +1,7 @@
 """The loop: read, learn, report, save; and go on exactly where it stopped."""
 
-import dataclasses
-import itertools
 import math
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +27,18 @@ from fastweight.train.config import TrainConfig
 from fastweight.train.heldout import heldout_losses
 from fastweight.train.inner import inner_statistics
 from fastweight.train.loops import LoopFollower
-from fastweight.train.lora import add_adapters, merge_and_unload, save_adapter
+from fastweight.train.lora import merge_and_unload, merged_into, save_adapter
 from fastweight.train.loss import Counts, autocast, count
 from fastweight.train.mag import MagFollower
 from fastweight.train.metrics import Metrics, NoMetrics, finite
 from fastweight.train.objectives import make_objective
+from fastweight.train.recovery import Recovery, note
+from fastweight.train.replicas import Alone, Replicas
 from fastweight.train.report import Report, describe_heldout, summary, warn_of_faults
 from fastweight.train.rounding import rounded
 from fastweight.train.saving import TeamWriter
 from fastweight.train.signals import SIGNALS, StopRequest
-from fastweight.train.source import read_ahead, shares, step_batches, training_splits
+from fastweight.train.source import Reader, shares, training_splits
 from fastweight.train.tally import Tally, TrainResult
 from fastweight.train.trainable import is_adapter
 
@@ -72,6 +71,8 @@ class Trainer:
         self.loops = LoopFollower(model, config.loops, config.seed)
         self.carried: list[ModelState] | None = None
         self.saved_step = -1
+        self.recovery: Recovery | None = None
+        self.groups = Alone()
         self._started = time.monotonic() - tally.seconds
         self._interval = (0.0, 0)
         self._faults: list[str] = []
@@ -85,9 +86,10 @@ class Trainer:
         """Train until the steps, the time or a signal end it; save, and say what came out."""
         config, tally, team = self.config, self.tally, self.team
         self.mag.set(self._mag_step())
-        splits = training_splits(self.store, config.data)
-        steps = step_batches(splits, config.data, config.seed, tally.step, team.reader, team.readers)
-        steps = self._compiled(steps) if config.compile else steps
+        splits, ahead = training_splits(self.store, config.data), self.device.type == "cuda"
+        reader = Reader(splits, config.data, config.seed, ahead=ahead)
+        if config.compile:
+            self._compile(reader.read(tally.step, team.reader, team.readers)[0])
         if self.saved_step < 0:
             # The first checkpoint before the first step: a disk that is full or read-only shows now, not in an hour.
             if config.log.before_after:
@@ -95,11 +97,13 @@ class Trainer:
                 self._started = time.monotonic()
             self.save()
         self.report.start(tally.step)
-        steps = read_ahead(steps) if self.device.type == "cuda" else steps
+        self.groups = Replicas(config.replicas, self) if config.replicas.most else Alone()
         try:
             while not (ended := self._ended(stop)):
-                self.step(next(steps))
+                rank, size = self.groups.begin()
+                self.step(reader.read(tally.step, rank * team.readers + team.reader, size * team.readers))
         finally:
+            self.groups.close()
             self.report.stop()
             self._set_inner_rate(1.0)
             self.loops.settle(1.0)
@@ -108,15 +112,14 @@ class Trainer:
         self.writer.finish()
         return self._finish("" if ended == "steps" else ended)
 
-    def _compiled(self, steps: Iterator[list[Batch]]) -> Iterator[list[Batch]]:
-        """Compile on the first of `steps` before the clock goes on; nothing is learned from it. Returns all of them."""
-        started, first = time.monotonic(), next(steps)
+    def _compile(self, batch: Batch) -> None:
+        """Compile on this batch before the clock goes on; nothing is learned from it."""
+        started = time.monotonic()
         self.loops.settle(1.0)
-        compile_for(self.objective, self.team.context.cut(first[0]).batch.to(self.device))
+        compile_for(self.objective, self.team.context.cut(batch).batch.to(self.device))
         self.optimizer.zero_grad()
         self._started += time.monotonic() - started
         self.report.say(f"compiled in {time.monotonic() - started:.0f} s")
-        return itertools.chain([first], steps)
 
     def save(self) -> None:
         """Write a checkpoint of now; a team only begins to, and goes on."""
@@ -125,7 +128,7 @@ class Trainer:
         if self.team.size == 1:
             folders.write_checkpoint(self.out, step, lambda folder: self._write(folder, carried), keep)
         else:
-            self.writer.start(step, self._tensors(), lambda folder: self._write_rest(folder, carried))
+            self.writer.start(step, self.tensors(), lambda folder: self._write_rest(folder, carried))
         self.saved_step = step
 
     def _write(self, folder: Path, carried: list[ModelState] | None) -> None:
@@ -144,7 +147,7 @@ class Trainer:
             checkpoint.save_config(folder, self.model, self.store.tokenizer)
         checkpoint.save_trainer(folder, None, self.tally, carried)
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
         """What of a checkpoint has the size of the model, by the names of `checkpoint.open_tensors`."""
         weights = dict(self.model.named_parameters())
         word = "trained" if self.config.partial else "model"
@@ -203,12 +206,19 @@ class Trainer:
         config, log, tally = self.config, self.config.log, self.tally
         started = time.monotonic()
         parts = [self.team.context.cut(batch) for batch in batches]
-        (tokens,) = self.team.sum([sum(part.batch.tokens.numel() for part in parts)])
+        (tokens,) = self.groups.sum(tuple(self.team.sum([sum(part.batch.tokens.numel() for part in parts)])))
         rate = self._update(parts)
+        if rate is None:
+            return
         tally.step, tally.tokens = tally.step + 1, tally.tokens + tokens
         seconds, before = self._interval
         self._interval = (seconds + time.monotonic() - started, before + tokens)
         done = tally.step == config.steps
+        if self.recovery is not None:
+            self.recovery.note(self.metrics, self.report, tally.step - 1)
+            self.recovery = None
+        if (seconds := self.groups.lost_seconds()) is not None:
+            note(self.metrics, self.report, tally.step - 1, seconds, 0)
         if self._is_logged(tally.step):
             self._log(rate)
         if log.stats_every and tally.step % log.stats_every == 0:
@@ -219,10 +229,10 @@ class Trainer:
             self.save()
         self.report.advance(tally.step, self._fraction())
 
-    def _update(self, parts: list[Slice]) -> float:
-        """One update of the weights, or a skipped one; returns the learning rate."""
+    def _update(self, parts: list[Slice]) -> float | None:
+        """One update of the weights, or a skipped one; returns the learning rate, None if the step must be repeated."""
         config, tally = self.config, self.tally
-        counts = Counts(*self.team.sum(count([part.batch for part in parts])))
+        counts = Counts(*self.groups.sum(tuple(self.team.sum(count([part.batch for part in parts])))))
         self._warm_inner_rate()
         self.mag.set(self._mag_step())
         self.loops.set(tally.step, self._fraction())
@@ -234,7 +244,13 @@ class Trainer:
             self._fraction() if config.max_seconds else None,
         )
         totals = self.team.sum_floats(self.objective.totals([part.batch for part in parts]))
+        if totals:
+            totals = self.groups.add(torch.tensor(totals, dtype=torch.float64), []).tolist()
         sums, norm = self._gradients(parts, max(1, counts.targets), [total or 1.0 for total in totals])
+        if not self.groups.agreed():
+            self.optimizer.zero_grad()
+            self._faults = []
+            return None
         if all(map(math.isfinite, sums)) and math.isfinite(norm):
             self._apply(factor)
             self._count(sums, counts)
@@ -278,7 +294,7 @@ class Trainer:
         self.carried = states if carry else None
         parameters = list(self.optimizer.parameters())
         self.team.context.sum_gradients(parameters)
-        total = self.team.add(total)
+        total = self.groups.add(self.team.add(total), [p.grad for p in parameters if p.grad is not None])
         norm = full(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])).to(self.device)
         if self.config.clip_norm:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.config.clip_norm, norm)
@@ -411,10 +427,5 @@ class Trainer:
 
     def _merged_copy(self) -> Model:
         """The same as a model of its own, merged into the weights that the run started from."""
-        lora = self.config.lora
-        model = load(self.out / partial.BASE, self.device)
-        add_adapters(model, dataclasses.replace(lora, quantize="none"))
-        trained = dict(self.model.named_parameters())
-        for name in self.trained:
-            model.get_parameter(name).data.copy_(trained[name])
-        return merge_and_unload(model)
+        trained = {name: self.model.get_parameter(name) for name in self.trained}
+        return merged_into(load(self.out / partial.BASE, self.device), self.config.lora, trained)

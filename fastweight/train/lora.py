@@ -1,12 +1,13 @@
 """Low-rank adapters in the library's own model, through PEFT; and back to plain weights."""
 
 import contextlib
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastweight import files
 from fastweight.configs import near_names, require, to_json
@@ -153,3 +154,11 @@ def _import_peft() -> Any:
     except ImportError as error:
         raise ValueError("lora needs PEFT: pip install peft.") from error
     return peft
+
+
+def merged_into(model: Model, lora: LoraConfig, trained: Mapping[str, Tensor]) -> Model:
+    """`model`, the weights that a run with adapters started from, with what was `trained` merged into it."""
+    add_adapters(model, dataclasses.replace(lora, quantize="none"))
+    for name, tensor in trained.items():
+        model.get_parameter(name).data.copy_(tensor)
+    return merge_and_unload(model)

@@ -66,7 +66,8 @@ def finite(value: Any) -> Any:
 
 
 def read_metrics(out: str | Path, kind: str = "") -> list[dict[str, Any]]:
-    """The records of a run, those of one `kind` ("train", "heldout", "inner", "before", "raw", "after") if given."""
+    """The records of a run, those of one `kind` ("train", "heldout", "inner", "before", "raw", "after",
+    "restart") if given."""
     records = _records(Path(out) / FILE)
     return [record for record in records if not kind or record["kind"] == kind]
 

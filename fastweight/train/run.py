@@ -20,6 +20,8 @@ from fastweight.train.config import TrainConfig
 from fastweight.train.loop import RESULT, Trainer
 from fastweight.train.metrics import Metrics, NoMetrics
 from fastweight.train.prepare import check_parts, check_team, prepared
+from fastweight.train.recovery import Recovery
+from fastweight.train.replicas import check_replicas
 from fastweight.train.report import Report, describe_run, describe_trained
 from fastweight.train.signals import stop_requests
 from fastweight.train.source import describe_contents, make_view, shares, training_splits
@@ -29,7 +31,7 @@ from fastweight.train.tally import Tally, TrainResult
 FORMAT, VERSION = "fastweight-run", 1
 # What may differ when a run is resumed: nothing here changes the weights of a given step, but for max_seconds, which
 # makes the rate follow the clock; it is free so that a run can be given more time.
-FREE = ("log", "max_seconds", "max_bad_steps", "device", "mesh")
+FREE = ("log", "max_seconds", "max_bad_steps", "device", "mesh", "replicas")
 
 
 def train(
@@ -37,6 +39,7 @@ def train(
     out: str | Path,
     *,
     resume: bool | str = False,
+    go_on: bool = False,
     model: Model | None = None,
     quiet: bool = False,
 ) -> TrainResult:
@@ -44,6 +47,8 @@ def train(
 
     resume: True goes on from the latest checkpoint in `out`, a name ("step-000500") from that one; the following steps
     are bit-equal to an uninterrupted run on the same CPU. config may then be None: the run's own is used.
+    go_on: for launchers that start a process again: if `out` holds a checkpoint of a run with these settings, resume
+    it and record what the restart cost; else start.
     model: train this model instead of config.model. quiet: nothing on stderr.
     Started by torchrun, every process must call this alike; config.mesh places them, the first one writes and speaks. A
     model that is given then stays as it is.
@@ -53,12 +58,21 @@ def train(
     """
     out = Path(out)
     with joined((config.mesh if config is not None else MeshConfig()).timeout_seconds) as team:
-        config = _resumed_config(config, out, team) if resume else _new_config(config, out)
-        return _run(config, out, resume, model, team, quiet or not team.leads)
+        # The leader alone looks: what one process sees on a shared disk another may not see yet.
+        again = go_on and not resume and bool(team.sum([int(team.leads and folders.latest(out) is not None)])[0])
+        recovery = Recovery(out) if again and team.leads else None
+        config = _resumed_config(config, out, team) if resume or again else _new_config(config, out)
+        return _run(config, out, resume or again, model, team, quiet or not team.leads, recovery)
 
 
 def _run(
-    config: TrainConfig, out: Path, resume: bool | str, model: Model | None, team: Team, quiet: bool
+    config: TrainConfig,
+    out: Path,
+    resume: bool | str,
+    model: Model | None,
+    team: Team,
+    quiet: bool,
+    recovery: Recovery | None,
 ) -> TrainResult:
     device = local_device(pick_device(config.device))
     team.arrange(config.mesh, device)
@@ -89,6 +103,7 @@ def _run(
                 if config.partial:
                     report.say(describe_trained(config, trained, names))
                 trainer = Trainer(config, out, trained, store, tally, report, metrics, team)
+                trainer.recovery = recovery
                 if resumed is not None:
                     trainer.restore(resumed)
                     report.say(f"resumed after step {tally.step}")
@@ -184,6 +199,7 @@ def _check(config: TrainConfig, model: Model, store: Store, team: Team) -> None:
     _check_statistics(model, config)
     check_parts(model, config)
     check_team(model, config, team)
+    check_replicas(config, team)
 
 
 def _check_vocabulary(model: Model, store: Store) -> None:

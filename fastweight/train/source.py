@@ -108,6 +108,26 @@ def read_ahead(steps: Iterator[list[Batch]]) -> Iterator[list[Batch]]:
             yield found
 
 
+class Reader:
+    """The micro-batches of any step for any slice; it costs nothing to go on with the next step of the same one.
+
+    ahead: read a step while the one before it is computed.
+    """
+
+    def __init__(self, splits: Sequence[data.Split], config: DataConfig, seed: int, *, ahead: bool = False):
+        self._given, self._ahead = (splits, config, seed), ahead
+        self._at = (-1, 0, 0)
+        self._steps: Iterator[list[Batch]] = iter(())
+
+    def read(self, step: int, rank: int, size: int) -> list[Batch]:
+        """The rank-th of `size` slices of a step."""
+        if self._at != (step, rank, size):
+            steps = step_batches(*self._given, step, rank, size)
+            self._steps = read_ahead(steps) if self._ahead else steps
+        self._at = (step + 1, rank, size)
+        return next(self._steps)
+
+
 def shares(config: DataConfig, processes: int) -> tuple[int, int]:
     """Sequences per step and per forward pass of each of so many processes. Raises ValueError if they do not fit."""
     share = share_of_batch(config.batch_size, processes)
