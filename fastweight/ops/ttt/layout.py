@@ -10,8 +10,7 @@ from torch import Tensor
 KEEP_EVERY = 8  # mini-batches between two kept states
 REPLAY_BYTES = 3 << 29  # most that the replayed states of one part of the backward pass may take
 MAX_DIM, MAX_CHUNK = 128, 64
-HIDDEN_BLOCK = 64  # hidden units of a memory in registers at once, unless all fit:
-HELD = 64 * 256  # entries of each layer of a memory that the kernels hold in registers whole (2 bytes an entry or less)
+HIDDEN_BLOCK = 64  # hidden units of a memory in registers at once
 
 # (num_warps, num_stages) of each kernel, by the width of its tiles over D.
 LAUNCH = {
@@ -22,10 +21,9 @@ LAUNCH = {
     "linear_step": {16: (1, 1), 32: (2, 1), 64: (4, 1), 128: (8, 1)},
     "mlp_step": {16: (2, 1), 32: (4, 1), 64: (8, 1), 128: (8, 1)},
     "mlp_forward": {16: (2, 1), 32: (4, 1), 64: (8, 1), 128: (8, 1)},
-    "mlp_replay": {16: (2, 1), 32: (4, 1), 64: (8, 1), 128: (8, 1)},
+    "mlp_replay": {16: (2, 1), 32: (4, 1), 64: (4, 1), 128: (8, 1)},
     "mlp_reads": {16: (2, 1), 32: (4, 1), 64: (4, 1), 128: (8, 1)},
-    "mlp_backward": {16: (2, 1), 32: (4, 1), 64: (8, 1), 128: (8, 1)},
-    "mlp_keys": {16: (2, 1), 32: (4, 1), 64: (4, 1), 128: (8, 1)},
+    "mlp_backward": {16: (2, 1), 32: (4, 1), 64: (4, 1), 128: (8, 1)},
 }
 
 # The most registers of a thread, by the same width, where more programs on a processor are worth a little local memory:
@@ -36,13 +34,6 @@ REGISTERS = {"linear_replay": {64: 168}, "linear_reads": {64: 128}}
 def block(size: int) -> int:
     """The tile that holds `size` entries: a power of two, and at least what matrix units take."""
     return max(16, 1 << (size - 1).bit_length())
-
-
-def hidden_block(dim: int, width: int, dtype: torch.dtype) -> int:
-    """Hidden units of a memory that are in registers at once: all of them (and the memory stays there) or a block."""
-    # Products in float32 are made without matrix units; theirs are smaller tiles.
-    whole = block(width) if dtype.itemsize < 4 and block(dim) * block(width) <= HELD else HIDDEN_BLOCK
-    return min(block(width), whole)
 
 
 def launch_options(kernel: str, dim: int, dtype: torch.dtype) -> dict[str, int]:
@@ -93,7 +84,7 @@ class Layout(NamedTuple):
 
     def constants(self, width: int | None = None) -> dict[str, Any]:
         """What kernels are compiled for, and whether sequences are packed. width: the memory's hidden units, if any."""
-        hidden = {} if width is None else {"C": width, "BLOCK_C": hidden_block(self.dim, width, self.dtype)}
+        hidden = {} if width is None else {"C": width, "BLOCK_C": min(HIDDEN_BLOCK, block(width))}
         return hidden | {
             "D": self.dim, "BLOCK_D": block(self.dim), "CHUNK": self.chunk, "BLOCK_K": block(self.chunk),
             "EVERY": KEEP_EVERY, "packed": int(self.packed),
