@@ -39,12 +39,11 @@ def find(tokens: Tokens, memory: Memory, settings: "Settings", *, again: bool = 
     shapes = tuple((t.shape, t.dtype) for t in (*tokens[:4], memory.norms))
     key = (tokens.q.device, stream, shapes, tokens.beta is None, str(settings._replace(save=True)))
     found = _desks.get(key, 0)
-    if isinstance(found, Desk) or again:
-        return found if isinstance(found, Desk) else None
-    if found < FIRST_RUNS:
-        _desks[key] = found + 1
-    else:
-        _desks[key] = Desk(tokens, memory, settings._replace(save=True))
+    if again and not isinstance(found, Desk):
+        return None
+    if isinstance(found, int):
+        late = found >= FIRST_RUNS
+        _desks[key] = Desk(tokens, memory, settings._replace(save=True)) if late else found + 1
     _desks.move_to_end(key)
     while len(_desks) > MOST_DESKS:
         _desks.popitem(last=False)
