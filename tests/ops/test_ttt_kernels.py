@@ -26,12 +26,13 @@ def _kernels():
         kernels_linear_backward,
         kernels_mlp,
         kernels_mlp_backward,
+        kernels_mlp_reads,
         kernels_shared,
         kernels_step,
     )
 
     interpreted(kernels_shared, kernels_linear, kernels_linear_backward, kernels_step, kernels_faults)
-    interpreted(kernels_mlp, kernels_mlp_backward)
+    interpreted(kernels_mlp, kernels_mlp_backward, kernels_mlp_reads)
 
 
 def wide(tree):
@@ -178,7 +179,7 @@ def test_what_the_kernels_cannot_run_is_refused_with_the_reason_and_the_way_out(
     assert "up to 128 channels, got 129" in str(refuses(torch.zeros(1, 1, 1, 129)))
     assert "up to 64 tokens, got 65" in str(refuses(args[0], *args[:4], torch.ones(65), *given[5:]))
     large = torch.zeros(1, 1, 1, 128)
-    assert "354 KiB of shared memory" in str(refuses(large, large, *args[1:4], torch.ones(64), *given[5:]))
+    assert "417 KiB of shared memory" in str(refuses(large, large, *args[1:4], torch.ones(64), *given[5:]))
     assert "of one dtype, got torch.float32, torch.float16" in str(
         refuses(args[0], args[0], args[1].half(), *given[2:])
     )

@@ -10,7 +10,9 @@ from torch import Tensor
 KEEP_EVERY = 8  # mini-batches between two kept states
 REPLAY_BYTES = 3 << 29  # most that the replayed states of one part of the backward pass may take
 MAX_DIM, MAX_CHUNK = 128, 64
-HIDDEN_BLOCK = 64  # hidden units of a memory in registers at once
+HIDDEN_BLOCK = 64  # hidden units of a memory in registers at once, unless all fit:
+HELD = 64 * 256  # most entries of a layer of a memory that is held whole,
+HELD_TILE = 16 * 256  # and most tokens · hidden units of a mini-batch beside it
 
 # (num_warps, num_stages) of each kernel, by the width of its tiles over D.
 LAUNCH = {
@@ -21,9 +23,10 @@ LAUNCH = {
     "linear_step": {16: (1, 1), 32: (2, 1), 64: (4, 1), 128: (8, 1)},
     "mlp_step": {16: (2, 1), 32: (4, 1), 64: (8, 1), 128: (8, 1)},
     "mlp_forward": {16: (2, 1), 32: (4, 1), 64: (8, 1), 128: (8, 1)},
-    "mlp_replay": {16: (2, 1), 32: (4, 1), 64: (4, 1), 128: (8, 1)},
-    "mlp_reads": {16: (2, 1), 32: (4, 1), 64: (4, 1), 128: (8, 1)},
-    "mlp_backward": {16: (2, 1), 32: (4, 1), 64: (4, 1), 128: (8, 1)},
+    "mlp_replay": {16: (2, 1), 32: (4, 1), 64: (8, 1), 128: (8, 1)},
+    "mlp_reads": {16: (2, 1), 32: (4, 1), 64: (8, 1), 128: (8, 1)},
+    "mlp_backward": {16: (2, 1), 32: (4, 1), 64: (8, 1), 128: (8, 1)},
+    "mlp_keys": {16: (2, 1), 32: (4, 1), 64: (4, 1), 128: (8, 1)},
 }
 
 # The most registers of a thread, by the same width, where more programs on a processor are worth a little local memory:
@@ -36,6 +39,17 @@ def block(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
+def hidden_block(dim: int, width: int, chunk: int, dtype: torch.dtype) -> int:
+    """Hidden units of a memory that are in registers at once: all of them (and the memory stays there) or a block."""
+    whole, wide = block(width), block(dim)
+    if dtype.itemsize == 4:  # made without matrix units
+        return min(whole, HIDDEN_BLOCK)
+    if wide <= 64 and 128 <= whole <= HELD // wide and block(chunk) * whole <= HELD_TILE:
+        return whole
+    # Triton 3.6 and 3.7 fail to compile `mlp_forward` for Hopper's matrix units with blocks of 64 units.
+    return min(whole, HIDDEN_BLOCK // 2)
+
+
 def launch_options(kernel: str, dim: int, dtype: torch.dtype) -> dict[str, int]:
     """Warps, stages and registers of `kernel`."""
     warps, stages = LAUNCH[kernel][block(dim)]
@@ -46,9 +60,16 @@ def launch_options(kernel: str, dim: int, dtype: torch.dtype) -> dict[str, int]:
     return {"num_warps": warps, "num_stages": stages, "maxnreg": registers}
 
 
-def shared_bytes(dim: int, chunk: int, dtype: torch.dtype) -> int:
-    """A bound of the shared memory of the largest kernel, fitted to what the compiler asked for on sm_90."""
-    return dtype.itemsize * block(dim) * (300 + 32 * block(chunk) // 5)
+def shared_bytes(dim: int, chunk: int, dtype: torch.dtype, width: int | None = None) -> int:
+    """A bound of the shared memory of the largest kernel, fitted to what the compiler asked for on sm_90.
+
+    width: the memory's hidden units, if any.
+    """
+    wide, tokens = block(dim), block(chunk)
+    bound = wide * (258 + 8 * tokens) + 128 * tokens
+    if width is not None and hidden_block(dim, width, chunk, dtype) >= max(width, 128):
+        bound = max(bound, wide * (4 * block(width) + 272))
+    return dtype.itemsize * bound
 
 
 class Layout(NamedTuple):
@@ -84,7 +105,7 @@ class Layout(NamedTuple):
 
     def constants(self, width: int | None = None) -> dict[str, Any]:
         """What kernels are compiled for, and whether sequences are packed. width: the memory's hidden units, if any."""
-        hidden = {} if width is None else {"C": width, "BLOCK_C": min(HIDDEN_BLOCK, block(width))}
+        hidden = {} if width is None else {"C": width, "BLOCK_C": hidden_block(self.dim, width, self.chunk, self.dtype)}
         return hidden | {
             "D": self.dim, "BLOCK_D": block(self.dim), "CHUNK": self.chunk, "BLOCK_K": block(self.chunk),
             "EVERY": KEEP_EVERY, "packed": int(self.packed),

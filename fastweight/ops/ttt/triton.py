@@ -26,7 +26,8 @@ def refuses(x: Tensor, *args: Any, **options: Any) -> str | None:
         return (
             f"takes mini-batches of up to {MAX_CHUNK} tokens, got {tau.shape[0]}. {WAY_OUT}, or a smaller chunk_size."
         )
-    needed, there = shared_bytes(q.shape[-1], tau.shape[0], q.dtype), _shared_memory(q)
+    width = None if weights.w2 is None else weights.w1.shape[-1]
+    needed, there = shared_bytes(q.shape[-1], tau.shape[0], q.dtype, width), _shared_memory(q)
     if needed > there:
         sizes = f"mini-batches of {tau.shape[0]} tokens with {q.shape[-1]} channels in {q.dtype}"
         return f"needs {needed >> 10} KiB of shared memory for {sizes}, there are {there >> 10}. {WAY_OUT}."

@@ -87,8 +87,8 @@ class _Gradients(NamedTuple):
 
 def _bytes_of_one(layout: Layout, width: int, q: Tensor) -> int:
     """What one mini-batch of one head takes between the kernels of a part."""
-    memory = 4 * (2 * layout.dim * width + width + layout.dim)
-    return memory + layout.chunk * (3 * 4 * layout.dim + q.element_size() * (layout.dim + 4 * width))
+    wide = 4 * (width + layout.dim + layout.chunk * (4 * layout.dim + 1))
+    return wide + q.element_size() * (2 * layout.dim * width + layout.chunk * (layout.dim + 8 * width))
 
 
 def _one_part(
@@ -96,29 +96,41 @@ def _one_part(
     kept: list[Tensor], eps: float, into: _Gradients,
 ) -> None:  # fmt: skip
     """Replay the part's mini-batches, then their reads side by side, then the rest one after the other."""
-    from fastweight.ops.ttt.kernels_mlp import mlp_replay
-    from fastweight.ops.ttt.kernels_mlp_backward import mlp_backward, mlp_reads
+    from fastweight.ops.ttt.kernels_mlp_backward import mlp_backward
+    from fastweight.ops.ttt.kernels_mlp_reads import mlp_keys, mlp_reads, mlp_replay
 
-    h, d, constants = layout.heads, layout.dim, layout.constants(width)
+    n, h, d, chunk, constants = layout.sequences, layout.heads, layout.dim, layout.chunk, layout.constants(width)
     stretches = part.owner.shape[0]
-    places = (stretches * layout.every, h)
-    memory = [kept[0].new_empty(*places, *x.shape[2:]) for x in kept]
-    wide = [kept[0].new_empty(*places, layout.chunk, d) for _ in range(3)]
-    narrow = [q.new_empty(*places, layout.chunk, size) for size in (d, width, width, width, width)]
-    scratch = (wide[0], narrow[0], *wide[1:], *narrow[1:])
-    shared = [kept[0].new_zeros(*places, size) for size in (layout.chunk, d, d)]
+    places, empty = (stretches * layout.every, h), kept[0].new_empty
+    w1, b1, w2, b2 = (
+        q.new_empty(*places, width, d),
+        empty(*places, width),
+        q.new_empty(*places, width, d),
+        empty(*places, d),
+    )
+    held = constants["BLOCK_C"] >= width
+    running = [empty(0 if held else stretches, h, *x.shape[2:]) for x in kept[:3]]
+    units, grads, d_writes, d_keys = (empty(*places, chunk, d) for _ in range(4))
+    d_reads, inverses = q.new_empty(*places, chunk, d), empty(*places, chunk)
+    turned = [q.new_empty(*places, width, chunk) for _ in range(8)]
+    scratch = (units, grads, d_writes, d_keys, d_reads, inverses, *turned)
+    shared = [kept[0].new_zeros(*places, size) for size in (chunk, d, d)]
+    where, sizes = (part.owner, part.base), (layout.length, n, part.first)
     layout.launch(
-        mlp_replay, (stretches, h), *tokens, *kept, part.owner, part.base, *memory,
-        layout.length, layout.sequences, part.first, eps, h, **constants,
+        mlp_replay, (stretches, h), *tokens, *kept, *where, w1, b1, w2, b2, *running, *sizes, eps, h, **constants
+    )
+    for opening in (False, True) if part.first == 0 else (False,):
+        layout.launch(
+            mlp_reads, (n, h) if opening else places, dy, q, *tokens, *where, w1, b1, w2, b2, *scratch,
+            into.q, *shared, *into.sums, *sizes, eps, h, **constants, OPENING=opening,
+        )  # fmt: skip
+    layout.launch(
+        mlp_backward, (n * h,), q, *tokens, part.base, w2, *scratch, *sums, into.v, into.rate, into.last, into.gamma,
+        into.beta, *into.memory, *into.sums, layout.length, part.first, part.stop, eps, h, **constants,
     )  # fmt: skip
+    position, ends = tokens[10:12]
     layout.launch(
-        mlp_reads, places, dy, q, *tokens, part.owner, part.base, *memory, *scratch, into.q, *shared, *into.sums,
-        layout.length, layout.sequences, part.first, eps, h, **constants,
-    )  # fmt: skip
-    layout.launch(
-        mlp_backward, (layout.sequences * h,), q, *tokens, part.base, *memory, *scratch, *sums, into.k, into.v,
-        into.rate, into.last, into.gamma, into.beta, *into.memory, *into.sums,
-        layout.length, part.first, part.stop, eps, h, **constants,
+        mlp_keys, places, position, ends, *where, w1, d_keys, turned[-1], into.k, *sizes, h, **constants
     )  # fmt: skip
     into.tau.add_(shared[0].sum((0, 1)))
     # Of the sequences it does not matter which one these belong to: they are summed in the end.

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastweight.ops.ttt.layout import Layout
+from fastweight.ops.ttt.layout import HIDDEN_BLOCK, Layout, block
 
 
 @torch.library.custom_op("fastweight::ttt_step", mutates_args=())
@@ -17,7 +17,8 @@ def step(
     results = _results(q, k, v, rate, tau, ln_weight, ln_bias, memory, sums, position, eps)
     layout = Layout.of(q, tau, None)
     wanted = ("D", "BLOCK_D", "CHUNK") if len(memory) == 2 else ("D", "BLOCK_D", "CHUNK", "C", "BLOCK_C")
-    constants = layout.constants(memory[0].shape[-1])
+    width = memory[0].shape[-1]
+    constants = layout.constants(width) | {"BLOCK_C": min(HIDDEN_BLOCK, block(width))}
     with torch.cuda.device_of(q):
         layout.launch(
             linear_step if len(memory) == 2 else mlp_step, (layout.sequences * layout.heads,),
