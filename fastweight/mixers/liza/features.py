@@ -1,6 +1,5 @@
 """What the memory of a LiZA layer is written and read with: unit-norm features and the further pairs of a token."""
 
-import functools
 import math
 
 import torch
@@ -58,17 +57,11 @@ def write_steps(
 
 def _difference(pair: Tensor, j: int, order: int, tail: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
     """Σ_i (−1)^i binom(j, i) / 2^j · pair_{t−i}."""
-    weight = _taps(j, order, pair.dtype, pair.device).expand(pair.shape[2] * pair.shape[3], -1)
+    taps = [(-1) ** i * math.comb(j, i) / 2**j for i in range(order)]
+    # Filled on the device: a step that is recorded cannot fetch numbers from the host.
+    weight = torch.stack([pair.new_full((), tap) for tap in reversed(taps)]).expand(pair.shape[2] * pair.shape[3], -1)
     y, tail = causal_conv(pair.flatten(2), weight, None, tail, cu_seqlens=cu_seqlens)
     return y.view_as(pair), tail
-
-
-@functools.cache  # on the device once: a step that is recorded cannot fetch numbers from the host
-def _taps(j: int, order: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Of the difference, newest token last."""
-    taps = [(-1) ** i * math.comb(j, i) / 2**j for i in range(order)]
-    with torch.inference_mode(False):  # also for calls that are differentiated later
-        return torch.tensor(taps[::-1], dtype=dtype, device=device)
 
 
 def _turn(z: Tensor, angle: float) -> Tensor:
