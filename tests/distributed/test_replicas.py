@@ -67,9 +67,10 @@ def test_the_group_that_was_killed_ends_with_the_same_weights(groups, alone):
 
 
 def test_the_pause_is_recorded(groups):
-    (record,) = read_metrics(groups / "stays", "restart")
-    assert (record["step"], record["repeated_steps"]) == (4, 0)
-    assert record["recovery_seconds"] > 0
+    # The first is the kill; on a busy machine an exchange may fail once more while the other group comes back.
+    records = list(read_metrics(groups / "stays", "restart"))
+    assert records[0]["step"] == 4
+    assert all(record["repeated_steps"] == 0 and record["recovery_seconds"] > 0 for record in records)
 
 
 def test_a_state_travels_bit_by_bit_without_pickle():
