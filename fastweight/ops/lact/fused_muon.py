@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastweight.ops.lact import Rule, kernels_muon
 from fastweight.ops.lact.grid import Shape
-from fastweight.ops.lact.muon import Group, Iterates, gather, groups, scatter
+from fastweight.ops.lact.muon import Group, Iterates, gather, groups, muon_dtype, scatter
 from fastweight.ops.lact.newton_schulz import COEFFICIENTS, EPS
 
 # Kernels as the launcher sees them: tensors and numbers in, which their own signatures do not say.
@@ -108,7 +108,7 @@ def _step(
 def _start(flat: Tensor, group: Group, rule: Rule) -> tuple[Tensor, Tensor]:
     """X₀ and the norms [..., 1, 1] of a group's matrices, both in the iterates' dtype."""
     g = gather(flat, group).contiguous()
-    dtype = torch.bfloat16 if rule.muon_dtype == "bfloat16" else g.dtype
+    dtype = muon_dtype(rule, g.dtype)
     x, norm = torch.empty(g.shape, dtype=dtype, device=g.device), g.new_empty(*g.shape[:-2], 1, 1, dtype=dtype)
     squares, sizes = _dots(g, g, dtype)
     _MUON.start[sizes.pop("grid")](g, squares, x, norm, EPS, ROUNDED=_kind(dtype), **sizes)
