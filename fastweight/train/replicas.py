@@ -35,7 +35,10 @@ class Alone:
         return True
 
     def lost_seconds(self) -> float | None:
-        """After a step that counts: seconds since the begin of the first that did not, None if there was none."""
+        """After a step that counts: seconds since the begin of the first that did not, None if there was none.
+
+        Waiting for other groups to start, before any step has counted, is not among them.
+        """
         return None
 
     def close(self) -> None:
@@ -50,6 +53,7 @@ class Replicas(Alone):
 
         self._quorum = Quorum(config, partial(_whole, trainer), partial(_take_over, trainer), trainer.tally.step)
         self._began = 0.0
+        self._met = False
         self._failed: float | None = None
 
     def begin(self) -> tuple[int, int]:
@@ -69,8 +73,9 @@ class Replicas(Alone):
 
     def agreed(self) -> bool:
         agreed = self._quorum.agreed()
-        if not agreed and self._failed is None:
+        if not agreed and self._met and self._failed is None:
             self._failed = self._began
+        self._met |= agreed
         return agreed
 
     def lost_seconds(self) -> float | None:

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from fastweight.distributed.mesh import ReplicaConfig
 from fastweight.distributed.replicas import Whole, decode, encode
 from fastweight.distributed.team import Team
 from fastweight.train import read_metrics, train
-from fastweight.train.replicas import check_replicas
+from fastweight.train.replicas import Replicas, check_replicas
 
 GROUP = Path(__file__).parent / "group.py"
 HOUSE = "http://localhost:1"
@@ -29,8 +30,9 @@ HOUSE = "http://localhost:1"
 def groups(store, tmp_path_factory):
     """The folders of two groups; the second is killed before step 5 and started again. No step counts without both."""
     coordination = pytest.importorskip("torchft.coordination")
+    # Heartbeats tell who is dead; a group that is late at a step on a busy machine is waited for, as it is not.
     house = coordination.LighthouseServer(
-        bind="[::]:0", min_replicas=1, join_timeout_ms=1000, quorum_tick_ms=50, heartbeat_timeout_ms=1000
+        bind="[::]:0", min_replicas=1, join_timeout_ms=60_000, quorum_tick_ms=50, heartbeat_timeout_ms=5000
     )
     folder = tmp_path_factory.mktemp("groups")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -67,10 +69,21 @@ def test_the_group_that_was_killed_ends_with_the_same_weights(groups, alone):
 
 
 def test_the_pause_is_recorded(groups):
-    # The first is the kill; on a busy machine an exchange may fail once more while the other group comes back.
-    records = list(read_metrics(groups / "stays", "restart"))
-    assert records[0]["step"] == 4
-    assert all(record["repeated_steps"] == 0 and record["recovery_seconds"] > 0 for record in records)
+    (record,) = read_metrics(groups / "stays", "restart")
+    assert (record["step"], record["repeated_steps"]) == (4, 0)
+    assert record["recovery_seconds"] > 0
+
+
+def test_waiting_for_the_first_other_group_is_no_pause(monkeypatch):
+    answers = iter((False, True, False, False, True, True))
+    quorum = SimpleNamespace(begin=lambda: (0, 1), agreed=lambda: next(answers))
+    monkeypatch.setattr("fastweight.distributed.replicas.Quorum", lambda *arguments: quorum)
+    groups = Replicas(ReplicaConfig(), SimpleNamespace(tally=SimpleNamespace(step=0)))
+    lost = []
+    for _ in range(6):
+        groups.begin()
+        lost.append(groups.lost_seconds() is not None if groups.agreed() else "again")
+    assert lost == ["again", False, "again", "again", True, False]
 
 
 def test_a_state_travels_bit_by_bit_without_pickle():
