@@ -26,12 +26,14 @@ def _kernels():
         kernels_linear_backward,
         kernels_mlp,
         kernels_mlp_backward,
+        kernels_mlp_held,
+        kernels_mlp_held_backward,
         kernels_shared,
         kernels_step,
     )
 
     interpreted(kernels_shared, kernels_linear, kernels_linear_backward, kernels_step, kernels_faults)
-    interpreted(kernels_mlp, kernels_mlp_backward)
+    interpreted(kernels_mlp, kernels_mlp_backward, kernels_mlp_held, kernels_mlp_held_backward)
 
 
 def wide(tree):

@@ -11,6 +11,9 @@ KEEP_EVERY = 8  # mini-batches between two kept states
 REPLAY_BYTES = 3 << 29  # most that the replayed states of one part of the backward pass may take
 MAX_DIM, MAX_CHUNK = 128, 64
 HIDDEN_BLOCK = 64  # hidden units of a memory in registers at once
+# How TTT-MLP's memory is kept between mini-batches: "held" in registers, where it fits, or "streamed" through the L2 cache.
+MLP_DESIGN = "held"
+HELD_DIM, HELD_WIDTH, HELD_CHUNK = 64, 256, 16  # the largest memory and mini-batch of the kernels that hold it
 
 # (num_warps, num_stages) of each kernel, by the width of its tiles over D.
 LAUNCH = {
@@ -24,6 +27,11 @@ LAUNCH = {
     "mlp_replay": {16: (2, 1), 32: (4, 1), 64: (4, 1), 128: (8, 1)},
     "mlp_reads": {16: (2, 1), 32: (4, 1), 64: (4, 1), 128: (8, 1)},
     "mlp_backward": {16: (2, 1), 32: (4, 1), 64: (4, 1), 128: (8, 1)},
+    "mlp_forward_held": {16: (2, 1), 32: (4, 1), 64: (8, 1)},
+    "mlp_replay_held": {16: (2, 1), 32: (4, 1), 64: (8, 1)},
+    "mlp_reads_held": {16: (2, 1), 32: (4, 1), 64: (8, 1)},
+    "mlp_backward_held": {16: (2, 1), 32: (4, 1), 64: (8, 1)},
+    "mlp_keys_held": {16: (2, 1), 32: (4, 1), 64: (4, 1)},
 }
 
 # The most registers of a thread, by the same width, where more programs on a processor are worth a little local memory:
@@ -90,6 +98,16 @@ class Layout(NamedTuple):
             "EVERY": KEEP_EVERY, "packed": int(self.packed),
             "PRECISION": "ieee" if self.dtype == torch.float32 else "tf32",
         }  # fmt: skip
+
+    def held(self, width: int) -> bool:
+        """Whether TTT-MLP's kernels hold a memory of `width` hidden units in registers."""
+        fits = block(self.dim) <= HELD_DIM and block(width) <= HELD_WIDTH and block(self.chunk) <= HELD_CHUNK
+        return MLP_DESIGN == "held" and fits and self.dtype.itemsize == 2
+
+    def held_constants(self, width: int) -> dict[str, Any]:
+        """What the kernels that hold the memory are compiled for."""
+        unused = ("BLOCK_C", "PRECISION")
+        return {k: v for k, v in self.constants(width).items() if k not in unused} | {"WHOLE": block(width)}
 
     def launch(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
         """Start `kernel` with the warps and stages that the table has for it."""
