@@ -11,9 +11,10 @@ KEEP_EVERY = 8  # mini-batches between two kept states
 REPLAY_BYTES = 3 << 29  # most that the replayed states of one part of the backward pass may take
 MAX_DIM, MAX_CHUNK = 128, 64
 HIDDEN_BLOCK = 64  # hidden units of a memory in registers at once
-# How TTT-MLP's memory is kept between mini-batches: "held" in registers, where it fits, or "streamed" through the L2 cache.
+# How TTT-MLP's memory is kept between mini-batches: "held" in registers, where it fits, or "streamed" through the L2.
 MLP_DESIGN = "held"
-HELD_DIM, HELD_WIDTH, HELD_CHUNK = 64, 256, 16  # the largest memory and mini-batch of the kernels that hold it
+HELD_DIM, HELD_WIDTH, HELD_CHUNK = 64, 256, 16  # the largest memory and mini-batch of the kernels that hold it,
+HELD_SHARED = 176 << 10  # and the bytes of shared memory that they need then
 
 # (num_warps, num_stages) of each kernel, by the width of its tiles over D.
 LAUNCH = {
@@ -30,13 +31,13 @@ LAUNCH = {
     "mlp_forward_held": {16: (2, 1), 32: (4, 1), 64: (8, 1)},
     "mlp_replay_held": {16: (2, 1), 32: (4, 1), 64: (8, 1)},
     "mlp_reads_held": {16: (2, 1), 32: (4, 1), 64: (8, 1)},
-    "mlp_backward_held": {16: (2, 1), 32: (4, 1), 64: (8, 1)},
+    "mlp_backward_held": {16: (2, 2), 32: (4, 2), 64: (8, 2)},
     "mlp_keys_held": {16: (2, 1), 32: (4, 1), 64: (4, 1)},
 }
 
 # The most registers of a thread, by the same width, where more programs on a processor are worth a little local memory:
-# 128 let four programs of four warps run side by side, 168 three.
-REGISTERS = {"linear_replay": {64: 168}, "linear_reads": {64: 128}}
+# 128 let four programs of four warps run side by side, or two of eight, 168 three of four.
+REGISTERS = {"linear_replay": {64: 168}, "linear_reads": {64: 128}, "mlp_reads_held": {64: 128}}
 
 
 def block(size: int) -> int:
@@ -57,6 +58,13 @@ def launch_options(kernel: str, dim: int, dtype: torch.dtype) -> dict[str, int]:
 def shared_bytes(dim: int, chunk: int, dtype: torch.dtype) -> int:
     """A bound of the shared memory of the largest kernel, fitted to what the compiler asked for on sm_90."""
     return dtype.itemsize * block(dim) * (300 + 32 * block(chunk) // 5)
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes that one block may have; where there is no GPU, those of an H100."""
+    if device.type != "cuda":
+        return 227 << 10
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 class Layout(NamedTuple):
@@ -99,10 +107,10 @@ class Layout(NamedTuple):
             "PRECISION": "ieee" if self.dtype == torch.float32 else "tf32",
         }  # fmt: skip
 
-    def held(self, width: int) -> bool:
-        """Whether TTT-MLP's kernels hold a memory of `width` hidden units in registers."""
+    def held(self, width: int, device: torch.device) -> bool:
+        """Whether TTT-MLP's kernels hold a memory of `width` hidden units in registers, on this device."""
         fits = block(self.dim) <= HELD_DIM and block(width) <= HELD_WIDTH and block(self.chunk) <= HELD_CHUNK
-        return MLP_DESIGN == "held" and fits and self.dtype.itemsize == 2
+        return MLP_DESIGN == "held" and fits and self.dtype.itemsize == 2 and shared_memory(device) >= HELD_SHARED
 
     def held_constants(self, width: int) -> dict[str, Any]:
         """What the kernels that hold the memory are compiled for."""

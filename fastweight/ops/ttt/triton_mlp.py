@@ -28,7 +28,7 @@ def mlp(
     grid, given = (layout.sequences * layout.heads,), (*inputs, ends, *results[:10], suspects, *results[10:])
     options = {"keep": int(keep), **constants}
     with torch.cuda.device_of(q):
-        if layout.held(w1.shape[-1]):
+        if layout.held(w1.shape[-1], q.device):
             whole = layout.held_constants(w1.shape[-1])["WHOLE"]
             layout.launch(mlp_forward_held, grid, *given, layout.length, eps, layout.heads, **options, WHOLE=whole)
         else:
@@ -65,7 +65,7 @@ def mlp_gradients(
         like(q), like(k), like(v), like(rate), zeros(layout.chunk), zeros(pairs), zeros(*pairs, layout.dim),
         zeros(*pairs, layout.dim), [x.clone() for x in memory], [torch.zeros_like(x) for x in (s1, t1, s2, t2)],
     )  # fmt: skip
-    one_part, held = (_one_part_held, True) if layout.held(width) else (_one_part, False)
+    one_part, held = (_one_part_held, True) if layout.held(width, q.device) else (_one_part, False)
     with torch.cuda.device_of(q):
         for part in parts(layout, position, cu_seqlens, _bytes_of_one(layout, width, q, held)):
             one_part(layout, width, part, dy, q, tokens, sums, kept, eps, into)
