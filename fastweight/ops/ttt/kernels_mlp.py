@@ -132,8 +132,8 @@ def mini_batch(
 ):  # fmt: skip
     """Read mini-batch c and learn from it: b2 after it, and `faults` with what is not finite in the sums left behind.
 
-    memory: pointers to W1, b1, W2, in place; sums, left: to S and to where an unfinished mini-batch leaves them; kept: to
-    the states kept, the first at `slot`.
+    memory: pointers to W1, b1, W2, in place; sums, left: to S and to where an unfinished mini-batch leaves them; kept:
+    to the states kept, the first at `slot`.
     """
     q, k, v, rate, y, flags = tokens
     start, length, phase, pid, h, H = span

@@ -2,10 +2,10 @@
 """TTT-MLP on a GPU with the memory in registers, forward and replay (names as in kernels_mlp.py).
 
 For inputs of two bytes and memories of up to 64 × 256 (layout.py: `held`). Tokens are rows, as there. W1 and W2ᵀ, both
-[D, C] in float32, are what the updates −τ_last kᵀ P1 and −τ_last P2ᵀ x accumulate on, so they never leave the registers;
-once per mini-batch a rounded copy of each goes to shared memory, from where all products read it. −τ_last k and
-−τ_last P2 are rounded for the products. What is special about a mini-batch (it began in an earlier call, or ends in a
-later one) is left to `mini_batch` of kernels_mlp.py, before and after the loop.
+[D, C] in float32, are what the updates −τ_last kᵀ P1 and −τ_last P2ᵀ x accumulate on, so they never leave the
+registers; once per mini-batch a rounded copy of each goes to shared memory, from where all products read it. −τ_last k
+and −τ_last P2 are rounded for the products. What is special about a mini-batch (it began in an earlier call, or ends in
+a later one) is left to `mini_batch` of kernels_mlp.py, before and after the loop.
 """
 
 import triton
@@ -144,7 +144,7 @@ def mlp_forward_held(
     copy_memory(w1, b1, w2, pid, w1_out, b1_out, w2_out, pid, D, BLOCK_D, C, BLOCK_C)
     bias2, faults = load_vector(b2, pid, D, BLOCK_D), 0
     begin = tl.where(phase > 0, tl.minimum(chunks, 1), 0)
-    for c in range(0, begin):
+    for c in range(begin):
         bias2, faults = mini_batch(
             c, bias2, faults, tokens, span, norm, memory, sums, left, kept, slot, keep,
             D, BLOCK_D, C, BLOCK_C, CHUNK, BLOCK_K, EVERY, PRECISION, False,
@@ -152,8 +152,6 @@ def mlp_forward_held(
     store_vector(b2_out, bias2, pid, D, BLOCK_D)
     tl.debug_barrier()
     first, bias1, second, bias2 = load_memory(w1_out, b1_out, w2_out, b2_out, pid, D, BLOCK_D, C, WHOLE)
-    rows, inside = rows_of(begin, start, length, phase, h, H, CHUNK, BLOCK_K)
-    keys = load_tile(k, rows, inside, D, BLOCK_D)
     for s in range(begin // EVERY, (whole + EVERY - 1) // EVERY):
         if (keep > 0) & (s * EVERY >= begin):
             index = (slot + s) * H + h
@@ -162,10 +160,9 @@ def mlp_forward_held(
             )  # fmt: skip
         for c in range(tl.maximum(s * EVERY, begin), tl.minimum((s + 1) * EVERY, whole)):
             rows, inside = rows_of(c, start, length, phase, h, H, CHUNK, BLOCK_K)
-            queries, values = load_tile(q, rows, inside, D, BLOCK_D), load_tile(v, rows, inside, D, BLOCK_D)
+            queries, keys = load_tile(q, rows, inside, D, BLOCK_D), load_tile(k, rows, inside, D, BLOCK_D)
+            values = load_tile(v, rows, inside, D, BLOCK_D)
             rates = tl.load(rate + rows, mask=inside, other=0.0).to(tl.float32)
-            next_rows, next_inside = rows_of(c + 1, start, length, phase, h, H, CHUNK, BLOCK_K)
-            next_keys = load_tile(k, next_rows, next_inside, D, BLOCK_D)  # nothing waits for it in this round
             one, two = first.to(q.dtype.element_ty), second.to(q.dtype.element_ty)
             x, slope, _curve = quick_gelu(tl.dot(keys, one) + bias1[None, :])
             x = x.to(keys.dtype)
@@ -189,7 +186,6 @@ def mlp_forward_held(
             second = tl.dot(tl.trans((wide2 * -last).to(keys.dtype)), x, second)
             bias1 -= last * tl.sum(wide1, 0)
             bias2 -= last * tl.sum(wide2, 0)
-            keys = next_keys
     store_memory(w1_out, b1_out, w2_out, b2_out, first, bias1, second, bias2, pid, D, BLOCK_D, C, WHOLE)
     tl.debug_barrier()
     bias2 = load_vector(b2_out, pid, D, BLOCK_D)
@@ -215,8 +211,8 @@ def mlp_replay_held(
 ):  # fmt: skip
     """Grid: (stretches, heads), as `mlp_replay`. Written for each mini-batch and head, [stretches · EVERY, H, …]:
 
-    in q's dtype the rounded W1 and W2ᵀ [·, D, C], x, P1, φ'(z1), E ⊙ φ''(z1) [·, CHUNK, C]; in float32 b1, b2, the sum of
-    P1 (not rounded) [·, C], unit and G [·, CHUNK, D], and the five statistics of `inner_step` [·, CHUNK, 8].
+    in q's dtype the rounded W1 and W2ᵀ [·, D, C], x, P1, φ'(z1), E ⊙ φ''(z1) [·, CHUNK, C]; in float32 b1, b2, the sum
+    of P1 (not rounded) [·, C], unit and G [·, CHUNK, D], and the five statistics of `inner_step` [·, CHUNK, 8].
     """
     stretch, h, i = tl.program_id(0), tl.program_id(1), tl.arange(0, BLOCK_K)
     n = tl.load(owner + stretch)

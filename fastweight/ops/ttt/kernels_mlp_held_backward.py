@@ -59,9 +59,9 @@ def mlp_reads_held(
     """Grid: (places, heads), a place being one mini-batch: stretches · EVERY of them (see `linear_replay`).
 
     OPENING: (sequences, heads) and only the first mini-batch of each sequence, else all but those.
-    Written per place and head: d_reads in q's dtype, d_writes2, d_keys in float32 [·, CHUNK, D]; in q's dtype a, dm, A0,
-    E0 [·, CHUNK, C]; in float32 the sums of dm [·, C] and d read [·, D], not rounded, dtau [·, CHUNK], dgamma, dbeta
-    [·, D]; dq for the tokens; OPENING: ds1 …, too.
+    Written per place and head: d_reads in q's dtype, d_writes2, d_keys in float32 [·, CHUNK, D]; in q's dtype a, dm,
+    A0, E0 [·, CHUNK, C]; in float32 the sums of dm [·, C] and d read [·, D], not rounded, dtau [·, CHUNK], dgamma,
+    dbeta [·, D]; dq for the tokens; OPENING: ds1 …, too.
     """
     at, h, i = tl.program_id(0), tl.program_id(1), tl.arange(0, BLOCK_K)
     if OPENING:
@@ -206,8 +206,8 @@ def mlp_backward_held(
     """Grid: sequences · heads. Mini-batches stop − 1 … first of each sequence, backwards.
 
     In place: dw1, db1, dw2, db2 (the gradient of the memory after these mini-batches, then before them), dlast [N, H]
-    (of τ_last), dgamma, dbeta [N, H, D] (added to), ds1 … with the first mini-batch. Written: dv, drate, dz1 in q's dtype,
-    and in `pulled` what of dk is known here [·, CHUNK, D].
+    (of τ_last), dgamma, dbeta [N, H, D] (added to), ds1 … with the first mini-batch. Written: dv, drate, dz1 in q's
+    dtype, and in `pulled` what of dk is known here [·, CHUNK, D].
     """
     pid = tl.program_id(0)
     n, h, i = pid // H, pid % H, tl.arange(0, BLOCK_K)
@@ -290,12 +290,12 @@ def mlp_backward_held(
             d_error = load_tile(errors, own, here, C, WHOLE).to(tl.float32) + scale * forced.to(tl.float32)
             queries, d_read = load_tile(q, rows, inside, D, BLOCK_D), load_tile(d_reads, own, here, D, BLOCK_D)
             d_middle = load_tile(d_middles, own, here, C, WHOLE)
-            # Triton gives products that accumulate on one another a layout in which half of the warps repeat the work of
-            # the others, but only looks for them within a block: the conditions, which always hold, part them.
+            # Triton gives products that accumulate on one another a layout in which half of the warps repeat the work
+            # of the others, but only looks for them within a block: the conditions, which always hold, part them.
             if num_tokens > 0:
                 one = tl.dot(tl.trans(queries), d_middle, one)
                 two = tl.dot(tl.trans(d_read), load_tile(actives, own, here, C, WHOLE), two)
-            if H > 0:
+            if stop > 0:
                 two = tl.dot(tl.trans(dz2), load_tile(xs, own, here, C, WHOLE), two)
             one = tl.dot(tl.trans(keys), dz1, one)
             two = tl.dot(tl.trans(write2), d_error.to(keys.dtype), two)

@@ -11,8 +11,8 @@ KEEP_EVERY = 8  # mini-batches between two kept states
 REPLAY_BYTES = 3 << 29  # most that the replayed states of one part of the backward pass may take
 MAX_DIM, MAX_CHUNK = 128, 64
 HIDDEN_BLOCK = 64  # hidden units of a memory in registers at once
-# How TTT-MLP's memory is kept between mini-batches: "held" in registers, where it fits, or "streamed" through the L2.
-MLP_DESIGN = "held"
+# Where TTT-MLP's memory is between mini-batches, by pass: "held" in registers where it fits, or "streamed" through L2.
+MLP_DESIGN = {"forward": "streamed", "backward": "held"}
 HELD_DIM, HELD_WIDTH, HELD_CHUNK = 64, 256, 16  # the largest memory and mini-batch of the kernels that hold it,
 HELD_SHARED = 176 << 10  # and the bytes of shared memory that they need then
 
@@ -28,7 +28,7 @@ LAUNCH = {
     "mlp_replay": {16: (2, 1), 32: (4, 1), 64: (4, 1), 128: (8, 1)},
     "mlp_reads": {16: (2, 1), 32: (4, 1), 64: (4, 1), 128: (8, 1)},
     "mlp_backward": {16: (2, 1), 32: (4, 1), 64: (4, 1), 128: (8, 1)},
-    "mlp_forward_held": {16: (2, 1), 32: (4, 1), 64: (8, 1)},
+    "mlp_forward_held": {16: (2, 2), 32: (4, 2), 64: (8, 2)},
     "mlp_replay_held": {16: (2, 1), 32: (4, 1), 64: (8, 1)},
     "mlp_reads_held": {16: (2, 1), 32: (4, 1), 64: (8, 1)},
     "mlp_backward_held": {16: (2, 2), 32: (4, 2), 64: (8, 2)},
@@ -107,10 +107,13 @@ class Layout(NamedTuple):
             "PRECISION": "ieee" if self.dtype == torch.float32 else "tf32",
         }  # fmt: skip
 
-    def held(self, width: int, device: torch.device) -> bool:
-        """Whether TTT-MLP's kernels hold a memory of `width` hidden units in registers, on this device."""
-        fits = block(self.dim) <= HELD_DIM and block(width) <= HELD_WIDTH and block(self.chunk) <= HELD_CHUNK
-        return MLP_DESIGN == "held" and fits and self.dtype.itemsize == 2 and shared_memory(device) >= HELD_SHARED
+    def held(self, stage: str, width: int, device: torch.device) -> bool:
+        """Whether TTT-MLP's kernels of this pass hold a memory of `width` hidden units in registers, on this device."""
+        wide, units = block(self.dim), block(width)
+        fits = wide <= HELD_DIM and units <= min(HELD_WIDTH, 4 * wide) and block(self.chunk) <= HELD_CHUNK
+        return (
+            MLP_DESIGN[stage] == "held" and fits and self.dtype.itemsize == 2 and shared_memory(device) >= HELD_SHARED
+        )
 
     def held_constants(self, width: int) -> dict[str, Any]:
         """What the kernels that hold the memory are compiled for."""

@@ -8,7 +8,7 @@ from torch import Tensor
 from fastweight.ops import dispatch
 from fastweight.ops.kernels import why_no_kernels
 from fastweight.ops.ttt import TTTWeights
-from fastweight.ops.ttt.layout import MAX_CHUNK, MAX_DIM, shared_bytes
+from fastweight.ops.ttt.layout import MAX_CHUNK, MAX_DIM, shared_bytes, shared_memory
 
 WAY_OUT = 'Use backend="chunked"'
 
@@ -26,7 +26,7 @@ def refuses(x: Tensor, *args: Any, **options: Any) -> str | None:
         return (
             f"takes mini-batches of up to {MAX_CHUNK} tokens, got {tau.shape[0]}. {WAY_OUT}, or a smaller chunk_size."
         )
-    needed, there = shared_bytes(q.shape[-1], tau.shape[0], q.dtype), _shared_memory(q)
+    needed, there = shared_bytes(q.shape[-1], tau.shape[0], q.dtype), shared_memory(q.device)
     if needed > there:
         sizes = f"mini-batches of {tau.shape[0]} tokens with {q.shape[-1]} channels in {q.dtype}"
         return f"needs {needed >> 10} KiB of shared memory for {sizes}, there are {there >> 10}. {WAY_OUT}."
@@ -39,11 +39,6 @@ def refuses(x: Tensor, *args: Any, **options: Any) -> str | None:
     if len(devices := {str(t.device) for t in tensors}) > 1:
         return f"needs all tensors on one device, got {', '.join(sorted(devices))}. Move them to the device of q."
     return None
-
-
-def _shared_memory(x: Tensor) -> int:
-    """Bytes that one block may have; where there is no GPU, those of an H100."""
-    return torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin if x.is_cuda else 227 << 10
 
 
 @dispatch.register_backend("ttt_mlp", "triton", refuses, traceable=lambda *args, **options: True)

@@ -28,7 +28,7 @@ def mlp(
     grid, given = (layout.sequences * layout.heads,), (*inputs, ends, *results[:10], suspects, *results[10:])
     options = {"keep": int(keep), **constants}
     with torch.cuda.device_of(q):
-        if layout.held(w1.shape[-1], q.device):
+        if layout.held("forward", w1.shape[-1], q.device):
             whole = layout.held_constants(w1.shape[-1])["WHOLE"]
             layout.launch(mlp_forward_held, grid, *given, layout.length, eps, layout.heads, **options, WHOLE=whole)
         else:
@@ -65,7 +65,7 @@ def mlp_gradients(
         like(q), like(k), like(v), like(rate), zeros(layout.chunk), zeros(pairs), zeros(*pairs, layout.dim),
         zeros(*pairs, layout.dim), [x.clone() for x in memory], [torch.zeros_like(x) for x in (s1, t1, s2, t2)],
     )  # fmt: skip
-    one_part, held = (_one_part_held, True) if layout.held(width, q.device) else (_one_part, False)
+    one_part, held = (_one_part_held, True) if layout.held("backward", width, q.device) else (_one_part, False)
     with torch.cuda.device_of(q):
         for part in parts(layout, position, cu_seqlens, _bytes_of_one(layout, width, q, held)):
             one_part(layout, width, part, dy, q, tokens, sums, kept, eps, into)
@@ -129,6 +129,11 @@ def _one_part(
         into.rate, into.last, into.gamma, into.beta, *into.memory, *into.sums,
         layout.length, part.first, part.stop, eps, h, **constants,
     )  # fmt: skip
+    _add_up(into, shared)
+
+
+def _add_up(into: _Gradients, shared: list[Tensor]) -> None:
+    """shared: what each place has of the gradients of tau, ln_weight and ln_bias."""
     into.tau.add_(shared[0].sum((0, 1)))
     # Of the sequences it does not matter which one these belong to: they are summed in the end.
     into.gamma[0] += shared[1].sum(0)
@@ -178,10 +183,7 @@ def _one_part_held(
     layout.launch(
         mlp_keys_held, places, position, ends, *where, firsts, d_keys, pulled, d_z1, into.k, *sizes, h, **constants
     )  # fmt: skip
-    into.tau.add_(shared[0].sum((0, 1)))
-    # Of the sequences it does not matter which one these belong to: they are summed in the end.
-    into.gamma[0] += shared[1].sum(0)
-    into.beta[0] += shared[2].sum(0)
+    _add_up(into, shared)
 
 
 @mlp_gradients.register_fake
