@@ -34,6 +34,12 @@ def test_the_kernels_fit_on_a_hopper_gpu():
         assert kernel["spills"] <= most, f"{name}, {dim}: {kernel['spills']} bytes of local memory per thread"
 
 
+def test_the_reads_of_first_mini_batches_fit_on_a_hopper_gpu():
+    (found,) = compile_for(90, [job("mlp_reads_held", 64, OPENING=True)])
+    assert found["shared"] <= HELD_SHARED
+    assert found["spills"] <= 1840
+
+
 def test_a_kernel_compiles_for_an_ampere_gpu():
     (found,) = compile_for(80, [job("linear_forward", 64)])
     assert not found["wgmma"]

@@ -65,12 +65,13 @@ def mlp_reads_held(
     """
     at, h, i = tl.program_id(0), tl.program_id(1), tl.arange(0, BLOCK_K)
     if OPENING:
-        at = tl.load(base + at) * EVERY
-    n, c, start, length, phase, there = _place(
-        at, owner, base, first, num_sequences, position, cu_seqlens, num_tokens, CHUNK, EVERY, packed
-    )  # fmt: skip
-    if OPENING:
-        there = there & (n == tl.program_id(0))
+        n = at
+        start, length, phase = span_of(cu_seqlens, position, n, num_tokens, CHUNK, packed)
+        c, at, there = first, tl.load(base + n) * EVERY, phase + length > 0
+    else:
+        n, c, start, length, phase, there = _place(
+            at, owner, base, first, num_sequences, position, cu_seqlens, num_tokens, CHUNK, EVERY, packed
+        )  # fmt: skip
     if (there == 0) | ((c == 0) != OPENING):
         return
     place, pid, here = at.to(tl.int64) * H + h, n * H + h, i < CHUNK
