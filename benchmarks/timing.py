@@ -82,7 +82,8 @@ def ceilings(device: str) -> Ceilings:
 
 def machine(device: str) -> dict[str, Any]:
     """Where the numbers come from."""
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    here, ask = Path(__file__).parent, ["git", "rev-parse", "--short", "HEAD"]
+    done = subprocess.run(ask, capture_output=True, text=True, check=False, cwd=here)
     name = torch.cuda.get_device_name() if device.startswith("cuda") else (platform.processor() or platform.machine())
     return {
         "commit": done.stdout.strip() or "unknown",
