@@ -162,7 +162,7 @@ def kernels() -> list[Job]:
     return [
         Job("tests", (f'{check} {tests} -k "cuda or gpu or device or recorded or replayed"',), limit=300),
         Job("laws", (f'{laws} -k "triton or fla or varlen or flex or kernels_are"',), limit=500),
-        Job("ops", (f"{PYTHON} benchmarks.ops --seconds 1 --json $JSON",), limit=500),
+        Job("ops", (f"{PYTHON} benchmarks.ops --seconds 1 --profile --json $JSON",), limit=500),
         Job("model", (model,), limit=500),
         Job("doctor", (f"{PYTHON} fastweight doctor --measure",), limit=300),
         Job("laws-chunked", (f"{laws} -k chunked",), limit=500),
