@@ -158,12 +158,13 @@ def kernels() -> list[Job]:
     tests = "tests/ops tests/test_stepping.py tests/train/test_cuda.py tests/test_report.py"
     check = f"{PYTHON} pytest -n 8 -p no:benchmark -q --tb=short"
     laws = f"{check} tests/laws/test_laws.py --device cuda --timeout 250"
-    model = f"{PYTHON} benchmarks.model --activation-checkpointing --seconds 5 --json $JSON"
+    model = f"{PYTHON} benchmarks.model --seconds 5 --json $JSON"
     return [
         Job("tests", (f'{check} {tests} -k "cuda or gpu or device or recorded or replayed"',), limit=300),
         Job("laws", (f'{laws} -k "triton or fla or varlen or flex or kernels_are"',), limit=500),
         Job("ops", (f"{PYTHON} benchmarks.ops --seconds 1 --profile --json $JSON",), limit=500),
-        Job("model", (model,), limit=500),
+        Job("model", (f"{model} --feed-forward-checkpointing",), limit=500),
+        Job("model-checkpointing", (f"{model} --activation-checkpointing --presets lact-760m-muon",), limit=200),
         Job("doctor", (f"{PYTHON} fastweight doctor --measure",), limit=300),
         Job("laws-chunked", (f"{laws} -k chunked",), limit=500),
         Job("sanitizer", (f"compute-sanitizer --error-exitcode 9 {PYTHON} fastweight doctor --measure",), limit=500),

@@ -59,6 +59,7 @@ class Options:
     device: str = "cpu"
     precision: str = "float32"
     activation_checkpointing: bool = False
+    feed_forward_checkpointing: bool = False
     compile: bool = False
     checkpoint: bool = False
     steps: int = 5
@@ -79,6 +80,7 @@ def settings(options: Options, processes: int) -> TrainConfig:
         ),
         precision=options.precision,  # type: ignore[arg-type]  # checked by the config
         activation_checkpointing=options.activation_checkpointing,
+        feed_forward_checkpointing=options.feed_forward_checkpointing,
         compile=options.compile,
         steps=10**9,
         device=options.device,
