@@ -149,7 +149,7 @@ def conversion(options: Options) -> list[Job]:
     convert = f"{PYTHON} fastweight convert {model} --data $WORK/store-model --out $WORK/converted"
     look = "from pathlib import Path; from fastweight.convert_demo import check_reload; check_reload(Path('converted'))"
     return [
-        Job("convert", (f"{convert} --mag.window 1024 {stages}",), limit=1500, needs=("store-model",)),
+        Job("convert", (f"{convert} --mag.window 1024 --mag.no-gated {stages}",), limit=1500, needs=("store-model",)),
         Job("convert-reload", (f'python -c "{look}"',), gpus=0, needs=("convert",)),
     ]
 
