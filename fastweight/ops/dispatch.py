@@ -43,7 +43,7 @@ def register_backend(
     refuses: Callable[..., str | None] = lambda *args, **kwargs: None,
     *,
     traceable: Callable[..., bool] = lambda *args, **kwargs: False,
-    yields: Callable[..., str | None] = lambda *args, **kwargs: None,
+    yields: Callable[..., str | None] = Implementation._field_defaults["yields"],
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator: the function becomes backend `name` of `op`."""
 
@@ -77,6 +77,11 @@ def explain(op: str, x: Tensor, *args: Any, **kwargs: Any) -> list[tuple[str, st
 def runnable(op: str, x: Tensor) -> list[str]:
     """The backends that run inputs like `x` when they are named, fastest first; kernels only where they belong."""
     return [name for name in backends(op) if (x.is_cuda or name not in KERNELS) and not _OPS[op][name].refuses(x)]
+
+
+def may_yield(op: str, backend: str) -> bool:
+    """Whether `auto`, once it has come to this backend, still decides call by call."""
+    return _OPS[op][backend].yields is not Implementation._field_defaults["yields"]
 
 
 def choose(op: str, backend: str, x: Tensor, *args: Any, **kwargs: Any) -> str:

@@ -23,7 +23,8 @@ from fastweight.ops.sequences import advance, sequence_lengths
 
 SMALLEST_HEAD, LARGEST_HEAD = 16, 256  # what the kernels' products take; smaller heads are filled up with zeros
 # Tiles of the kernels by (compute capability, head_dim) for 16-bit inputs; where there are none, torch has its own.
-# Forward: BLOCK_M queries × BLOCK_N keys. Backward: keys' gradients N1 × M1, queries' gradients M2 × N2. All divide BLOCK.
+# Forward: M queries × N keys. Backward: gradients of N1 keys × M1 queries, of M2 queries × N2 keys. All divide BLOCK.
+# To be tried on a GPU by `python -m benchmarks.tune_flex`.
 TILES: dict[tuple[tuple[int, int], int], dict[str, int]] = {
     ((9, 0), 64): {
         "fwd_BLOCK_M": 128, "fwd_BLOCK_N": 128, "fwd_num_stages": 3, "fwd_num_warps": 4,
@@ -39,7 +40,9 @@ LAYOUTS = 64  # whose lists are kept: those of a batch serve all its layers
 def refuses(q: Tensor, *args: object, **settings: object) -> str | None:
     """Why these kernels cannot do it; q alone or all that `attention` passes on."""
     if not q.is_cuda:
-        return f'needs CUDA tensors, got {q.device.type}. Use backend="chunked", or move the model with model.to("cuda").'
+        return (
+            f'needs CUDA tensors, got {q.device.type}. Use backend="chunked", or move the model with model.to("cuda").'
+        )
     if q.shape[-1] > LARGEST_HEAD:
         return f'needs a head_dim of at most {LARGEST_HEAD}, got {q.shape[-1]}. Use backend="chunked".'
     return why_no_kernels(q)
@@ -96,12 +99,13 @@ def _read(
         keys, values = (torch.cat((_widen(old), new)) for old, new in zip(kept, (keys, values), strict=True))
         seen = kept_intervals(sight.starts, sight.ends, state.position, layout)
         seen_from, seen_until = (
-            _grows(torch.cat((_rows(old, layout).to(torch.int32), new)))
+            _grows(torch.cat((_rows(old, layout).to(torch.int32), new)), 0)
             for old, new in zip(seen, (seen_from, seen_until), strict=True)
         )
-    blocks = [_grows(x.unflatten(0, (-1, BLOCK))) for x in (queries, keys, values)]
-    y = kernel()(*blocks, seen_from, seen_until, sight[:4], scale, softcap, _options(q))
-    return y.unflatten(0, (q.shape[0], layout.stride))[:, : q.shape[1], :, :dim]
+    blocks = [_grows(x.unflatten(0, (-1, BLOCK)), 0) for x in (queries, keys, values)]
+    lists = (sight.keys, sight.full_keys, sight.queries, sight.full_queries)
+    y = kernel()(*blocks, seen_from, seen_until, lists, scale, softcap, _options(q))
+    return y.flatten(0, 1).unflatten(0, (q.shape[0], layout.stride))[:, : q.shape[1], :, :dim]
 
 
 def _kept(sinks: Tensor | None, cache: Tensor, layout: Layout) -> Tensor:
@@ -121,7 +125,7 @@ def _widen(x: Tensor) -> Tensor:
 
 def _options(q: Tensor) -> dict[str, Any]:
     """Settings of the kernels for inputs like q: tiles, and products in full precision where inputs have it."""
-    if not q.is_cuda or q.dtype == torch.float32:
+    if q.dtype not in (torch.float16, torch.bfloat16):
         return {"BACKEND": "TRITON", "FLOAT32_PRECISION": "'ieee'"}
     return {"BACKEND": "TRITON"} | TILES.get((torch.cuda.get_device_capability(q.device), q.shape[-1]), {})
 
@@ -131,18 +135,19 @@ def _sight(layout: Layout, device: torch.device) -> Sight:
     """The layout's lists on the device, fit for every later call, one with gradients too."""
     with torch.inference_mode(False):
         found = look(layout)
-        lists = [Lists(*(_grows(x.to(device), 2, 3) for x in pair)) for pair in found[:4]]
-        intervals = [_grows(x.to(device)) for x in (found.seen_from, found.seen_until)]
-        return Sight(*lists, *intervals, found.starts.to(device), found.ends.to(device))
+        lists = {
+            name: Lists(_grows(pair.lengths.to(device), 2), _grows(pair.blocks.to(device), 2, 3))
+            for name, pair in zip(Sight._fields, found[:4])
+        }
+        rest = {name: _grows(x.to(device), 0) for name, x in zip(Sight._fields[4:], found[4:])}
+        return found._replace(**lists, **rest)
 
 
 def _grows(x: Tensor, *dims: int) -> Tensor:
-    """Tell the compiler which dimensions (the first one, if none is named) may be of another size next time."""
+    """x; the compiler is told which of its dimensions may be of another size next time."""
     import torch._dynamo  # seconds; only for those who compile
 
-    for dim in dims or (0,):
-        if dim < x.dim():
-            torch._dynamo.maybe_mark_dynamic(x, dim)
+    torch._dynamo.maybe_mark_dynamic(x, dims)
     return x
 
 
@@ -164,11 +169,12 @@ def kernel() -> Callable[..., Tensor]:
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, seen_from: Tensor, seen_until: Tensor, lists: tuple[Lists, Lists, Lists, Lists],
-    scale: float, softcap: float | None, options: dict[str, Any],
+    scale: float, softcap: float | None, options: Any,
 ) -> Tensor:  # fmt: skip
-    """q [query blocks, BLOCK, Hq, D], k and v [key blocks, BLOCK, Hkv, D]: y [queries, Hq, D].
+    """q [query blocks, BLOCK, Hq, D], k and v [key blocks, BLOCK, Hkv, D]: y [1, queries, Hq, D].
 
     seen_from, seen_until: [keys], the queries that see each key. lists: keys, full keys, queries, full queries.
+    options: of the kernels.
     """
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
@@ -180,12 +186,11 @@ def attend(
         return softcap * torch.tanh(score / softcap)
 
     # The lengths are multiples of BLOCK by their make, not by a number: the kernels need no bounds for any of them.
-    heads = [x.flatten(0, 1)[None].transpose(1, 2) for x in (q, k, v)]
-    lengths = (heads[0].shape[2], heads[1].shape[2])
+    query, key, value = (x.flatten(0, 1)[None].transpose(1, 2) for x in (q, k, v))
     tables = [table for pair in lists for table in pair]
-    mask = BlockMask(lengths, *tables, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=visible)
+    mask = BlockMask((query.shape[2], key.shape[2]), *tables, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=visible)
     y = flex_attention(
-        *heads, None if softcap is None else cap, mask, scale, enable_gqa=True, kernel_options=dict(options)
+        query, key, value, None if softcap is None else cap, mask, scale, enable_gqa=True, kernel_options=options
     )  # fmt: skip
     assert isinstance(y, Tensor)
-    return y.transpose(1, 2)[0]
+    return y.transpose(1, 2)

@@ -2,7 +2,7 @@
 
 All queries stand in one run. Before the run of their keys stands, end to end, what sequences kept from earlier calls:
 sinks, then cached keys. Each key is seen by one interval of queries, whatever the window, the documents and the caches
-are; so a block of keys is read by a run of blocks of queries, and those runs are all that is ever listed: O(T · W / BLOCK²).
+are; so a block of keys is read by a run of blocks of queries, and those runs are all that is listed: O(T · W / BLOCK²).
 """
 
 from typing import NamedTuple
@@ -52,7 +52,7 @@ class Layout(NamedTuple):
 class Lists(NamedTuple):
     """For each block (rows) how many blocks of the other side it meets [1, 1, rows], and which [1, 1, rows, most]."""
 
-    count: Tensor
+    lengths: Tensor
     blocks: Tensor
 
 
@@ -102,10 +102,13 @@ def look(layout: Layout) -> Sight:
     rows = len(starts) if layout.apart else 1
     kept_from, kept_until = (fill_up(x.reshape(rows, -1), layout.kept_stride) for x in kept)
     num_kept = len(kept_from) // BLOCK
-    pairs = _pairs(torch.cat((kept_from, seen_from)), torch.cat((kept_until, seen_until)), num_kept)
+    partly, fully = _pairs(torch.cat((kept_from, seen_from)), torch.cat((kept_until, seen_until)), num_kept)
     num_queries, num_keys = len(seen_from) // BLOCK, num_kept + len(seen_from) // BLOCK
-    lists = [_list(i, j, num_queries) for j, i in pairs] + [_list(j, i, num_keys) for j, i in pairs]
-    return Sight(*lists, seen_from.int(), seen_until.int(), starts, ends)
+    return Sight(
+        keys=_list(partly[1], partly[0], num_queries), full_keys=_list(fully[1], fully[0], num_queries),
+        queries=_list(*partly, num_keys), full_queries=_list(*fully, num_keys),
+        seen_from=seen_from.int(), seen_until=seen_until.int(), starts=starts, ends=ends,
+    )  # fmt: skip
 
 
 def _new_intervals(starts: Tensor, ends: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
