@@ -65,7 +65,7 @@ class MeshConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ReplicaConfig:
-    """Replica groups through torchft; each is one process with a run folder of its own."""
+    """Replica groups through torchft; each has a run folder of its own, and one process or those of `mesh`."""
 
     most: int = 0
     """Groups that there may be at once; batch_size must be a multiple of each number up to it. 0: no groups."""
@@ -75,6 +75,8 @@ class ReplicaConfig:
     """Address of torchft_lighthouse, e.g. http://host:29510."""
     timeout_seconds: int = 60
     """An exchange between groups that takes longer has failed; its step is made again."""
+    wait_seconds: int = 600
+    """A group to which the lighthouse does not answer for so long ends. It answers when enough groups have come."""
 
     def __post_init__(self) -> None:
         check_types(self, "replicas")
@@ -88,7 +90,8 @@ class ReplicaConfig:
             f"replicas: lighthouse {self.lighthouse!r}: give the address of a running torchft_lighthouse, "
             "e.g. http://host:29510.",
         )
-        require(self.timeout_seconds >= 1, f"replicas: timeout_seconds must be positive, got {self.timeout_seconds}.")
+        for name in ("timeout_seconds", "wait_seconds"):
+            require(getattr(self, name) >= 1, f"replicas: {name} must be positive, got {getattr(self, name)}.")
 
 
 def share_of_batch(batch_size: int, processes: int) -> int:

@@ -97,11 +97,12 @@ class Trainer:
                 self._started = time.monotonic()
             self.save()
         self.report.start(tally.step)
-        self.groups = Replicas(config.replicas, self) if config.replicas.most else Alone()
+        self.groups = Replicas(self) if config.replicas.most else Alone()
         try:
             while not (ended := self._ended(stop)):
                 rank, size = self.groups.begin()
-                self.step(reader.read(tally.step, rank * team.readers + team.reader, size * team.readers))
+                if size:
+                    self.step(reader.read(tally.step, rank * team.readers + team.reader, size * team.readers))
         finally:
             self.groups.close()
             self.report.stop()

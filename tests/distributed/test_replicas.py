@@ -1,5 +1,6 @@
 """Replica groups that come and go: one is killed, comes back, takes over the weights; nothing is lost."""
 
+import json
 import os
 import signal
 import subprocess
@@ -26,31 +27,66 @@ GROUP = Path(__file__).parent / "group.py"
 HOUSE = "http://localhost:1"
 
 
+def lighthouse():
+    coordination = pytest.importorskip("torchft.coordination")
+    # Heartbeats tell who is dead; a group that is late at a step on a busy machine is waited for, as it is not.
+    return coordination.LighthouseServer(
+        bind="[::]:0", min_replicas=1, join_timeout_ms=60_000, quorum_tick_ms=50, heartbeat_timeout_ms=5000
+    )
+
+
+def start_group(store: Path, err: Path, jobs: list[dict], torchrun: tuple[str, ...] = ()) -> subprocess.Popen[bytes]:
+    """A replica group that makes `jobs`, see group.py."""
+    command = [sys.executable, *torchrun, str(GROUP), str(store), json.dumps(jobs)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    with err.open("ab") as stream:
+        return subprocess.Popen(command, stderr=stream, env=environment)
+
+
+def finish(groups: dict[Path, subprocess.Popen[bytes]]) -> None:
+    for err, process in groups.items():
+        assert process.wait(SECONDS) == 0, err.read_text()[-4000:]
+
+
 @pytest.fixture(scope="session")
 def groups(store, tmp_path_factory):
     """The folders of two groups; the second is killed before step 5 and started again. No step counts without both."""
-    coordination = pytest.importorskip("torchft.coordination")
-    # Heartbeats tell who is dead; a group that is late at a step on a busy machine is waited for, as it is not.
-    house = coordination.LighthouseServer(
-        bind="[::]:0", min_replicas=1, join_timeout_ms=60_000, quorum_tick_ms=50, heartbeat_timeout_ms=5000
-    )
-    folder = tmp_path_factory.mktemp("groups")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    house, folder = lighthouse(), tmp_path_factory.mktemp("groups")
+    errs = {name: folder / f"{name}.err" for name in ("stays", "dies")}
 
-    def start(name: str, dies_at: int) -> subprocess.Popen[bytes]:
-        command = [sys.executable, str(GROUP), str(store), str(folder / name), house.address(), str(dies_at)]
-        with (folder / f"{name}.err").open("ab") as err:
-            return subprocess.Popen(command, stderr=err, env=environment)
+    def start(name: str, **more) -> subprocess.Popen[bytes]:
+        job = {"run": "delta", "out": str(folder / name), "lighthouse": house.address(), **more}
+        return start_group(store, errs[name], [job])
 
-    started = [start("stays", -1), start("dies", 4)]
+    started = [start("stays"), start("dies", dies="0@4")]
     try:
         assert started[1].wait(SECONDS) == -signal.SIGKILL
-        started.append(start("dies", -1))
-        for process, name in ((started[0], "stays"), (started[2], "dies")):
-            assert process.wait(SECONDS) == 0, (folder / f"{name}.err").read_text()[-4000:]
+        started.append(start("dies"))
+        finish({errs["stays"]: started[0], errs["dies"]: started[2]})
     finally:
         for process in started:
             process.kill()
+            process.wait()
+        house.shutdown()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def groups_of_two(store, tmp_path_factory):
+    """The folders of two groups of two processes each, which share the weights; those of the second are killed before
+    step 5, and torchrun starts them again."""
+    house, folder = lighthouse(), tmp_path_factory.mktemp("groups-of-two")
+    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1", "--monitor-interval", "0.1")
+    started = {}
+    try:
+        for name, dies in (("stays", ""), ("dies", "0@4")):
+            job = {"run": "muon", "out": str(folder / name), "lighthouse": house.address(), "dies": dies}
+            free_port = ("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0")
+            started[folder / f"{name}.err"] = start_group(store, folder / f"{name}.err", [job], torchrun + free_port)
+        finish(started)
+    finally:
+        for process in started.values():
+            process.terminate()
             process.wait()
         house.shutdown()
     return folder
@@ -68,6 +104,22 @@ def test_the_group_that_was_killed_ends_with_the_same_weights(groups, alone):
     assert [record["step"] for record in read_metrics(groups / "dies", "train")][-16:] == list(range(5, 21))
 
 
+def test_groups_of_two_processes_make_the_run_of_one_process(groups_of_two, alone):
+    assert_same_run(groups_of_two / "stays", alone("muon"))
+
+
+def test_a_group_whose_processes_were_killed_takes_over_the_parts_of_another(groups_of_two, alone):
+    for folder in ("model", "raw"):
+        mine, theirs, wanted = (
+            fastweight.load(out / folder).state_dict()
+            for out in (groups_of_two / "dies", groups_of_two / "stays", alone("muon"))
+        )
+        for name, tensor in wanted.items():
+            assert_close(mine[name], tensor, TOLERANCE, name)
+            assert torch.equal(mine[name], theirs[name]), name
+    assert "took over the weights of another group after step 4" in (groups_of_two / "dies.err").read_text()
+
+
 def test_the_pause_is_recorded(groups):
     (record,) = read_metrics(groups / "stays", "restart")
     assert (record["step"], record["repeated_steps"]) == (4, 0)
@@ -78,7 +130,9 @@ def test_waiting_for_the_first_other_group_is_no_pause(monkeypatch):
     answers = iter((False, True, False, False, True, True))
     quorum = SimpleNamespace(begin=lambda: (0, 1), agreed=lambda: next(answers))
     monkeypatch.setattr("fastweight.distributed.replicas.Quorum", lambda *arguments: quorum)
-    groups = Replicas(ReplicaConfig(), SimpleNamespace(tally=SimpleNamespace(step=0)))
+    monkeypatch.setattr("fastweight.train.replicas._word", lambda trainer: 7)
+    here = SimpleNamespace(tally=SimpleNamespace(step=0), team=Team(), config=SimpleNamespace(replicas=ReplicaConfig()))
+    groups = Replicas(here)
     lost = []
     for _ in range(6):
         groups.begin()
