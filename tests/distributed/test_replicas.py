@@ -1,7 +1,5 @@
 """Replica groups that come and go: one is killed, comes back, takes over the weights; nothing is lost."""
 
-import json
-import os
 import signal
 import subprocess
 import sys
@@ -11,41 +9,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 from distributed import runs
-from distributed.conftest import ROOT, SECONDS
+from distributed.conftest import SECONDS
+from distributed.groups import finish, lighthouse, start_group
 from distributed.test_equality import TOLERANCE, assert_same_run
 from tolerances import assert_close
 from training_cases import tiny_config, tiny_model
 
 import fastweight
-from fastweight.distributed.mesh import ReplicaConfig
+from fastweight.distributed.mesh import MeshConfig, ReplicaConfig
 from fastweight.distributed.replicas import Whole, decode, encode
 from fastweight.distributed.team import Team
 from fastweight.train import read_metrics, train
 from fastweight.train.replicas import Replicas, check_replicas
 
-GROUP = Path(__file__).parent / "group.py"
 HOUSE = "http://localhost:1"
-
-
-def lighthouse():
-    coordination = pytest.importorskip("torchft.coordination")
-    # Heartbeats tell who is dead; a group that is late at a step on a busy machine is waited for, as it is not.
-    return coordination.LighthouseServer(
-        bind="[::]:0", min_replicas=1, join_timeout_ms=60_000, quorum_tick_ms=50, heartbeat_timeout_ms=5000
-    )
-
-
-def start_group(store: Path, err: Path, jobs: list[dict], torchrun: tuple[str, ...] = ()) -> subprocess.Popen[bytes]:
-    """A replica group that makes `jobs`, see group.py."""
-    command = [sys.executable, *torchrun, str(GROUP), str(store), json.dumps(jobs)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    with err.open("ab") as stream:
-        return subprocess.Popen(command, stderr=stream, env=environment)
-
-
-def finish(groups: dict[Path, subprocess.Popen[bytes]]) -> None:
-    for err, process in groups.items():
-        assert process.wait(SECONDS) == 0, err.read_text()[-4000:]
 
 
 @pytest.fixture(scope="session")
@@ -163,6 +140,7 @@ def test_a_state_travels_bit_by_bit_without_pickle():
         ({"most": 2, "least": 3, "lighthouse": HOUSE}, r"least must lie in 1 .. most \(2\), got 3"),
         ({"most": 2}, "give the address of a running torchft_lighthouse"),
         ({"timeout_seconds": 0}, "timeout_seconds must be positive, got 0"),
+        ({"wait_seconds": 0}, "wait_seconds must be positive, got 0"),
     ],
 )
 def test_settings_of_groups_that_cannot_be_are_refused(settings, message):
@@ -173,11 +151,12 @@ def test_settings_of_groups_that_cannot_be_are_refused(settings, message):
 @pytest.mark.parametrize(
     ("changes", "size", "message"),
     [
-        ({}, 2, "a group is one process, torchrun has started 2"),
+        ({"mesh": MeshConfig(timeout_seconds=60)}, 2, r"timeout_seconds \(60\) must be below mesh.timeout_seconds \(60\)"),
         ({"view": "streams", "carry_state": True}, 1, "carried memories cannot move"),
         ({"max_seconds": 5.0}, 1, "the clocks of groups differ"),
         ({"trainable": ("norm.weight",)}, 1, "a part of a model cannot be trained"),
         ({"batch_size": 5}, 1, "batch_size 5 cannot be dealt out evenly to 2"),
+        ({"batch_size": 6}, 2, "batch_size 6 cannot be dealt out evenly to 4"),
     ],
 )
 def test_what_groups_cannot_do_is_refused(changes, size, message):
