@@ -145,7 +145,7 @@ class Quorum:
         # Alive as long as this object: processes of this group and others exchange their addresses in it.
         c10d: Any = dist
         self._store = c10d.TCPStore(host, 0, is_master=True, wait_for_workers=False) if team.leads else None
-        place = team.text_of_first(f"{host} {self._store.port}" if team.leads else "").split()
+        place = team.text_of_first("" if self._store is None else f"{host} {self._store.port}").split()
         self._manager = torchft.Manager(
             pg=torchft.ProcessGroupGloo(timeout=wait),
             load_state_dict=self._receive,
@@ -188,7 +188,7 @@ class Quorum:
         self.add([total])
         *sums, size, words, squares = total.tolist()
         # Equal numbers, and no others, have n Σ x² = (Σ x)².
-        if self._manager.errored() is None and size * squares != words**2:
+        if not self.failed and size * squares != words**2:
             require(self._met, OTHER_RUN)
             self._manager.report_error(ValueError(OTHER_RUN))
         return sums
@@ -200,13 +200,19 @@ class Quorum:
     def start(self, tensors: Iterable[Tensor]) -> list[Any]:
         """Begin to `add`; until `finish`, nobody may touch the tensors."""
         tensors = [tensor for tensor in tensors if tensor.numel()]
-        self.sent_bytes += sum(tensor.nbytes for tensor in tensors)
+        if self._manager.num_participants() > 1:
+            self.sent_bytes += sum(tensor.nbytes for tensor in tensors)
         return [self._manager.allreduce(tensor, reduce_op=dist.ReduceOp.SUM) for tensor in tensors]
 
     def finish(self, started: list[Any]) -> None:
         """Wait for what `start` has begun."""
         for work in started:
             work.wait()
+
+    @property
+    def failed(self) -> bool:
+        """Whether an exchange since `begin` is known not to be whole, by this process."""
+        return self._manager.errored() is not None
 
     def agreed(self) -> bool:
         """Whether all exchanges since `begin` were whole, for all processes of this group, so that they count."""
@@ -240,7 +246,7 @@ class Quorum:
         own = [local(tensor) for tensor in self._first()]
         sums = [tensor.clone() if rank == 0 else torch.zeros_like(tensor) for tensor in own]
         self.add(sums)
-        if self._manager.errored() is None:
+        if not self.failed:
             for tensor, total in zip(own, sums, strict=True):
                 tensor.copy_(total)
 

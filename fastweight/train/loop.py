@@ -13,6 +13,7 @@ from fastweight.configs import require, to_json
 from fastweight.data import Batch, Store
 from fastweight.distributed.context import Slice
 from fastweight.distributed.copies import plain_model, read_state
+from fastweight.distributed.outer import Outer
 from fastweight.distributed.shards import full, go_on, whole
 from fastweight.distributed.team import Team
 from fastweight.mixers.ttt import inner_lr_warmup
@@ -33,9 +34,10 @@ from fastweight.train.mag import MagFollower
 from fastweight.train.metrics import Metrics, NoMetrics, finite
 from fastweight.train.objectives import make_objective
 from fastweight.train.recovery import Recovery, note
-from fastweight.train.replicas import Alone, Replicas
+from fastweight.train.replicas import Alone
 from fastweight.train.report import Report, describe_heldout, summary, warn_of_faults
 from fastweight.train.rounding import rounded
+from fastweight.train.rounds import make_groups
 from fastweight.train.saving import TeamWriter
 from fastweight.train.signals import SIGNALS, StopRequest
 from fastweight.train.source import Reader, shares, training_splits
@@ -66,6 +68,7 @@ class Trainer:
         self.optimizer = Optimizer(model, config.optimizer)
         self.trained = [name for name, p in model.named_parameters() if p.requires_grad]
         self.average = make_average(model, config)
+        self.outer = Outer(dict(model.named_parameters()), config.replicas) if config.replicas.every else None
         self.writer = TeamWriter(out, self.team, config.log.keep_checkpoints)
         self.mag = MagFollower(model, config.mag)
         self.loops = LoopFollower(model, config.loops, config.seed)
@@ -97,7 +100,7 @@ class Trainer:
                 self._started = time.monotonic()
             self.save()
         self.report.start(tally.step)
-        self.groups = Replicas(self) if config.replicas.most else Alone()
+        self.groups = make_groups(self)
         try:
             while not (ended := self._ended(stop)):
                 rank, size = self.groups.begin()
@@ -140,7 +143,9 @@ class Trainer:
             checkpoint.save_model(folder, self.model, self.store.tokenizer)
         checkpoint.save_trainer(folder, self.optimizer, self.tally, carried)
         if self.average is not None:
-            checkpoint.save_average(folder, self.average.state_tensors())
+            checkpoint.save_tensors(folder / checkpoint.AVERAGED, self.average.state_tensors())
+        if self.outer is not None:
+            checkpoint.save_tensors(folder / checkpoint.OUTER, self.outer.state_tensors())
 
     def _write_rest(self, folder: Path, carried: list[ModelState] | None) -> None:
         """What of a team's checkpoint its leader writes alone."""
@@ -153,17 +158,18 @@ class Trainer:
         weights = dict(self.model.named_parameters())
         word = "trained" if self.config.partial else "model"
         named = {f"{word}:{name}": weights[name] for name in (self.trained if self.config.partial else weights)}
-        averaged = {} if self.average is None else self.average.state_tensors()
-        named |= {f"optimizer:{name}": tensor for name, tensor in self.optimizer.state_tensors().items()}
-        return named | {f"averaged:{name}": tensor for name, tensor in averaged.items()}
+        for part, kept in (("optimizer", self.optimizer), ("averaged", self.average), ("outer", self.outer)):
+            tensors = {} if kept is None else kept.state_tensors()
+            named |= {f"{part}:{name}": tensor for name, tensor in tensors.items()}
+        return named
 
     def restore(self, resumed: checkpoint.Resumed) -> None:
         """Take over what a checkpoint holds besides model and tally."""
         parameters = dict(self.model.named_parameters())
         with checkpoint.open_tensors(resumed.folder) as tensors:
-            self.optimizer.load_state_tensors(read_state(tensors.under("optimizer"), parameters))
-            if self.average is not None:
-                self.average.load_state_tensors(read_state(tensors.under("averaged"), parameters))
+            for word, kept in (("optimizer", self.optimizer), ("averaged", self.average), ("outer", self.outer)):
+                if kept is not None:
+                    kept.load_state_tensors(read_state(tensors.under(word), parameters))
         checkpoint.set_random_state(resumed.rng)
         share, rows = shares(self.config.data, self.team.readers)
         if resumed.carried is not None:
@@ -171,6 +177,8 @@ class Trainer:
         self.saved_step = self.tally.step
 
     def _ended(self, stop: StopRequest) -> str:
+        if self.groups.busy:
+            return ""
         name = self._signal(stop)
         if name:
             return name
@@ -204,31 +212,45 @@ class Trainer:
 
     def step(self, batches: list[Batch]) -> None:
         """One step and all that is due after it."""
-        config, log, tally = self.config, self.config.log, self.tally
-        started = time.monotonic()
+        tally, started = self.tally, time.monotonic()
         parts = [self.team.context.cut(batch) for batch in batches]
         (tokens,) = self.groups.sum(tuple(self.team.sum([sum(part.batch.tokens.numel() for part in parts)])))
         rate = self._update(parts)
         if rate is None:
             return
-        tally.step, tally.tokens = tally.step + 1, tally.tokens + tokens
+        tally.step += 1
+        settled = self.groups.settled(tokens)
+        tally.tokens += settled or 0
         seconds, before = self._interval
-        self._interval = (seconds + time.monotonic() - started, before + tokens)
-        done = tally.step == config.steps
+        self._interval = (seconds + time.monotonic() - started, before + (settled or 0))
+        if settled is not None:
+            self._follow(rate, batches[0])
+        elif not self.groups.busy:
+            self._faults = []  # the steps are made again
+        self.report.advance(tally.step, self._fraction())
+
+    def _follow(self, rate: float, batch: Batch) -> None:
+        """All that is due after steps that count, the last of them at `rate`; `batch`: some of what it has read."""
+        log, tally = self.config.log, self.tally
+        done = tally.step == self.config.steps
         if self.recovery is not None:
-            self.recovery.note(self.metrics, self.report, tally.step - 1)
+            self.recovery.note(self.metrics, self.report, tally.step - self.groups.length)
             self.recovery = None
         if (seconds := self.groups.lost_seconds()) is not None:
-            note(self.metrics, self.report, tally.step - 1, seconds, 0)
-        if self._is_logged(tally.step):
+            note(self.metrics, self.report, tally.step - self.groups.length, seconds, 0)
+        if done or self._is_due(log.every):
             self._log(rate)
-        if log.stats_every and tally.step % log.stats_every == 0:
-            self._log_inner(batches[0])
-        if log.heldout_every and (tally.step % log.heldout_every == 0 or done):
+        if self._is_due(log.stats_every):
+            self._log_inner(batch)
+        if log.heldout_every and (done or self._is_due(log.heldout_every)):
             self._log_heldout()
-        if log.checkpoint_every and tally.step % log.checkpoint_every == 0:
+        if self._is_due(log.checkpoint_every):
             self.save()
-        self.report.advance(tally.step, self._fraction())
+
+    def _is_due(self, every: int) -> bool:
+        """Whether the steps that count now have reached a multiple of `every`."""
+        step = self.tally.step
+        return bool(every) and step // every > (step - self.groups.length) // every
 
     def _update(self, parts: list[Slice]) -> float | None:
         """One update of the weights, or a skipped one; returns the learning rate, None if the step must be repeated."""
@@ -351,6 +373,7 @@ class Trainer:
         values = {name: getattr(tally, name) for name in names} | {"lr": rate}
         values["tokens_per_second"] = tokens / max(1e-9, seconds)
         values |= (self.objective.describe(means) if means else {}) | self.mag.describe() | self.loops.describe()
+        values |= self.groups.describe()
         self.metrics.write("train", tally.step, values)
         self.report.advance(tally.step, self._fraction(), summary(values))
 

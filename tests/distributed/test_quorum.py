@@ -30,7 +30,9 @@ def group(address: str, word: int = 7, count: int = 0, weights: torch.Tensor | N
     config = ReplicaConfig(most=2, lighthouse=address, timeout_seconds=8, wait_seconds=120)
     held = {"count": count}
     first = [torch.zeros(3) if weights is None else weights]
-    quorum = Quorum(config, Team(), word, lambda: {"held": held}, lambda s: held.update(s["held"]), lambda: first, count)
+    quorum = Quorum(
+        config, Team(), word, lambda: {"held": held}, lambda s: held.update(s["held"]), lambda: first, count
+    )
     try:
         yield quorum, held
     finally:

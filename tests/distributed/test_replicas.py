@@ -3,7 +3,6 @@
 import signal
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -53,7 +52,16 @@ def groups_of_two(store, tmp_path_factory):
     """The folders of two groups of two processes each, which share the weights; those of the second are killed before
     step 5, and torchrun starts them again."""
     house, folder = lighthouse(), tmp_path_factory.mktemp("groups-of-two")
-    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1", "--monitor-interval", "0.1")
+    torchrun = (
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--max-restarts",
+        "1",
+        "--monitor-interval",
+        "0.1",
+    )
     started = {}
     try:
         for name, dies in (("stays", ""), ("dies", "0@4")):
@@ -151,7 +159,11 @@ def test_settings_of_groups_that_cannot_be_are_refused(settings, message):
 @pytest.mark.parametrize(
     ("changes", "size", "message"),
     [
-        ({"mesh": MeshConfig(timeout_seconds=60)}, 2, r"timeout_seconds \(60\) must be below mesh.timeout_seconds \(60\)"),
+        (
+            {"mesh": MeshConfig(timeout_seconds=60)},
+            2,
+            r"timeout_seconds \(60\) must be below mesh.timeout_seconds \(60\)",
+        ),
         ({"view": "streams", "carry_state": True}, 1, "carried memories cannot move"),
         ({"max_seconds": 5.0}, 1, "the clocks of groups differ"),
         ({"trainable": ("norm.weight",)}, 1, "a part of a model cannot be trained"),
