@@ -121,15 +121,17 @@ class Quorum:
 
     A group is the processes of `team`. Each of them exchanges its part with the one of the same number in every other
     group, and all must call every method, in the same order.
-    word: a number below 2^20 that is the same in groups that may work together, and most likely in no others.
-    state, load: what this process's part of a group that is behind needs, and how it takes that over. first: what all
-    groups must have alike before the first exchange. count: exchanges that this group has behind it.
+    name: groups read slices in the order of their names. word: a number below 2^20 that is the same in groups that may
+    work together, and most likely in no others. state, load: what this process's part of a group that is behind needs,
+    and how it takes that over. first: what all groups must have alike before the first exchange. count: exchanges that
+    this group has behind it. sent_bytes: what this process has given to exchanges with other groups.
     """
 
     def __init__(
         self,
         config: ReplicaConfig,
         team: Team,
+        name: str,
         word: int,
         state: Callable[[], dict[str, Any]],
         load: Callable[[Any], None],
@@ -161,6 +163,8 @@ class Quorum:
             lighthouse_addr=config.lighthouse,
             hostname=host,
             checkpoint_transport=Whole(config.timeout_seconds),
+            # Groups are numbered in the order of this. The dot: torchft reads numbers at the end of a name.
+            replica_id=f"{name}.",
             init_sync=False,
         )
         self._manager.load_state_dict({"step": count, "batches_committed": 0})

@@ -1,8 +1,8 @@
 """One process of a replica group: group.py STORE JOBS.
 
-JOBS is a JSON list of runs that the group makes one after another. Each entry: run (a name of runs.RUNS), out,
-lighthouse; dies, "START@STEP" (the processes of that start of the group kill themselves before that step); replicas
-and changes, further settings.
+JOBS is a JSON list of runs that the group makes one after another, but for those that are finished. Each entry: run (a
+name of runs.RUNS), out, lighthouse; dies, "START@STEP" (the processes of that start of the group kill themselves before
+that step); replicas and changes, further settings.
 """
 
 import functools
@@ -22,7 +22,7 @@ from distributed import runs  # found in the folder of all tests
 from fastweight.distributed.mesh import ReplicaConfig
 from fastweight.distributed.team import joined
 from fastweight.train import train
-from fastweight.train.loop import Trainer
+from fastweight.train.loop import RESULT, Trainer
 
 
 def make(store: str, job: dict) -> None:
@@ -49,7 +49,7 @@ def dying(dies: str):
 def main(store: str, jobs: list[dict]) -> None:
     torch.set_num_threads(1)
     with joined(600):
-        for job in jobs:
+        for job in (job for job in jobs if not (Path(job["out"]) / RESULT).exists()):
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(Trainer, "step", dying(job.get("dies", "")))
                 make(store, job)

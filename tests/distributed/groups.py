@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ def lighthouse() -> Any:
     )
 
 
-def start_group(store: Path, err: Path, jobs: list[dict], torchrun: tuple[str, ...] = ()) -> subprocess.Popen[bytes]:
+def start_group(store: Path, err: Path, jobs: list[dict], torchrun: Sequence[str] = ()) -> subprocess.Popen[bytes]:
     """A replica group that makes `jobs`, see group.py."""
     command = [sys.executable, *torchrun, str(GROUP), str(store), json.dumps(jobs)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

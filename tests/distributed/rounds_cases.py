@@ -2,6 +2,7 @@
 
 import functools
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from distributed import runs
 
+from fastweight import Model
 from fastweight.data import Store
 from fastweight.distributed.mesh import ReplicaConfig
 from fastweight.distributed.replicas import decode, encode
@@ -18,6 +20,7 @@ from fastweight.train.loss import count, train_on
 from fastweight.train.source import step_batches
 
 SECONDS = 120
+STREAMING = {"every": 8, "fragments": 2, "overlap_steps": 1, "blend": 0.5}
 
 
 class House:
@@ -27,7 +30,6 @@ class House:
     def __init__(self, size: int = 2, heals: int = -1, fails: int = -1):
         self.size, self.heals, self.fails = size, heals, fails
         self.barrier = threading.Barrier(size)
-        self.ranks = iter(range(size))
         self.shown: dict[int, object] = {}
 
     def show(self, rank: int, value: object) -> list:
@@ -44,9 +46,9 @@ class Member:
 
     failed, sent_bytes = False, 0
 
-    def __init__(self, house: House, config, team, word, state, load, first, count):
+    def __init__(self, house: House, config, team, name, word, state, load, first, count):
         self.house, self.state, self.load, self.round = house, state, load, count
-        self.rank = next(house.ranks)
+        self.rank = {"one": 0, "two": 1}[name]
 
     def begin(self):
         states = self.house.show(self.rank, encode(self.state()))
@@ -72,8 +74,8 @@ class Member:
     def agreed(self):
         failed = self.round == self.house.fails
         self.house.show(self.rank, None)
-        self.house.fails = -1
-        self.house.show(self.rank, None)
+        if failed:
+            self.house.fails = -1
         self.round += not failed
         return not failed
 
@@ -84,15 +86,15 @@ class Member:
 
 def rounds_config(store: Path | str, name: str, replicas: dict, **more) -> TrainConfig:
     settings = ReplicaConfig(most=2, least=2, lighthouse="http://localhost:1", **replicas)
-    return runs.run_config(store, name, replicas=settings, **more)
+    return runs.run_config(store, name, replicas=settings, **{"stats_every": 0, **more})
 
 
-def make_together(house: House, config: TrainConfig, name: str, outs: list[Path], **options) -> list:
-    """The run `name` by as many groups as there are folders; returns their results."""
+def make_together(house: House, config: TrainConfig, make: Callable[[], Model], outs: list[Path], **options) -> list:
+    """The run of a model by as many groups as there are folders; returns their results."""
     with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(len(outs)) as pool:
         patch.setattr("fastweight.distributed.replicas.Quorum", functools.partial(Member, house))
         # All are made before the first one runs: threads share torch's random numbers.
-        models = [None if options.get("resume") else runs.RUNS[name][0]() for _ in outs]
+        models = [None if options.get("resume") else make() for _ in outs]
         runs_of = [(config, out, model) for out, model in zip(outs, models, strict=True)]
         done = [pool.submit(train, config, out, model=model, quiet=True, **options) for config, out, model in runs_of]
     return [one.result() for one in done]

@@ -30,9 +30,8 @@ def group(address: str, word: int = 7, count: int = 0, weights: torch.Tensor | N
     config = ReplicaConfig(most=2, lighthouse=address, timeout_seconds=8, wait_seconds=120)
     held = {"count": count}
     first = [torch.zeros(3) if weights is None else weights]
-    quorum = Quorum(
-        config, Team(), word, lambda: {"held": held}, lambda s: held.update(s["held"]), lambda: first, count
-    )
+    state, load = (lambda: {"held": held}), (lambda found: held.update(found["held"]))
+    quorum = Quorum(config, Team(), "group", word, state, load, lambda: first, count)
     try:
         yield quorum, held
     finally:
@@ -114,6 +113,6 @@ def test_a_state_counts_only_if_every_process_of_the_group_has_its_part(monkeypa
     for found in (1, 2):
         team = SimpleNamespace(leads=True, size=2, rank=0, sum=lambda values, found=found: [found],
                                text_of_first=lambda text: text)  # fmt: skip
-        Quorum(config, team, 7, dict, taken.append, list, 4).begin()
+        Quorum(config, team, "group", 7, dict, taken.append, list, 4).begin()
         expected = {1: ([], 1, [4, 4]), 2: ([{"word": 7}], 1, [4, 4, 4])}[found]
         assert (taken, len(reported), [state["step"] for state in steps]) == expected

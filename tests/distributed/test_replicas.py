@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from distributed import runs
 from distributed.conftest import SECONDS
 from distributed.groups import finish, lighthouse, start_group
+from distributed.rounds_cases import STREAMING, Plain, rounds_config
 from distributed.test_equality import TOLERANCE, assert_same_run
 from tolerances import assert_close
 from training_cases import tiny_config, tiny_model
@@ -22,6 +24,7 @@ from fastweight.train import read_metrics, train
 from fastweight.train.replicas import Replicas, check_replicas
 
 HOUSE = "http://localhost:1"
+ROUNDS = {"steps": 16, "stats_every": 0}
 
 
 @pytest.fixture(scope="session")
@@ -49,31 +52,30 @@ def groups(store, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def groups_of_two(store, tmp_path_factory):
-    """The folders of two groups of two processes each, which share the weights; those of the second are killed before
-    step 5, and torchrun starts them again."""
-    house, folder = lighthouse(), tmp_path_factory.mktemp("groups-of-two")
-    torchrun = (
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--max-restarts",
-        "1",
-        "--monitor-interval",
-        "0.1",
-    )
+    """The folders "gradients" and "rounds" with the runs "one" and "two" of two groups of two processes, which share
+    the weights. Those of the second die before step 5 of the one and in the third round of the other, and torchrun
+    starts them again."""
+    houses, folder = [lighthouse(), lighthouse()], tmp_path_factory.mktemp("groups-of-two")
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "2"]
+    torchrun += ["--monitor-interval", "0.1", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    runs_of_both = [
+        {"run": "muon", "out": "gradients", "dies": "0@4"},
+        {"run": "delta", "out": "rounds", "dies": "1@10", "replicas": STREAMING, "changes": ROUNDS},
+    ]
     started = {}
     try:
-        for name, dies in (("stays", ""), ("dies", "0@4")):
-            job = {"run": "muon", "out": str(folder / name), "lighthouse": house.address(), "dies": dies}
-            free_port = ("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0")
-            started[folder / f"{name}.err"] = start_group(store, folder / f"{name}.err", [job], torchrun + free_port)
+        for name in ("one", "two"):
+            jobs = [job | {"out": str(folder / job["out"] / name)} for job in runs_of_both]
+            jobs = [job | {"lighthouse": house.address()} for job, house in zip(jobs, houses, strict=True)]
+            jobs = jobs if name == "two" else [job | {"dies": ""} for job in jobs]
+            started[folder / f"{name}.err"] = start_group(store, folder / f"{name}.err", jobs, torchrun)
         finish(started)
     finally:
         for process in started.values():
             process.terminate()
             process.wait()
-        house.shutdown()
+        for house in houses:
+            house.shutdown()
     return folder
 
 
@@ -90,19 +92,31 @@ def test_the_group_that_was_killed_ends_with_the_same_weights(groups, alone):
 
 
 def test_groups_of_two_processes_make_the_run_of_one_process(groups_of_two, alone):
-    assert_same_run(groups_of_two / "stays", alone("muon"))
+    assert_same_run(groups_of_two / "gradients" / "one", alone("muon"))
 
 
 def test_a_group_whose_processes_were_killed_takes_over_the_parts_of_another(groups_of_two, alone):
+    outs = [groups_of_two / "gradients" / "one", groups_of_two / "gradients" / "two", alone("muon")]
     for folder in ("model", "raw"):
-        mine, theirs, wanted = (
-            fastweight.load(out / folder).state_dict()
-            for out in (groups_of_two / "dies", groups_of_two / "stays", alone("muon"))
-        )
+        mine, theirs, wanted = (fastweight.load(out / folder).state_dict() for out in outs)
         for name, tensor in wanted.items():
             assert_close(mine[name], tensor, TOLERANCE, name)
             assert torch.equal(mine[name], theirs[name]), name
-    assert "took over the weights of another group after step 4" in (groups_of_two / "dies.err").read_text()
+    assert "took over the weights of another group after step 4" in (groups_of_two / "two.err").read_text()
+
+
+def test_groups_of_two_processes_that_train_alone_are_diloco(groups_of_two, store):
+    """One of them is killed in a round, and goes on with all that the other has."""
+    config = rounds_config(store, "delta", STREAMING, **ROUNDS)
+    plain = Plain(store, config, "delta", heals=2)
+    one, two = (fastweight.load(groups_of_two / "rounds" / name / "model").state_dict() for name in ("one", "two"))
+    for name, tensor in plain.weights.items():
+        assert torch.equal(one[name], two[name]), name
+        assert_close(one[name], tensor, TOLERANCE, name)
+    assert "took over the weights of another group after step 8" in (groups_of_two / "two.err").read_text()
+    records = read_metrics(groups_of_two / "rounds" / "one", "train")
+    assert [record["loss_nats"] for record in records] == pytest.approx(plain.losses, rel=TOLERANCE)
+    assert [record["tokens"] for record in records] == [4 * 4 * 40 * n for n in range(1, 5)]
 
 
 def test_the_pause_is_recorded(groups):
@@ -116,7 +130,8 @@ def test_waiting_for_the_first_other_group_is_no_pause(monkeypatch):
     quorum = SimpleNamespace(begin=lambda: (0, 1), agreed=lambda: next(answers))
     monkeypatch.setattr("fastweight.distributed.replicas.Quorum", lambda *arguments: quorum)
     monkeypatch.setattr("fastweight.train.replicas._word", lambda trainer: 7)
-    here = SimpleNamespace(tally=SimpleNamespace(step=0), team=Team(), config=SimpleNamespace(replicas=ReplicaConfig()))
+    here = SimpleNamespace(tally=SimpleNamespace(step=0), out=Path("out"), team=Team())
+    here.config = SimpleNamespace(replicas=ReplicaConfig())
     groups = Replicas(here)
     lost = []
     for _ in range(6):
