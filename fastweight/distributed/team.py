@@ -18,7 +18,7 @@ from fastweight.distributed.meeting import meet
 from fastweight.distributed.mesh import CONTEXT, REPLICATE, SHARD, Gather, MeshConfig
 
 FAILED = "fastweight/failed"
-LINE = 256
+LINE = 512
 
 
 class Team:
@@ -100,7 +100,7 @@ class Team:
         return number.item()
 
     def text_of_first(self, text: str) -> str:
-        """The text that process 0 has, of at most 256 bytes."""
+        """The text that process 0 has, of at most 512 bytes."""
         data = text.encode().ljust(LINE, b"\0")
         assert len(data) == LINE
         return bytes(self.sum(list(data) if self.leads else [0] * LINE)).rstrip(b"\0").decode()

@@ -77,7 +77,9 @@ class Replicas(Alone):
         config: ReplicaConfig = trainer.config.replicas
         state, load = partial(whole, trainer), partial(_take_over, trainer)
         first, count = partial(_tensors, trainer), trainer.tally.step // self.length
-        self.quorum = Quorum(config, trainer.team, trainer.out.name, _word(trainer), state, load, first, count)
+        self.quorum = Quorum(
+            config, trainer.team, trainer.out.resolve().name, _word(trainer), state, load, first, count
+        )
         self.trainer = trainer
         self.read_tokens = 0.0
         self._size, self._least = 0, config.least

@@ -2,7 +2,7 @@
 
 JOBS is a JSON list of runs that the group makes one after another, but for those that are finished. Each entry: run (a
 name of runs.RUNS), out, lighthouse; dies, "START@STEP" (the processes of that start of the group kill themselves before
-that step); replicas and changes, further settings.
+that step); replicas, mesh and changes, further settings.
 """
 
 import functools
@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from distributed import runs  # found in the folder of all tests
 
-from fastweight.distributed.mesh import ReplicaConfig
+from fastweight.distributed.mesh import MeshConfig, ReplicaConfig
 from fastweight.distributed.team import joined
 from fastweight.train import train
 from fastweight.train.loop import RESULT, Trainer
@@ -29,7 +29,8 @@ def make(store: str, job: dict) -> None:
     replicas = ReplicaConfig(
         most=2, least=2, lighthouse=job["lighthouse"], timeout_seconds=120, **job.get("replicas", {})
     )
-    config = runs.run_config(store, job["run"], replicas=replicas, **job.get("changes", {}))
+    mesh = MeshConfig(**job.get("mesh", {}))
+    config = runs.run_config(store, job["run"], replicas=replicas, mesh=mesh, **job.get("changes", {}))
     train(config, job["out"], go_on=True, model=runs.RUNS[job["run"]][0]())
 
 

@@ -25,6 +25,8 @@ from fastweight.train.replicas import Replicas, check_replicas
 
 HOUSE = "http://localhost:1"
 ROUNDS = {"steps": 16, "stats_every": 0}
+SHORT = {"steps": 3, "stats_every": 0}
+ARRANGED = ("context", "replicate")
 
 
 @pytest.fixture(scope="session")
@@ -54,20 +56,22 @@ def groups(store, tmp_path_factory):
 def groups_of_two(store, tmp_path_factory):
     """The folders "gradients" and "rounds" with the runs "one" and "two" of two groups of two processes, which share
     the weights. Those of the second die before step 5 of the one and in the third round of the other, and torchrun
-    starts them again."""
-    houses, folder = [lighthouse(), lighthouse()], tmp_path_factory.mktemp("groups-of-two")
+    starts them again. Then short runs in which each process has all weights, "context" and "replicate"."""
+    folder = tmp_path_factory.mktemp("groups-of-two")
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "2"]
     torchrun += ["--monitor-interval", "0.1", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
     runs_of_both = [
         {"run": "muon", "out": "gradients", "dies": "0@4"},
         {"run": "delta", "out": "rounds", "dies": "1@10", "replicas": STREAMING, "changes": ROUNDS},
+        *({"run": "delta", "out": name, "mesh": {name: 2}, "changes": SHORT} for name in ARRANGED),
     ]
+    houses = [lighthouse() for _ in runs_of_both]
     started = {}
     try:
         for name in ("one", "two"):
             jobs = [job | {"out": str(folder / job["out"] / name)} for job in runs_of_both]
             jobs = [job | {"lighthouse": house.address()} for job, house in zip(jobs, houses, strict=True)]
-            jobs = jobs if name == "two" else [job | {"dies": ""} for job in jobs]
+            jobs = jobs if name == "two" else [job | {"dies": "never"} for job in jobs]
             started[folder / f"{name}.err"] = start_group(store, folder / f"{name}.err", jobs, torchrun)
         finish(started)
     finally:
@@ -103,6 +107,14 @@ def test_a_group_whose_processes_were_killed_takes_over_the_parts_of_another(gro
             assert_close(mine[name], tensor, TOLERANCE, name)
             assert torch.equal(mine[name], theirs[name]), name
     assert "took over the weights of another group after step 4" in (groups_of_two / "two.err").read_text()
+
+
+@pytest.mark.parametrize("name", ARRANGED)
+def test_processes_of_a_group_may_share_sequences_or_have_copies(name, groups_of_two, store, tmp_path):
+    train(runs.run_config(store, "delta", **SHORT), tmp_path, model=runs.RUNS["delta"][0](), quiet=True)
+    weights, wanted = (fastweight.load(out / "model").state_dict() for out in (groups_of_two / name / "two", tmp_path))
+    for key, tensor in wanted.items():
+        assert_close(weights[key], tensor, TOLERANCE, key)
 
 
 def test_groups_of_two_processes_that_train_alone_are_diloco(groups_of_two, store):

@@ -112,18 +112,15 @@ def test_a_round_that_does_not_count_is_made_again_from_its_begin(diloco, store,
     assert (pause["step"], pause["repeated_steps"]) == (8, 0)
 
 
-@pytest.mark.parametrize("replicas", [{"every": 4}, STREAMING], ids=["diloco", "streaming"])
-def test_a_group_that_comes_back_takes_over_all_that_another_has(replicas, store, tmp_path):
+def test_a_group_that_comes_back_takes_over_all_that_another_has(store, tmp_path):
     """Inner moments, the weights of the last exchange, outer momentum."""
-    config = make_case(store, tmp_path, "delta", replicas, house=House(heals=2), steps=16)
+    config = make_case(store, tmp_path, "delta", STREAMING, house=House(heals=2), steps=16)
     plain = Plain(store, config, "delta", heals=2)
     assert_plain(tmp_path, plain)
 
 
-@pytest.mark.parametrize("replicas", [{"every": 4}, STREAMING], ids=["diloco", "streaming"])
-def test_groups_go_on_from_their_checkpoints_bit_by_bit(replicas, store, tmp_path):
-    changes = {"steps": 16, "checkpoint_every": 8}
-    config = make_case(store, tmp_path, "delta", replicas, **changes)
+def test_groups_go_on_from_their_checkpoints_bit_by_bit(store, tmp_path):
+    config = make_case(store, tmp_path, "delta", STREAMING, steps=16, checkpoint_every=8)
     before = weights(tmp_path / "one")
     make_together(House(), config, tiny_model, folders(tmp_path), resume="step-000008")
     assert_equal_groups(tmp_path)
