@@ -178,7 +178,7 @@ class Quorum:
         manager.start_quorum()
         self._take_over(before)
         rank, size = manager.participating_rank() or 0, max(1, manager.num_participants())
-        if manager.current_step() == 0:
+        if size > 1 and manager.current_step() == 0:
             self._start_alike(rank)
         return rank, size
 

@@ -18,6 +18,8 @@ from fastweight.train.shaping import fingerprint, shaping_settings
 from fastweight.train.source import shares
 from fastweight.train.tally import Tally
 
+# Between two looks whether enough groups have come.
+PAUSE_SECONDS = 0.2
 # In names of a checkpoint's tensors: of what groups agree on that train alone for a while.
 OUTER = "outer:"
 
@@ -77,9 +79,8 @@ class Replicas(Alone):
         config: ReplicaConfig = trainer.config.replicas
         state, load = partial(whole, trainer), partial(_take_over, trainer)
         first, count = partial(_tensors, trainer), trainer.tally.step // self.length
-        self.quorum = Quorum(
-            config, trainer.team, trainer.out.resolve().name, _word(trainer), state, load, first, count
-        )
+        name, word = trainer.out.resolve().name, _word(trainer)
+        self.quorum = Quorum(config, trainer.team, name, word, state, load, first, count)
         self.trainer = trainer
         self.read_tokens = 0.0
         self._size, self._least = 0, config.least
@@ -93,6 +94,7 @@ class Replicas(Alone):
         if self._size >= self._least:
             return rank, self._size
         self.vote()
+        time.sleep(PAUSE_SECONDS)
         return 0, 0
 
     def sum(self, values: tuple[int, ...]) -> list[int]:
