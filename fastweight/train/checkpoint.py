@@ -3,8 +3,8 @@
 model.safetensors, config.json, tokenizer/: the model, readable by `fastweight.load`; a run that trains a part of the
 model has trained.safetensors instead (partial.py). optimizer.safetensors: what the optimisers remember.
 rng.safetensors: the random generators. trainer.json: the tally. averaged.safetensors: the averaged weights in
-float32, if the run averages. carried-N.safetensors: the state of the N-th micro-batch when documents carry their memory
-from step to step.
+float32, if the run averages. outer.safetensors: what replica groups agree on that train alone for a while.
+carried-N.safetensors: the state of the N-th micro-batch when documents carry their memory from step to step.
 
 Several processes write part-R-of-N.safetensors each, with their rows of weights, moments and averages, in place of
 those files; see fastweight.distributed.parts. Either kind can be resumed by any number of processes.
@@ -33,7 +33,7 @@ from fastweight.train import folders
 from fastweight.train.folders import CheckpointError
 from fastweight.train.tally import Tally
 
-AVERAGED = "averaged.safetensors"
+AVERAGED, OUTER = "averaged.safetensors", "outer.safetensors"
 
 
 class Resumed(NamedTuple):
@@ -57,7 +57,7 @@ def save_trainer(folder: Path, optimizer: Optimizer | None, tally: Tally, carrie
     optimizer: None where several processes write what it remembers.
     """
     if optimizer is not None:
-        _save_tensors(folder / "optimizer.safetensors", optimizer.state_tensors())
+        save_tensors(folder / "optimizer.safetensors", optimizer.state_tensors())
     save_file(random_state(), folder / "rng.safetensors")
     for i, state in enumerate(carried or []):
         state.save(folder / f"carried-{i}.safetensors")
@@ -65,12 +65,8 @@ def save_trainer(folder: Path, optimizer: Optimizer | None, tally: Tally, carrie
     files.write_text(folder / "trainer.json", to_json(record) + "\n")
 
 
-def save_average(folder: Path, average: Mapping[str, Tensor]) -> None:
-    """Write the averaged weights into the checkpoint `folder`."""
-    _save_tensors(folder / AVERAGED, average)
-
-
-def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors into a file of a checkpoint."""
     save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
 
 
@@ -138,11 +134,12 @@ def part_paths(folder: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def open_tensors(folder: Path) -> Iterator[Parts]:
-    """The large tensors of a checkpoint: "model:NAME", "trained:NAME", "optimizer:NAME|QUANTITY", "averaged:NAME".
+    """The large tensors of a checkpoint: "model:NAME", "trained:NAME", "optimizer:NAME|QUANTITY", "averaged:NAME",
+    "outer:NAME", "outer:NAME|momentum".
 
     Raises CheckpointError if they cannot be read.
     """
-    whole = [(word, folder / f"{word}.safetensors") for word in ("model", "trained", "optimizer", "averaged")]
+    whole = [(word, folder / f"{word}.safetensors") for word in ("model", "trained", "optimizer", "averaged", "outer")]
     several = [("", path) for path in part_paths(folder)]
     try:
         with open_parts(several or [(word, path) for word, path in whole if path.is_file()]) as parts:
