@@ -191,6 +191,37 @@ def test_whatever_happens_in_whatever_order_every_sample_counts_once(store, fold
     assert samples == party.run.total_samples
 
 
+class Forgetful(Storage):
+    """Cannot read the syncer's copies of accepted pushes, for a while."""
+
+    failures = 2
+
+    def _try(self, what, name, act):
+        if what == "read" and name.startswith("accepted/") and self.failures:
+            self.failures -= 1
+            raise StorageError("down")
+        return super()._try(what, name, act)
+
+
+def test_a_merge_whose_pushes_cannot_be_read_for_a_while_is_written_into_the_log_once(store, folder):
+    party = Party(folder, store)
+    party.until_push("w0")
+    party.until(lambda: len(party.ledger.pushes) == 1, "w0")
+    party.syncer.lock.release()
+    # A new process has not decoded the push that waits; the merge must read it.
+    party.syncer = party.new_syncer(Forgetful(folder))
+    for _ in range(2000):
+        if party.syncer.finished:
+            break
+        with contextlib.suppress(StorageError):
+            party.turn()
+    assert party.syncer.storage.failures == 0
+    merged = [lease for entry in entries(folder) if entry["kind"] == "merge" for lease in entry["leases"]]
+    assert len(merged) == len(set(merged))
+    assert party.ledger.counted == [[0, party.run.total_samples]]
+    assert torch.equal(read_state(Storage(folder))[1].fragments[0].weights, party.weights()[0])
+
+
 class Shaky(Storage):
     """Fails one time in ten, before or after the deed."""
 
