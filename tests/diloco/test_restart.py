@@ -7,7 +7,7 @@ import pytest
 import torch
 from diloco_cases import Party, entries
 
-from fastweight.diloco import OccupiedError, Storage, StorageError, read_state
+from fastweight.diloco import OccupiedError, Storage, StorageError, read_state, sync
 from fastweight.diloco.simulate import memory_folder
 
 
@@ -220,6 +220,30 @@ def test_a_merge_whose_pushes_cannot_be_read_for_a_while_is_written_into_the_log
     assert len(merged) == len(set(merged))
     assert party.ledger.counted == [[0, party.run.total_samples]]
     assert torch.equal(read_state(Storage(folder))[1].fragments[0].weights, party.weights()[0])
+
+
+class Deaf(Storage):
+    """Cannot write orders, for a while."""
+
+    failures = 3
+
+    def _try(self, what, name, act):
+        if what == "write" and name.startswith("orders/") and self.failures:
+            self.failures -= 1
+            raise StorageError("down")
+        return super()._try(what, name, act)
+
+
+def test_a_syncer_whose_storage_fails_at_the_end_of_the_run_still_tells_the_workers(store, folder):
+    party = Party(folder, store)
+    party.until(lambda: party.ledger.left == 0)
+    for _ in range(30):
+        for learner in party.learners.values():
+            learner.advance()
+    party.syncer.lock.release()
+    result = sync(Deaf(folder), poll_seconds=0.01, lock_seconds=0.1)
+    assert result["finished"]
+    assert all(learner.advance() == "finished" for learner in party.learners.values())
 
 
 class Shaky(Storage):
