@@ -113,6 +113,18 @@ def test_a_silent_worker_loses_its_lease_to_the_others_and_its_late_push_does_no
     assert late.envelope.lease not in merged
 
 
+def test_what_the_codec_lost_of_a_push_that_did_not_count_is_not_sent_later(store, folder):
+    party = Party(folder, store, dead_seconds=5.0, up="topk2")
+    worker = party.learners["w0"]
+    party.until_push("w0")
+    assert worker.feedback[0].left.abs().max() > 0
+    party.clock.now += 10.0
+    party.until(lambda: party.ledger.voided == 1, "w1")
+    # Its samples are given out again: who learns from them sends all of it.
+    party.until(lambda: worker.outgoing is None)
+    assert worker.feedback[0].left is None
+
+
 def test_a_returned_range_is_given_out_before_new_samples(store, folder):
     party = Party(folder, store, dead_seconds=5.0)
     party.until_push("w0")
