@@ -139,6 +139,16 @@ def test_dropout_acts_in_training_alone(store, tmp_path):
     assert result.after["loss_nats"] < result.before["loss_nats"] - 0.01, "nothing was learned, so nothing was tested"
 
 
+def test_statistics_on_the_way_change_no_weight_of_a_run_with_dropout(store, tmp_path):
+    changes = {"trainable": ("lora",), "lora": LoraConfig(rank=3, dropout=0.5), "lr": 1e-2}
+    runs = []
+    for name, every in (("without", 0), ("with", 1)):
+        config = tiny_config(store, stats_every=every, stats_tokens=32, **changes)
+        runs.append(train(config, tmp_path / name, model=converted_model(), quiet=True))
+    one, other = (fastweight.load(result.model).state_dict() for result in runs)
+    assert all(torch.equal(other[name], weight) for name, weight in one.items())
+
+
 def test_a_second_set_of_adapters_is_refused():
     model = disturbed(attention_model())
     with pytest.raises(ValueError, match=r"has adapters already; merge_and_unload"):
