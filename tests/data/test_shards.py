@@ -25,6 +25,7 @@ from fastweight.data import (
     read_shard,
     write_shard,
 )
+from fastweight.data.locks import FolderInUseError
 
 DOCUMENTS = random_texts(40, 60, seed=4)
 
@@ -377,7 +378,7 @@ def test_two_exports_into_one_folder_are_refused(tmp_path):
     store = write_store(tmp_path / "a", DOCUMENTS)
 
     def again(_done, _total):
-        with pytest.raises(RuntimeError, match="another process is writing"):
+        with pytest.raises(FolderInUseError, match="another process is writing"):
             export_shards(store, tmp_path / "out")
 
     export_shards(store, tmp_path / "out", progress=again)
