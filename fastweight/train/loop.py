@@ -27,7 +27,7 @@ from fastweight.train.config import TrainConfig
 from fastweight.train.heldout import heldout_losses
 from fastweight.train.inner import inner_statistics
 from fastweight.train.loops import LoopFollower
-from fastweight.train.lora import merge_and_unload, merged_into, save_adapter
+from fastweight.train.lora import keep_merged, merge_and_unload, merged_into, save_adapter
 from fastweight.train.loss import Counts, autocast, count
 from fastweight.train.mag import MagFollower
 from fastweight.train.metrics import Metrics, NoMetrics, finite
@@ -422,8 +422,11 @@ class Trainer:
 
     def _merged(self) -> Model:
         """The model without adapters, what they have learned in its weights."""
-        # Quantised weights cannot take a product.
-        return merge_and_unload(self.model) if self.config.lora.quantize == "none" else self._merged_copy()
+        if self.config.lora.quantize == "none":
+            return merge_and_unload(self.model)
+        merged = self._merged_copy()  # quantised weights cannot take a product
+        keep_merged(self.model, merged)
+        return merged
 
     def _merged_copy(self) -> Model:
         """The same as a model of its own, merged into the weights that the run started from."""
