@@ -18,7 +18,6 @@ pytest.importorskip("peft")
 pytest.importorskip("transformers")
 from tptt.conversions import STAGES, make_place, settings  # needs transformers
 
-
 # How its makers say that the pretrained model is to be sampled; the cache is one that the converted model has not.
 GENERATION = {"eos_token_id": [1, 5], "do_sample": True, "temperature": 0.6, "cache_implementation": "static"}
 

@@ -36,8 +36,8 @@ def codec(name: str) -> Codec:
 class Feedback:
     """Sends vectors through a codec and carries what is lost over to the next (error feedback).
 
-    decay: part of the lost that is carried. `left`: what is to be added next, None for nothing; `before`: what was added
-    to the last one.
+    decay: part of the lost that is carried. `left`: what is to be added next, None for nothing; `before`: what was
+    added to the last one.
     Source: Seide et al. 2014, "1-bit SGD"; Karimireddy et al. 2019, arXiv:1901.09847.
     """
 
