@@ -88,7 +88,7 @@ def _common(name: str, stores: Sequence[Store]) -> dict[str, Any]:
     lacking = [path for path, record in found.items() if record is None]
     if lacking:
         raise StoreError(
-            f"{', '.join(lacking)}: no weights {name!r}, which other parts have. Make them there too, or take them from "
+            f"{', '.join(lacking)}: no weights {name!r}, which other parts have. Make them there, or take them from "
             "the others with remove_weights."
         )
     kinds = {(record["split"], record["dtype"]) for record in found.values() if record is not None}
