@@ -8,26 +8,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastweight import files
-from fastweight.configs import require, to_json
+from fastweight.configs import require
 from fastweight.data import Batch, Store
 from fastweight.distributed.context import Slice
-from fastweight.distributed.copies import plain_model, read_state
+from fastweight.distributed.copies import read_state
 from fastweight.distributed.shards import full, go_on, whole
 from fastweight.distributed.team import Team
 from fastweight.mixers.ttt import inner_lr_warmup
-from fastweight.model import Model, load
-from fastweight.optim import Optimizer, WeightAverage, schedule_factor, weight_decay_factor
+from fastweight.model import Model
+from fastweight.optim import Optimizer, schedule_factor, weight_decay_factor
 from fastweight.state import ModelState
 from fastweight.train import checkpoint, folders, partial
-from fastweight.train.averaging import RAW, describe_average, make_average, put_average
+from fastweight.train.averaging import make_average
 from fastweight.train.carried import deal_rows, gather_rows
 from fastweight.train.compiling import compile_for
 from fastweight.train.config import TrainConfig
+from fastweight.train.ending import finish
 from fastweight.train.heldout import heldout_losses
 from fastweight.train.inner import inner_statistics
 from fastweight.train.loops import LoopFollower
-from fastweight.train.lora import keep_merged, merge_and_unload, merged_into, save_adapter
 from fastweight.train.loss import Counts, autocast, count
 from fastweight.train.mag import MagFollower
 from fastweight.train.metrics import Metrics, NoMetrics, finite
@@ -40,11 +39,9 @@ from fastweight.train.saving import TeamWriter
 from fastweight.train.signals import SIGNALS, StopRequest
 from fastweight.train.source import Reader, shares, training_splits
 from fastweight.train.tally import Tally, TrainResult
-from fastweight.train.trainable import is_adapter
 
 # The attribute by which a layer lets its base inner learning rate be scaled.
 INNER_RATE = "inner_lr_scale"
-RESULT = "result.json"
 
 
 class DivergedError(ValueError):
@@ -93,7 +90,7 @@ class Trainer:
         if self.saved_step < 0:
             # The first checkpoint before the first step: a disk that is full or read-only shows now, not in an hour.
             if config.log.before_after:
-                tally.before = self._measure("before")
+                tally.before = self.measure("before")
                 self._started = time.monotonic()
             self.save()
         self.report.start(tally.step)
@@ -110,7 +107,7 @@ class Trainer:
         if self.saved_step != tally.step:
             self.save()
         self.writer.finish()
-        return self._finish("" if ended == "steps" else ended)
+        return finish(self, "" if ended == "steps" else ended)
 
     def _compile(self, batch: Batch) -> None:
         """Compile on this batch before the clock goes on; nothing is learned from it."""
@@ -361,10 +358,10 @@ class Trainer:
         self.metrics.write("inner", self.tally.step, {"layers": layers})
 
     def _log_heldout(self) -> None:
-        values = self._measure("heldout")
+        values = self.measure("heldout")
         self.tally.heldout_nats, self.tally.heldout_bits_per_byte = values["loss_nats"], values["bits_per_byte"]
 
-    def _measure(self, kind: str) -> dict[str, Any]:
+    def measure(self, kind: str) -> dict[str, Any]:
         """Write and say the held-out losses as they are now; NaN is None, which JSON and so the checkpoint can hold."""
         self._set_inner_rate(1.0)
         self.loops.settle(self._fraction())
@@ -373,62 +370,3 @@ class Trainer:
         when = f"step {self.tally.step}" if kind == "heldout" else kind
         self.report.say(f"{when}: {describe_heldout(values)}")
         return finite(values)
-
-    def _finish(self, stopped: str) -> TrainResult:
-        by_signal = stopped not in ("", "time")
-        parameters = sum(p.numel() for name, p in self.model.named_parameters() if not is_adapter(name))
-        saved: dict[str, Any] = {"model": ""} if by_signal else self._save_final()
-        tally, names = self.tally, TrainResult.__dataclass_fields__
-        result = TrainResult(
-            **{name: value for name, value in tally.to_dict().items() if name in names},
-            **saved,
-            initial_share=None if self.average is None else self.average.initial_share,
-            out=str(self.out),
-            checkpoint=str(self.out / folders.FOLDER / folders.checkpoint_name(tally.step)),
-            stopped=stopped,
-            tokens_per_second=tally.tokens / max(1e-9, tally.seconds),
-            parameters=parameters,
-        )
-        if not by_signal and self.team.leads:
-            files.write_text(self.out / RESULT, to_json(finite(result.to_dict())) + "\n")
-        return result
-
-    def _save_final(self) -> dict[str, Any]:
-        """Write what the run ends with: the adapters, if any, and the plain model. Returns their folders."""
-        self.mag.set(self.config.steps)
-        if self.average is not None:
-            self._exchange(self.average)
-        if self.config.log.before_after or self.average is not None:
-            self.tally.after = self._measure("after")
-        folder, adapter, lora = self.out / "model", self.out / "adapter", self.config.lora
-        if lora.rank:
-            folders.replace_folder(
-                adapter, lambda new: save_adapter(new, self.model, lora, str(self.out / partial.BASE))
-            )
-        self._save_folder(folder, self._merged())
-        return {"model": str(folder), "adapter": str(adapter) if lora.rank else ""}
-
-    def _save_folder(self, folder: Path, model: Model) -> None:
-        plain = plain_model(model, self.team)
-        if self.team.leads:
-            folders.replace_folder(folder, lambda new: checkpoint.save_model(new, plain, self.store.tokenizer))
-
-    def _exchange(self, average: WeightAverage) -> None:
-        """Measure and write the weights as they are, in out/raw, then put the averaged ones in their place."""
-        self.tally.raw = self._measure("raw")
-        self._save_folder(self.out / RAW, self._merged_copy() if self.config.lora.rank else self.model)
-        self.report.say(describe_average(average))
-        put_average(self.model, average)
-
-    def _merged(self) -> Model:
-        """The model without adapters, what they have learned in its weights."""
-        if self.config.lora.quantize == "none":
-            return merge_and_unload(self.model)
-        merged = self._merged_copy()  # quantised weights cannot take a product
-        keep_merged(self.model, merged)
-        return merged
-
-    def _merged_copy(self) -> Model:
-        """The same as a model of its own, merged into the weights that the run started from."""
-        trained = {name: self.model.get_parameter(name) for name in self.trained}
-        return merged_into(load(self.out / partial.BASE, self.device), self.config.lora, trained)

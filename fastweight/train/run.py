@@ -17,7 +17,8 @@ from fastweight.distributed.team import Team, joined, local_device
 from fastweight.model import Model
 from fastweight.train import checkpoint, folders, partial
 from fastweight.train.config import TrainConfig
-from fastweight.train.loop import RESULT, Trainer
+from fastweight.train.ending import RESULT
+from fastweight.train.loop import Trainer
 from fastweight.train.metrics import Metrics, NoMetrics
 from fastweight.train.prepare import check_parts, check_team, prepared
 from fastweight.train.recovery import Recovery
