@@ -230,6 +230,13 @@ def test_a_missing_file_is_named(finished, name):
         train(None, finished, resume=True, quiet=True)
 
 
+@pytest.mark.parametrize("text", ["{", "[]", '{"model.safetensors": 7}', '{"model.safetensors": {"size_bytes": 7}}'])
+def test_a_damaged_manifest_is_named(finished, text):
+    (finished / "checkpoints" / "step-000008" / "manifest.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"manifest.json is damaged .*Resume from another one: step-000004"):
+        train(None, finished, resume=True, quiet=True)
+
+
 def test_a_pointer_to_nowhere_names_what_is_there(finished):
     (finished / "latest").write_text("step-000777\n")
     with pytest.raises(CheckpointError, match="the folder does not exist. Resume from another one: step-000004"):
