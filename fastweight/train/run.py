@@ -82,7 +82,7 @@ def _run(
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), stop_requests() as stop:
         torch.manual_seed(config.seed)
         if resume:
-            _check_store(out, store, config)
+            check_store(out, store, config)
             start = resumed_start(config, out, read_record(out), resume, team)
         else:
             start = new_start(config, store, model, team)
@@ -138,7 +138,8 @@ def _resumed_config(config: TrainConfig | None, out: Path, team: Team) -> TrainC
     return config
 
 
-def _check_store(out: Path, store: Store, config: TrainConfig) -> None:
+def check_store(out: Path, store: Store, config: TrainConfig) -> None:
+    """Raise ValueError unless `store`, and what config.data.mix names, hold what the run in `out` was started with."""
     same = read_record(out)["store"] == _fingerprint(store, config)
     require(
         same,
