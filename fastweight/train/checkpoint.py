@@ -26,7 +26,8 @@ from fastweight import files
 from fastweight.configs import to_json
 from fastweight.data import Tokenizer
 from fastweight.distributed.parts import Parts, open_parts
-from fastweight.model import FORMAT, ORIGIN_FILE, VERSION, Model, check_weights, load, load_config
+from fastweight.model import Model, check_weights, load, load_config
+from fastweight.model_folder import read_origin, write_settings
 from fastweight.optim import Optimizer
 from fastweight.state import ModelState, load_state
 from fastweight.train import folders
@@ -108,10 +109,7 @@ def export(checkpoint: str | Path, out: str | Path) -> Path:
 
 def save_config(folder: Path, model: Model, tokenizer: Tokenizer) -> None:
     """Write what a model folder holds besides the weights."""
-    text = to_json({"format": FORMAT, "version": VERSION, "config": model.config.to_dict()})
-    files.write_text(folder / "config.json", text + "\n")
-    if model.origin is not None:
-        files.write_text(folder / ORIGIN_FILE, to_json(model.origin) + "\n")
+    write_settings(folder, model.config, model.origin)
     tokenizer.save(folder / "tokenizer")
 
 
@@ -120,8 +118,7 @@ def empty_model(folder: Path) -> Model:
     try:
         with torch.device("meta"):
             model = Model(load_config(folder))
-        file = folder / ORIGIN_FILE
-        model.origin = json.loads(file.read_text()) if file.is_file() else None
+        model.origin = read_origin(folder)
     except (OSError, ValueError) as error:
         raise _unreadable(folder, error) from error
     return model

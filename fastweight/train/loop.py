@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastweight import files
-from fastweight.configs import require, to_json
+from fastweight.configs import require
 from fastweight.data import Batch, Store
 from fastweight.distributed.context import Slice
 from fastweight.distributed.copies import read_state
@@ -25,7 +24,7 @@ from fastweight.train.averaging import make_average
 from fastweight.train.carried import deal_rows, gather_rows
 from fastweight.train.compiling import compile_for
 from fastweight.train.config import TrainConfig
-from fastweight.train.ending import save_final
+from fastweight.train.ending import finish
 from fastweight.train.heldout import heldout_losses
 from fastweight.train.inner import inner_statistics
 from fastweight.train.loops import LoopFollower
@@ -42,11 +41,9 @@ from fastweight.train.saving import TeamWriter
 from fastweight.train.signals import SIGNALS, StopRequest
 from fastweight.train.source import Reader, shares, training_splits
 from fastweight.train.tally import Tally, TrainResult
-from fastweight.train.trainable import is_adapter
 
 # The attribute by which a layer lets its base inner learning rate be scaled.
 INNER_RATE = "inner_lr_scale"
-RESULT = "result.json"
 
 
 class DivergedError(ValueError):
@@ -114,7 +111,7 @@ class Trainer:
         if self.saved_step != tally.step:
             self.save()
         self.writer.finish()
-        return self._finish("" if ended == "steps" else ended)
+        return finish(self, "" if ended == "steps" else ended)
 
     def _compile(self, batch: Batch) -> None:
         """Compile on this batch before the clock goes on; nothing is learned from it."""
@@ -397,22 +394,3 @@ class Trainer:
         when = f"step {self.tally.step}" if kind == "heldout" else kind
         self.report.say(f"{when}: {describe_heldout(values)}")
         return finite(values)
-
-    def _finish(self, stopped: str) -> TrainResult:
-        by_signal = stopped not in ("", "time")
-        parameters = sum(p.numel() for name, p in self.model.named_parameters() if not is_adapter(name))
-        saved: dict[str, Any] = {"model": ""} if by_signal else save_final(self)
-        tally, names = self.tally, TrainResult.__dataclass_fields__
-        result = TrainResult(
-            **{name: value for name, value in tally.to_dict().items() if name in names},
-            **saved,
-            initial_share=None if self.average is None else self.average.initial_share,
-            out=str(self.out),
-            checkpoint=str(self.out / folders.FOLDER / folders.checkpoint_name(tally.step)),
-            stopped=stopped,
-            tokens_per_second=tally.tokens / max(1e-9, tally.seconds),
-            parameters=parameters,
-        )
-        if not by_signal and self.team.leads:
-            files.write_text(self.out / RESULT, to_json(finite(result.to_dict())) + "\n")
-        return result

@@ -90,7 +90,8 @@ def set_checkpointing(model: Model, config: TrainConfig) -> None:
 def prepared(model: Model, config: TrainConfig) -> Iterator[list[str]]:
     """Inside, `model` has the adapters of `config` and trains what it names; yields the names of what is trained.
 
-    Afterwards the adapters are gone (what was not merged is lost) and parameters need gradients as they did before.
+    Afterwards the adapters are gone (what was not merged is lost), layers are plain that were quantised, and parameters
+    need gradients as they did before.
     """
     needed = {parameter: parameter.requires_grad for parameter in model.parameters()}
     model.train()

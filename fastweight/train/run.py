@@ -16,7 +16,8 @@ from fastweight.distributed.team import Team, joined, local_device
 from fastweight.model import Model
 from fastweight.train import checkpoint, folders, partial
 from fastweight.train.config import TrainConfig
-from fastweight.train.loop import RESULT, Trainer
+from fastweight.train.ending import RESULT
+from fastweight.train.loop import Trainer
 from fastweight.train.metrics import Metrics, NoMetrics
 from fastweight.train.prepare import check_parts, check_team, prepared
 from fastweight.train.recovery import Recovery
@@ -78,7 +79,7 @@ def _run(
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), stop_requests() as stop:
         torch.manual_seed(config.seed)
         if resume:
-            _check_store(out, store, config)
+            check_store(out, store, config)
             start = resumed_start(config, out, read_record(out), resume, team)
         else:
             start = new_start(config, store, model, team)
@@ -134,7 +135,8 @@ def _resumed_config(config: TrainConfig | None, out: Path, team: Team) -> TrainC
     return config
 
 
-def _check_store(out: Path, store: Store, config: TrainConfig) -> None:
+def check_store(out: Path, store: Store, config: TrainConfig) -> None:
+    """Raise ValueError unless `store`, and what config.data.mix names, hold what the run in `out` was started with."""
     same = read_record(out)["store"] == fingerprint(store, config)
     require(
         same,

@@ -49,6 +49,26 @@ def test_losses_after_a_restart_in_another_process_are_bit_equal(store, tmp_path
     assert trajectory(tmp_path / "cut") == trajectory(tmp_path / "whole")
 
 
+TWICE = """
+def stop():
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+os.environ |= {environment!r}
+result = train(tiny_config(store), out, model=call_at_forward(tiny_model(), 3, stop), quiet=True)
+print(result.stopped, result.step)
+"""
+
+
+def test_under_torchrun_a_signal_that_comes_twice_ends_the_run_with_a_checkpoint(store, tmp_path):
+    # torchrun sends on the signal that its processes may have got themselves.
+    done = run_elsewhere(TWICE.format(environment={"TORCHELASTIC_RUN_ID": "none"}), tmp_path / "launched", store)
+    assert done.stdout == "SIGTERM 4\n", done.stderr
+    assert (tmp_path / "launched" / "latest").read_text() == "step-000004\n"
+    alone = run_elsewhere(TWICE.format(environment={}), tmp_path / "alone", store)
+    assert alone.returncode == -signal.SIGTERM
+
+
 START_PARTIAL = """
 model = call_at_forward(converted_model(), {number}, lambda: os.kill(os.getpid(), signal.{signal_name}))
 train(tiny_config(store, checkpoint_every=3, **PARTIAL[{name!r}]), out, model=model, quiet=True)
@@ -207,6 +227,13 @@ def test_a_flipped_bit_is_found(finished):
 def test_a_missing_file_is_named(finished, name):
     (finished / "checkpoints" / "step-000008" / name).unlink()
     with pytest.raises(CheckpointError, match=rf"{name} is missing"):
+        train(None, finished, resume=True, quiet=True)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"model.safetensors": 7}', '{"model.safetensors": {"size_bytes": 7}}'])
+def test_a_damaged_manifest_is_named(finished, text):
+    (finished / "checkpoints" / "step-000008" / "manifest.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"manifest.json is damaged .*Resume from another one: step-000004"):
         train(None, finished, resume=True, quiet=True)
 
 
