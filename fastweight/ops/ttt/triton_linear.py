@@ -2,12 +2,12 @@
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastweight.ops.ttt.layout import Layout, Part, parts
+from fastweight.ops.ttt.layout import Layout, Part, parts, pieces
 from fastweight.ops.ttt.unit import Run, differentiable
 
 Tensors = tuple[Tensor, ...]
@@ -20,8 +20,8 @@ def _run(
     """y, new W, b, new sums, flags [tokens, H], and, if `keep`, states for the backward pass. All contiguous."""
     from fastweight.ops.ttt.kernels_linear import linear_forward
 
-    results = _results(q, k, v, rate, tau, ln_weight, ln_bias, w, b, s, sb, position, cu_seqlens, eps, keep)
     layout = Layout.of(q, tau, cu_seqlens)
+    results = _empty_results(layout, q, w, b, s, sb, keep=keep)
     with torch.cuda.device_of(q):
         layout.launch(
             linear_forward, (layout.sequences * layout.heads,), q, k, v, rate, tau, ln_weight, ln_bias, w, b, s, sb,
@@ -31,19 +31,21 @@ def _run(
     return results
 
 
-def _results(
-    q: Tensor, k: Tensor, v: Tensor, rate: Tensor, tau: Tensor, ln_weight: Tensor, ln_bias: Tensor,
-    w: Tensor, b: Tensor, s: Tensor, sb: Tensor, position: Tensor, cu_seqlens: Tensor | None, eps: float, keep: bool,
-) -> list[Tensor]:  # fmt: skip
-    layout = Layout.of(q, tau, cu_seqlens)
+def _empty_results(
+    layout: Layout, q: Tensor, w: Tensor, b: Tensor, s: Tensor, sb: Tensor, *, keep: bool
+) -> list[Tensor]:
     slots = layout.slots if keep else 0
-    flags = torch.empty(q.shape[:3], dtype=torch.int8, device=q.device)
+    flags = q.new_empty(q.shape[:3], dtype=torch.int8)
     kept = [w.new_empty(slots, *w.shape[1:]), b.new_empty(slots, *b.shape[1:])]
-    return [torch.empty_like(q), *(torch.empty_like(x) for x in (w, b, s, sb)), flags, *kept]
+    return [torch.empty_like(q), *[torch.empty_like(x) for x in (w, b, s, sb)], flags, *kept]
 
 
 linear = torch.library.custom_op("fastweight::ttt_linear", _run, mutates_args=())
-linear.register_fake(_results)
+
+
+@linear.register_fake
+def _(q, k, v, rate, tau, ln_weight, ln_bias, w, b, s, sb, position, cu_seqlens, eps, keep):
+    return _empty_results(Layout.of(q, tau, cu_seqlens), q, w, b, s, sb, keep=keep)
 
 
 def _gradients(
@@ -53,31 +55,35 @@ def _gradients(
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of q, k, v, rate, tau, ln_weight, ln_bias, W, b and the sums. memory, sums: those of the results, each
     a pair, or empty for zeros."""
-    layout, d = Layout.of(q, tau, cu_seqlens), q.shape[-1]
-    tokens = (q, k, v, rate, tau, ln_weight, ln_bias, s, sb, position, position if cu_seqlens is None else cu_seqlens)
-    into = _Gradients(*(torch.empty_like(x) for x in (q, k, v, rate, s, sb, s, sb)))
-    shared = None
+    layout = Layout.of(q, tau, cu_seqlens)
+    call = _Call(
+        layout, layout.constants(),
+        (q, k, v, rate, tau, ln_weight, ln_bias, s, sb, position, position if cu_seqlens is None else cu_seqlens, flags),
+        (kept_w, kept_b), sums, eps,
+    )  # fmt: skip
+    todo = parts(layout, position, cu_seqlens, _bytes_of_one(layout, q))
+    shared = kept_w.new_empty(len(todo) * layout.sequences, layout.heads, layout.chunk + 2 * layout.dim)
+    into: list[Tensor] = []
     with torch.cuda.device_of(q):
-        for part in parts(layout, position, cu_seqlens, _bytes_of_one(layout, q)):
-            found = _one_part(layout, part, dy, tokens, flags, (kept_w, kept_b), memory, sums, eps, into).sum(0)
-            shared, memory = found if shared is None else shared + found, [into.w, into.b]
-    assert shared is not None
-    sizes = shared[:, : layout.chunk].sum(0), shared[:, layout.chunk : -d], shared[:, -d:]
-    totals = [total.to(x.dtype).contiguous() for total, x in zip(sizes, (tau, ln_weight, ln_bias), strict=True)]
+        for turn, part in enumerate(todo):
+            scratch = _replay(call, part)
+            # The device is busy from here on.
+            into = into or [torch.empty_like(x) for x in (q, k, v, rate, s, sb, s, sb)]
+            _walk(call, part, turn, dy, scratch, memory, into, shared)
+            memory = into[4:6]
+        totals = layout.share_out(shared, tau, ln_weight, ln_bias)
     return [*into[:4], *totals, *into[4:]]
 
 
-class _Gradients(NamedTuple):
-    """Where the parts of a backward pass leave their gradients."""
+class _Call(NamedTuple):
+    """What the parts of one backward pass have in common. tokens: from q to flags, as kernels take them."""
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    rate: Tensor
-    w: Tensor
-    b: Tensor
-    s: Tensor
-    sb: Tensor
+    layout: Layout
+    constants: dict[str, Any]
+    tokens: Tensors
+    kept: Tensors
+    sums: list[Tensor]
+    eps: float
 
 
 def _bytes_of_one(layout: Layout, q: Tensor) -> int:
@@ -86,39 +92,40 @@ def _bytes_of_one(layout: Layout, q: Tensor) -> int:
     return memory + layout.chunk * (layout.dim * (4 + q.element_size()) + 6 * 4) + 8 * layout.dim
 
 
-def _one_part(
-    layout: Layout, part: Part, dy: Tensor, tokens: Tensors, flags: Tensor, kept: Tensors, memory: list[Tensor],
-    sums: list[Tensor], eps: float, into: _Gradients,
-) -> Tensor:  # fmt: skip
-    """Replay the part's mini-batches, then their reads side by side, then the rest one after the other.
-
-    Back come the gradients of tau, ln_weight and ln_bias as rows of [·, H, chunk + 2 D] that are to be summed.
-    """
+def _replay(call: _Call, part: Part) -> list[Tensor]:
+    """W, b of the part's mini-batches and what else is known of them; then room for what their reads leave behind."""
     from fastweight.ops.ttt.kernels_linear import linear_replay
+
+    layout, (kept_w, kept_b) = call.layout, call.kept
+    stretches, h, d, chunk = part.owner.shape[0], layout.heads, layout.dim, layout.chunk
+    places = stretches * layout.every * h
+    all_w, d_reads = pieces(call.tokens[0], places * d * d, places * chunk * d)
+    wide = pieces(kept_w, places * d, places * chunk * d, places * 5 * chunk, places * (chunk + 2 * d))
+    all_b, units, rows_stats, reads_shared = wide
+    layout.launch(
+        linear_replay, (stretches, h), *call.tokens[1:], kept_w, kept_b, part.owner, part.base, all_w, all_b, units,
+        rows_stats, layout.length, layout.sequences, part.first, call.eps, h, **call.constants,
+    )  # fmt: skip
+    return [all_w, all_b, units, rows_stats, d_reads, reads_shared]
+
+
+def _walk(
+    call: _Call, part: Part, turn: int, dy: Tensor, scratch: list[Tensor], memory: list[Tensor], into: list[Tensor],
+    shared: Tensor,
+) -> None:  # fmt: skip
+    """The reads of the part's mini-batches side by side, then the rest one after the other, the last one first."""
     from fastweight.ops.ttt.kernels_linear_backward import linear_backward, linear_reads
 
-    (n, length, h, d, chunk, *_), constants, q = layout, layout.constants(), tokens[0]
-    stretches = part.owner.shape[0]
-    places = stretches * layout.every
-    all_w, d_reads = q.new_empty(places, h, d, d), q.new_empty(places, h, chunk, d)
-    wide = kept[0].new_empty
-    all_b, units, rows_stats = wide(places, h, d), wide(places, h, chunk, d), wide(places, h, 5, chunk)
-    shared = wide(places + n, h, chunk + 2 * d)
-    replayed = (all_w, all_b, units, rows_stats)
-    layout.launch(
-        linear_replay, (stretches, h), *tokens[1:], flags, *kept, part.owner, part.base, *replayed,
-        length, n, part.first, eps, h, **constants,
+    (n, length, h, *_), tokens = call.layout, call.tokens
+    call.layout.launch(
+        linear_reads, (part.owner.shape[0] * call.layout.every * h,), dy, *tokens, part.owner, part.base, *scratch,
+        *into[:3], *into[6:], length, n, part.first, call.eps, h, **call.constants,
     )  # fmt: skip
-    layout.launch(
-        linear_reads, (places * h,), dy, *tokens, flags, part.owner, part.base, *replayed, d_reads, *into[:3], shared,
-        into.s, into.sb, length, n, part.first, eps, h, **constants,
+    call.layout.launch(
+        linear_backward, (n * h,), *tokens, part.base, *scratch, *(memory or into[4:6]), *(call.sums or into[6:]),
+        *into[1:4], shared, *into[4:], length, part.first, part.stop, turn, len(memory), len(call.sums), h,
+        **call.constants,
     )  # fmt: skip
-    layout.launch(
-        linear_backward, (n * h,), *tokens, flags, part.base, *replayed, d_reads, *(memory or into[4:6]),
-        *(sums or into[6:]), *into[1:4], shared[places:], *into[4:], length, part.first, part.stop, len(memory),
-        len(sums), h, **constants,
-    )  # fmt: skip
-    return shared
 
 
 linear_gradients = torch.library.custom_op("fastweight::ttt_linear_backward", _gradients, mutates_args=())
