@@ -4,7 +4,7 @@ import importlib
 
 import torch
 
-from fastweight.ops.ttt.layout import HIDDEN_BLOCK, KEEP_EVERY, block, launch_options
+from fastweight.ops.ttt.layout import HIDDEN_BLOCK, KEEP_EVERY, LAUNCH, block, launch_options
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 INTEGERS = {
@@ -16,7 +16,19 @@ INTEGERS = {
     "base": "*i32",
     "eps": "fp32",
 }
-SIZES = ("num_tokens", "num_sequences", "first", "stop", "memory_given", "sums_given", "H", "packed", "keep")
+SIZES = (
+    "num_tokens",
+    "num_sequences",
+    "num_rows",
+    "first",
+    "stop",
+    "turn",
+    "memory_given",
+    "sums_given",
+    "H",
+    "packed",
+    "keep",
+)
 TOKENS = ("q", "k", "v", "y", "dy", "dq", "dk", "dv", "all_w")  # in the dtype of q
 TOKENS += ("d_reads", "actives", "d_middles", "d_hiddens", "d_writes1")
 
@@ -25,7 +37,9 @@ def job(name: str, dim: int, dtype: str = "bf16", chunk: int = 16, **constants: 
     """Kernel `name` for heads of `dim` channels."""
     late = name.endswith(("reads", "backward"))
     step = name.endswith("step")
-    part = "step" if step else name.split("_")[0] + ("_backward" if late else "")
+    part = (
+        name.split("_")[-1] if step or name == "shared_totals" else name.split("_")[0] + ("_backward" if late else "")
+    )
     module = f"fastweight.ops.ttt.kernels_{part}"
     values = {
         "D": dim, "BLOCK_D": block(dim), "CHUNK": chunk, "BLOCK_K": block(chunk), "EVERY": KEEP_EVERY,
@@ -38,7 +52,7 @@ def job(name: str, dim: int, dtype: str = "bf16", chunk: int = 16, **constants: 
         "kernel": f"{module}:{name}",
         "signature": signature,
         "constants": {p: values[p] for p in parameters if signature[p] == "constexpr"},
-        **launch_options(name, dim, DTYPES[dtype]),
+        **(launch_options(name, dim, DTYPES[dtype]) if name in LAUNCH else {"num_warps": 4}),
     }
 
 

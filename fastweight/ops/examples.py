@@ -128,7 +128,7 @@ def _ttt_inputs(expansion: int) -> Callable[[Shape, str], tuple[Inputs, Inputs]]
 
 def _run_ttt(op: Callable, mini_batch: int) -> Callable[[Inputs, str], Tensor]:
     def run(x: Inputs, backend: str) -> Tensor:
-        tau = 1 / torch.arange(1, mini_batch + 1, device=x["rate"].device, dtype=x["rate"].dtype)
+        tau = torch.arange(1, mini_batch + 1, device=x["rate"].device, dtype=x["rate"].dtype).reciprocal_()
         state = new_state(TTTWeights(x["w1"], x["b1"], x.get("w2"), x.get("b2")))
         tokens = (x["q"], x["k"], x["v"], x["rate"])
         return op(*tokens, tau, x["ln_weight"], x["ln_bias"], state, chunk_size=mini_batch, backend=backend)[0]

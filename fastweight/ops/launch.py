@@ -5,10 +5,11 @@ pointer. For forty arguments that takes the host longer than most kernels take t
 call to call, so the compiled kernel is kept by it, and is started with addresses: the driver is asked nothing.
 """
 
+import functools
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 ALIGNED = 16  # bytes: kernels are compiled for addresses that are multiples of it, as torch's allocator gives them
@@ -34,7 +35,7 @@ def launch(
     constants: all its other parameters by name. options: num_warps and the like.
     """
     addresses = [t.data_ptr() for t in tensors]
-    if any([a % ALIGNED for a in addresses]) or max(numbers) >= WIDE:
+    if functools.reduce(operator.or_, addresses) % ALIGNED or max(numbers) >= WIDE:
         kernel[grid](*tensors, *numbers, **constants, **options)
         return
     # Of numbers Triton may ask whether they are 1, and multiples of 16.

@@ -9,8 +9,11 @@ import triton.language as tl
 def shared_totals(
     rows, dtau, dgamma, dbeta, num_rows, H, D: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr
 ):  # fmt: skip
-    """Grid: H + CHUNK. rows [num_rows, H, CHUNK + 2 D] float32; dtau [CHUNK] is the sum over rows and heads of the first
-    CHUNK columns, dgamma and dbeta [H, D] those over rows of the others."""
+    """Grid: H + CHUNK. rows [num_rows, H, CHUNK + 2 D] float32.
+
+    dtau [CHUNK]: the sum over rows and heads of the first CHUNK columns; dgamma, dbeta [H, D]: that over rows of the
+    others.
+    """
     pid, stride = tl.program_id(0), CHUNK + 2 * D
     if pid < H:
         r, d = tl.arange(0, 16), tl.arange(0, BLOCK_D)

@@ -1,7 +1,6 @@
 """How the kernels of both memories are cut up and launched: tile sizes, kept states, and stretches to replay."""
 
 import functools
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -101,8 +100,12 @@ class Layout(NamedTuple):
             cut -= 1
         launch(kernel, grid, arguments[:cut], arguments[cut:], constants, options)
 
+    def rows(self, like: Tensor, turns: int) -> Tensor:
+        """Where each sequence leaves in each turn its gradients of what all share: [turns · N, H, CHUNK + 2 D]."""
+        return like.new_empty(turns * self.sequences, self.heads, self.chunk + 2 * self.dim)
+
     def share_out(self, rows: Tensor, tau: Tensor, ln_weight: Tensor, ln_bias: Tensor) -> list[Tensor]:
-        """The gradients of what sequences share, summed over rows [R, H, CHUNK + 2 D] of them."""
+        """The gradients of what sequences share: the sums of `rows`."""
         from fastweight.ops.ttt.kernels_totals import shared_totals
 
         totals = [torch.empty_like(x) for x in (tau, ln_weight, ln_bias)]
@@ -111,12 +114,6 @@ class Layout(NamedTuple):
             {"D": self.dim, "BLOCK_D": block(self.dim), "CHUNK": self.chunk}, {"num_warps": 4},
         )  # fmt: skip
         return totals
-
-
-def pieces(like: Tensor, *sizes: int) -> Sequence[Tensor]:
-    """Room for so many elements each, in one allocation, aligned as kernels are compiled for."""
-    room = [-(-size // 16) * 16 for size in sizes]
-    return like.new_empty(sum(room)).split(room)
 
 
 class Part(NamedTuple):

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastweight.ops.ttt.layout import Layout, Part, parts, pieces
+from fastweight.ops.ttt.layout import Layout, Part, parts
 from fastweight.ops.ttt.unit import Run, differentiable
 
 Tensors = tuple[Tensor, ...]
@@ -56,23 +56,20 @@ def _gradients(
     """Gradients of q, k, v, rate, tau, ln_weight, ln_bias, W, b and the sums. memory, sums: those of the results, each
     a pair, or empty for zeros."""
     layout = Layout.of(q, tau, cu_seqlens)
-    call = _Call(
-        layout, layout.constants(),
-        (q, k, v, rate, tau, ln_weight, ln_bias, s, sb, position, position if cu_seqlens is None else cu_seqlens, flags),
-        (kept_w, kept_b), sums, eps,
-    )  # fmt: skip
+    ends = position if cu_seqlens is None else cu_seqlens
+    tokens = (q, k, v, rate, tau, ln_weight, ln_bias, s, sb, position, ends, flags)
+    call = _Call(layout, layout.constants(), tokens, (kept_w, kept_b), sums, eps)
     todo = parts(layout, position, cu_seqlens, _bytes_of_one(layout, q))
-    shared = kept_w.new_empty(len(todo) * layout.sequences, layout.heads, layout.chunk + 2 * layout.dim)
-    into: list[Tensor] = []
+    into = None
     with torch.cuda.device_of(q):
         for turn, part in enumerate(todo):
             scratch = _replay(call, part)
-            # The device is busy from here on.
-            into = into or [torch.empty_like(x) for x in (q, k, v, rate, s, sb, s, sb)]
-            _walk(call, part, turn, dy, scratch, memory, into, shared)
-            memory = into[4:6]
-        totals = layout.share_out(shared, tau, ln_weight, ln_bias)
-    return [*into[:4], *totals, *into[4:]]
+            into = into or _Gradients.empty(call, len(todo))  # not before the device has something to do
+            _walk(call, part, turn, dy, scratch, memory, into)
+            memory, scratch = [into.w, into.b], []  # the next part takes their room
+        assert into is not None
+        totals = layout.share_out(into.shared, tau, ln_weight, ln_bias)
+    return [*into[:4], *totals, *into[4:8]]
 
 
 class _Call(NamedTuple):
@@ -84,6 +81,26 @@ class _Call(NamedTuple):
     kept: Tensors
     sums: list[Tensor]
     eps: float
+
+
+class _Gradients(NamedTuple):
+    """Where the parts of a backward pass leave their gradients. shared: see `Layout.rows`."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    rate: Tensor
+    w: Tensor
+    b: Tensor
+    s: Tensor
+    sb: Tensor
+    shared: Tensor
+
+    @staticmethod
+    def empty(call: _Call, turns: int) -> "_Gradients":
+        q, k, v, rate, *_, s, sb, _, _, _ = call.tokens
+        like = [torch.empty_like(x) for x in (q, k, v, rate, s, sb, s, sb)]
+        return _Gradients._make([*like, call.layout.rows(s, turns)])
 
 
 def _bytes_of_one(layout: Layout, q: Tensor) -> int:
@@ -98,32 +115,34 @@ def _replay(call: _Call, part: Part) -> list[Tensor]:
 
     layout, (kept_w, kept_b) = call.layout, call.kept
     stretches, h, d, chunk = part.owner.shape[0], layout.heads, layout.dim, layout.chunk
-    places = stretches * layout.every * h
-    all_w, d_reads = pieces(call.tokens[0], places * d * d, places * chunk * d)
-    wide = pieces(kept_w, places * d, places * chunk * d, places * 5 * chunk, places * (chunk + 2 * d))
-    all_b, units, rows_stats, reads_shared = wide
+    places, low, wide = stretches * layout.every, call.tokens[0].new_empty, kept_w.new_empty
+    all_w, all_b, units, rows_stats = (
+        low(places, h, d, d),
+        wide(places, h, d),
+        wide(places, h, chunk, d),
+        wide(places, h, 5, chunk),
+    )
     layout.launch(
         linear_replay, (stretches, h), *call.tokens[1:], kept_w, kept_b, part.owner, part.base, all_w, all_b, units,
         rows_stats, layout.length, layout.sequences, part.first, call.eps, h, **call.constants,
     )  # fmt: skip
-    return [all_w, all_b, units, rows_stats, d_reads, reads_shared]
+    return [all_w, all_b, units, rows_stats, low(places, h, chunk, d), wide(places, h, chunk + 2 * d)]
 
 
 def _walk(
-    call: _Call, part: Part, turn: int, dy: Tensor, scratch: list[Tensor], memory: list[Tensor], into: list[Tensor],
-    shared: Tensor,
-) -> None:  # fmt: skip
+    call: _Call, part: Part, turn: int, dy: Tensor, scratch: list[Tensor], memory: list[Tensor], into: _Gradients
+) -> None:
     """The reads of the part's mini-batches side by side, then the rest one after the other, the last one first."""
     from fastweight.ops.ttt.kernels_linear_backward import linear_backward, linear_reads
 
     (n, length, h, *_), tokens = call.layout, call.tokens
     call.layout.launch(
         linear_reads, (part.owner.shape[0] * call.layout.every * h,), dy, *tokens, part.owner, part.base, *scratch,
-        *into[:3], *into[6:], length, n, part.first, call.eps, h, **call.constants,
+        *into[:3], into.s, into.sb, length, n, part.first, call.eps, h, **call.constants,
     )  # fmt: skip
     call.layout.launch(
-        linear_backward, (n * h,), *tokens, part.base, *scratch, *(memory or into[4:6]), *(call.sums or into[6:]),
-        *into[1:4], shared, *into[4:], length, part.first, part.stop, turn, len(memory), len(call.sums), h,
+        linear_backward, (n * h,), *tokens, part.base, *scratch, *(memory or into[4:6]), *(call.sums or into[6:8]),
+        *into[1:4], into.shared, *into[4:8], length, part.first, part.stop, turn, len(memory), len(call.sums), h,
         **call.constants,
     )  # fmt: skip
 
@@ -164,4 +183,4 @@ def _backward(ctx, gradients: Sequence[Tensor | None], run: Run) -> tuple:
 
 
 linear.register_autograd(functools.partial(_backward, run=linear_gradients), setup_context=_remember)
-differentiable_linear = differentiable(linear, _run, _remember, functools.partial(_backward, run=_gradients))
+differentiable_linear = differentiable(linear, _run, _remember, functools.partial(_backward, run=_gradients), 6)
