@@ -55,7 +55,7 @@ class Device:
 def launches() -> list[dict]:
     """case, by_triton, same: see above. Each second launch of a kind needs no Triton, if its addresses are aligned."""
     from fastweight.ops.launch import launch
-    from fastweight.ops.ttt.kernels_totals import shared_totals
+    from fastweight.ops.ttt.kernels_shared import shared_totals
 
     run, asked, found = shared_totals.run, [], []
     shared_totals.run = lambda *args, **options: asked.append(1) or run(*args, **options)

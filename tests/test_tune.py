@@ -96,9 +96,9 @@ def test_changes_are_tried_one_by_one_then_the_best_together_and_a_failure_is_re
 
 def test_a_change_must_give_the_values_of_the_unchanged_tables(tune, monkeypatch):
     from fastweight.ops.examples import Shape, examples
-    from fastweight.ops.ttt import kernels_linear, kernels_linear_backward, kernels_shared, kernels_totals
+    from fastweight.ops.ttt import kernels_linear, kernels_linear_backward, kernels_shared
 
-    interpreted(kernels_shared, kernels_linear, kernels_linear_backward, kernels_totals)
+    interpreted(kernels_shared, kernels_linear, kernels_linear_backward)
     sizes = {"window": 1, "mini_batch": 4, "chunk": 1}
     name = "TTT-Linear, mini-batch 4"
     monkeypatch.setattr(tune, "DEVICE", "cpu")

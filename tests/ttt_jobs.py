@@ -16,19 +16,8 @@ INTEGERS = {
     "base": "*i32",
     "eps": "fp32",
 }
-SIZES = (
-    "num_tokens",
-    "num_sequences",
-    "num_rows",
-    "first",
-    "stop",
-    "turn",
-    "memory_given",
-    "sums_given",
-    "H",
-    "packed",
-    "keep",
-)
+SIZES = ("num_tokens", "num_sequences", "first", "stop", "memory_given", "sums_given", "H", "packed", "keep")
+SIZES += ("num_rows", "turn")
 TOKENS = ("q", "k", "v", "y", "dy", "dq", "dk", "dv", "all_w")  # in the dtype of q
 TOKENS += ("d_reads", "actives", "d_middles", "d_hiddens", "d_writes1")
 
@@ -37,9 +26,7 @@ def job(name: str, dim: int, dtype: str = "bf16", chunk: int = 16, **constants: 
     """Kernel `name` for heads of `dim` channels."""
     late = name.endswith(("reads", "backward"))
     step = name.endswith("step")
-    part = (
-        name.split("_")[-1] if step or name == "shared_totals" else name.split("_")[0] + ("_backward" if late else "")
-    )
+    part = "step" if step else name.split("_")[0] + ("_backward" if late else "")
     module = f"fastweight.ops.ttt.kernels_{part}"
     values = {
         "D": dim, "BLOCK_D": block(dim), "CHUNK": chunk, "BLOCK_K": block(chunk), "EVERY": KEEP_EVERY,

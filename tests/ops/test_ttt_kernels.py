@@ -28,11 +28,10 @@ def _kernels():
         kernels_mlp_backward,
         kernels_shared,
         kernels_step,
-        kernels_totals,
     )
 
     interpreted(kernels_shared, kernels_linear, kernels_linear_backward, kernels_step, kernels_faults)
-    interpreted(kernels_mlp, kernels_mlp_backward, kernels_totals)
+    interpreted(kernels_mlp, kernels_mlp_backward)
 
 
 def wide(tree):

@@ -106,7 +106,7 @@ class Layout(NamedTuple):
 
     def share_out(self, rows: Tensor, tau: Tensor, ln_weight: Tensor, ln_bias: Tensor) -> list[Tensor]:
         """The gradients of what sequences share: the sums of `rows`."""
-        from fastweight.ops.ttt.kernels_totals import shared_totals
+        from fastweight.ops.ttt.kernels_shared import shared_totals
 
         totals = [torch.empty_like(x) for x in (tau, ln_weight, ln_bias)]
         launch(
