@@ -1,5 +1,6 @@
 """Inputs for each op as its layers give them, of any size: what errors are measured on, and times."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -51,12 +52,8 @@ def examples(*, window: int, mini_batch: int, chunk: int, muon_dtype: str = "flo
         f"attention, window {window}": Example("attention", _attention_inputs, _run_attention(window)),
         "delta rule": Example("delta_rule", _delta_inputs(False), _run_delta),
         "gated delta rule": Example("delta_rule", _delta_inputs(True), _run_delta),
-        f"TTT-Linear, mini-batch {mini_batch}": Example(
-            "ttt_linear", _ttt_inputs(1, mini_batch), _run_ttt(ttt_linear, mini_batch)
-        ),
-        f"TTT-MLP, mini-batch {mini_batch}": Example(
-            "ttt_mlp", _ttt_inputs(4, mini_batch), _run_ttt(ttt_mlp, mini_batch)
-        ),
+        f"TTT-Linear, mini-batch {mini_batch}": Example("ttt_linear", _ttt_inputs(1), _run_ttt(ttt_linear, mini_batch)),
+        f"TTT-MLP, mini-batch {mini_batch}": Example("ttt_mlp", _ttt_inputs(4), _run_ttt(ttt_mlp, mini_batch)),
         f"In-Place, chunk {chunk}": Example("in_place", _in_place_inputs, _run_in_place(chunk)),
     }
     for name, muon, update in (
@@ -109,7 +106,13 @@ def _run_delta(x: Inputs, backend: str) -> Tensor:
     return delta_rule(x["q"], x["k"], x["v"], x["beta"], state, log_decay=x.get("log_decay"), backend=backend)[0]
 
 
-def _ttt_inputs(expansion: int, mini_batch: int) -> Callable[[Shape, str], tuple[Inputs, Inputs]]:
+@functools.cache
+def _tau(mini_batch: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """1/(i + 1): the same in every call, so it is no part of what a call takes."""
+    return 1 / torch.arange(1, mini_batch + 1, device=device, dtype=dtype)
+
+
+def _ttt_inputs(expansion: int) -> Callable[[Shape, str], tuple[Inputs, Inputs]]:
     def draw(s: Shape, device: str) -> tuple[Inputs, Inputs]:
         width = expansion * s.dim
 
@@ -118,7 +121,6 @@ def _ttt_inputs(expansion: int, mini_batch: int) -> Callable[[Shape, str], tuple
 
         others = {
             "rate": _uniform(s, device) / s.dim,
-            "tau": 1 / torch.arange(1, mini_batch + 1, device=device, dtype=torch.float32),
             "ln_weight": torch.rand(s.heads, s.dim, device=device) + 0.5,
             "ln_bias": 0.1 * torch.randn(s.heads, s.dim, device=device),
             "w1": weight(s.dim, width),
@@ -134,8 +136,9 @@ def _ttt_inputs(expansion: int, mini_batch: int) -> Callable[[Shape, str], tuple
 def _run_ttt(op: Callable, mini_batch: int) -> Callable[[Inputs, str], Tensor]:
     def run(x: Inputs, backend: str) -> Tensor:
         state = new_state(TTTWeights(x["w1"], x["b1"], x.get("w2"), x.get("b2")))
-        given = [x[name] for name in ("q", "k", "v", "rate", "tau", "ln_weight", "ln_bias")]
-        return op(*given, state, chunk_size=mini_batch, backend=backend)[0]
+        tau = _tau(mini_batch, x["rate"].device, x["rate"].dtype)
+        tokens = (x["q"], x["k"], x["v"], x["rate"])
+        return op(*tokens, tau, x["ln_weight"], x["ln_bias"], state, chunk_size=mini_batch, backend=backend)[0]
 
     return run
 
