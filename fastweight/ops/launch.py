@@ -30,9 +30,9 @@ def launch(
     kernel: Any, grid: Sequence[int], tensors: Sequence[Tensor], numbers: Sequence[float],
     constants: Mapping[str, Any], options: Mapping[str, Any],
 ) -> None:  # fmt: skip
-    """Start `kernel` on the device of its tensors, which must be the current one, with tensors, then numbers.
+    """Start `kernel` with tensors, then numbers; constants: all its other parameters by name; options: num_warps ….
 
-    constants: all its other parameters by name. options: num_warps and the like.
+    All tensors must be on the current device: the caller has checked it, nobody looks again.
     """
     addresses = [t.data_ptr() for t in tensors]
     if functools.reduce(operator.or_, addresses) % ALIGNED or max(numbers) >= WIDE:

@@ -17,6 +17,11 @@ def account(position: Tensor, faults: Faults, marks: Tensor, cu_seqlens: Tensor 
         return advance(position, marks.shape[1], cu_seqlens), count_faults(faults, bad, position, cu_seqlens)
     from fastweight.ops.ttt.kernels_faults import count_marks
 
+    if len(devices := {t.device for t in (marks, position, *faults)}) > 1:
+        found = ", ".join(sorted(map(str, devices)))
+        raise ValueError(
+            f"ttt: the state's position and faults must be on the device of q, got {found}. Move them there."
+        )
     _, length, heads = marks.shape
     given = [t.contiguous() for t in (position, *faults)]
     after, count, first = results = [torch.empty_like(t) for t in given]
