@@ -202,32 +202,35 @@ class Bench:
         return {"ms": ms, "unchanged_ms": unchanged, "distance": off}
 
 
-def warm(work: str, number: int) -> None:
+def warm(work: str, number: int | None = None) -> None:
     """Compile what change `number` of the plan needs, by running it at a small size; in a process of its own."""
-    with changed([plan()[number]]):
+    with changed([] if number is None else [plan()[number]]):
         Work(work, small=True).run()
         torch.cuda.synchronize()
 
 
 def compile_all(changes: Sequence[Change], processes: int, until: float) -> dict[str, str]:
-    """Run `warm` for all, so many at a time; Triton keeps what they compile. Back comes what the failed ones said."""
-    everything, waiting, running, failed = plan(), [*changes], {}, {}
+    """`warm` for all changes, so many at a time; Triton keeps what they compile. What the failed ones said, by key."""
+    everything = plan()
+    return _in_processes({key_of([c]): f"{c.work!r}, {everything.index(c)}" for c in changes}, processes, until)
+
+
+def _in_processes(calls: dict[str, str], processes: int, until: float) -> dict[str, str]:
+    """Name → arguments of `warm`; back come the last words of those that failed."""
+    waiting, running, failed = [*calls.items()], {}, {}
     while (waiting or running) and time.monotonic() < until:
         while waiting and len(running) < processes:
-            change, words = waiting.pop(0), tempfile.TemporaryFile()  # noqa: SIM115  # read when the process has ended
-            code = f"from benchmarks.tune import warm; warm({change.work!r}, {everything.index(change)})"
-            process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=words)
-            running[change] = (process, words)
-        for change, (process, words) in [*running.items()]:
+            (name, given), words = waiting.pop(0), tempfile.TemporaryFile()  # noqa: SIM115  # read when it has ended
+            command = [sys.executable, "-c", f"from benchmarks.tune import warm; warm({given})"]
+            running[name] = (subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=words), words)
+        for name, (process, words) in [*running.items()]:
             if process.poll() is not None:
-                del running[change]
+                del running[name]
                 words.seek(0)
                 with words:
                     said = words.read().decode(errors="replace").strip().splitlines()
                 if process.returncode:
-                    failed[key_of([change])] = (
-                        f"did not run by itself: {said[-1][:200] if said else process.returncode}"
-                    )
+                    failed[name] = f"did not run by itself: {said[-1][:200] if said else process.returncode}"
         time.sleep(0.1)
     for process, words in running.values():
         process.kill()
@@ -362,6 +365,9 @@ def main(
         write_json(json, {"machine": here, "results": results})
 
     left = [c for c in changes if key_of([c]) not in results]
+    # First what all have in common, or each would compile it.
+    if failed := _in_processes({c.work: repr(c.work) for c in left}, processes, until):
+        raise SystemExit(f"tune: the unchanged tables: {failed}")
     results |= {key: {"error": words} for key, words in compile_all(left, processes, until).items()}
     save()
     try_all(changes, Bench, results, save, until)
