@@ -9,6 +9,7 @@ import pytest
 import torch
 from interpreter import interpreted, needs_triton
 
+from fastweight.ops.lact import recorded
 from fastweight.ops.ttt import layout
 
 pytestmark = needs_triton
@@ -101,6 +102,7 @@ def test_a_change_must_give_the_values_of_the_unchanged_tables(tune, monkeypatch
     interpreted(kernels_shared, kernels_linear, kernels_linear_backward)
     sizes = {"window": 1, "mini_batch": 4, "chunk": 1}
     name = "TTT-Linear, mini-batch 4"
+    monkeypatch.setattr(recorded, "ENABLED", True)  # and so again after this test
     monkeypatch.setattr(tune, "DEVICE", "cpu")
     monkeypatch.setattr(tune, "works", lambda device: [(name, Shape(1, 20, 1, 16), examples(**sizes)[name], sizes)])
     monkeypatch.setattr(tune.Work, "record", lambda self: self)
