@@ -13,6 +13,7 @@ pytestmark = needs_triton
 SPILLS = {
     64: {
         "linear_forward": 216, "linear_replay": 24, "linear_reads": 0, "linear_backward": 216, "linear_step": 0,
+        "shared_totals": 0,
         "mlp_forward": 576, "mlp_reads": 128, "mlp_backward": 1088, "mlp_step": 0,
     },
     128: {"linear_forward": 1304, "linear_reads": 0, "linear_backward": 640, "mlp_forward": 704, "mlp_backward": 896},
