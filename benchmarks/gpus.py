@@ -149,7 +149,12 @@ def conversion(options: Options) -> list[Job]:
     convert = f"{PYTHON} fastweight convert {model} --data $WORK/store-model --out $WORK/converted"
     look = "from pathlib import Path; from fastweight.convert_demo import check_reload; check_reload(Path('converted'))"
     return [
-        Job("convert", (f"{convert} --mag.window 1024 --mag.no-gated {stages}",), limit=1500, needs=("store-model",)),
+        Job(
+            "convert",
+            (f"{convert} --mag.window 1024 --mag.no-gated --mag.conv-width 4 {stages}",),
+            limit=1500,
+            needs=("store-model",),
+        ),
         Job("convert-reload", (f'python -c "{look}"',), gpus=0, needs=("convert",)),
     ]
 
@@ -166,6 +171,9 @@ def kernels() -> list[Job]:
         Job("model", (f"{model} --feed-forward-checkpointing",), limit=500),
         Job("model-checkpointing", (f"{model} --activation-checkpointing --presets lact-760m-muon",), limit=200),
         Job("doctor", (f"{PYTHON} fastweight doctor --measure",), limit=300),
+        Job("host", (f"{PYTHON} benchmarks.host --json $JSON",), limit=100),
+        Job("tune-flex", (f"{PYTHON} benchmarks.tune_flex --json $JSON",), limit=500),
+        Job("tune", (f"{PYTHON} benchmarks.tune --seconds-in-all 500 --processes 8 --json $JSON",), limit=600),
         Job("laws-chunked", (f"{laws} -k chunked",), limit=500),
         Job("sanitizer", (f"compute-sanitizer --error-exitcode 9 {PYTHON} fastweight doctor --measure",), limit=500),
     ]
