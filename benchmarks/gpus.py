@@ -151,7 +151,7 @@ def conversion(options: Options) -> list[Job]:
     return [
         Job(
             "convert",
-            (f"{convert} --mag.window 1024 --mag.no-gated --mag.conv-width 4 {stages}",),
+            (f"{convert} --mag.window 1024 --mag.no-gated {stages}",),
             limit=1500,
             needs=("store-model",),
         ),
