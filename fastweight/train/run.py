@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from fastweight.train.config import TrainConfig
 from fastweight.train.ending import RESULT
 from fastweight.train.loop import Trainer
 from fastweight.train.metrics import Metrics, NoMetrics
+from fastweight.train.only_run import only_run
 from fastweight.train.prepare import check_parts, check_team, prepared
 from fastweight.train.recovery import Recovery
 from fastweight.train.replicas import check_replicas
@@ -76,7 +78,7 @@ def _run(
     team.arrange(config.mesh, device)
     store = Store.open(config.data.store)
     report = Report(config, quiet)
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())), stop_requests() as stop:
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())), stop_requests() as stop, ExitStack() as stack:
         torch.manual_seed(config.seed)
         if resume:
             check_store(out, store, config)
@@ -88,7 +90,8 @@ def _run(
         trained = placed(start, team, device)
         for line in describe_run(config, trained, store, device, team):
             report.say(line)
-        team.wait()  # nothing is written before all processes have found the settings good
+        # Nothing is written before all processes have found the settings good.
+        stack.enter_context(only_run(out, team, report.say))
         if resumed is None and team.leads:
             _record(config, start.model, store, out)
         tally = Tally() if resumed is None else resumed.tally

@@ -1,13 +1,19 @@
 """A run that was stopped, killed or could not save goes on exactly, or says what to do."""
 
+import errno
 import json
 import os
 import signal
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from training_cases import PARTIAL, call_at_forward, converted_model, run_elsewhere, tiny_config, tiny_model
 
+from fastweight.data.locks import FolderInUseError, exclusive
 from fastweight.train import CheckpointError, LoraConfig, load_run_config, read_metrics, train
+from fastweight.train import only_run as only_run_module
+from fastweight.train.only_run import LOCK, only_run
 
 RUNS = {
     "adamw": {},
@@ -47,6 +53,34 @@ def test_losses_after_a_restart_in_another_process_are_bit_equal(store, tmp_path
     resumed = run_elsewhere(RESUME, tmp_path / "cut", store)
     assert resumed.stdout == "8\n", resumed.stderr
     assert trajectory(tmp_path / "cut") == trajectory(tmp_path / "whole")
+
+
+def test_a_second_run_in_a_folder_is_refused_while_the_first_one_trains(store, tmp_path):
+    config = tiny_config(store, steps=4)
+    start(tmp_path, store, killed_at(2, "SIGTERM"), steps=4)
+    before = sorted(tmp_path.rglob("*"))
+    with exclusive(tmp_path / LOCK):
+        with pytest.raises(FolderInUseError, match="another process trains in this folder"):
+            train(None, tmp_path, resume=True, quiet=True)
+        with pytest.raises(FolderInUseError, match="Stop it, wait for it, or choose another folder"):
+            train(config, tmp_path, go_on=True, model=tiny_model(), quiet=True)
+        assert sorted(tmp_path.rglob("*")) == before
+    assert train(None, tmp_path, resume=True, quiet=True).step == 4
+
+
+def test_processes_that_do_not_lead_are_told_that_the_folder_is_in_use(tmp_path):
+    team: Any = SimpleNamespace(leads=False, sum=lambda votes: [1])
+    with pytest.raises(FolderInUseError), only_run(tmp_path, team, print):
+        pytest.fail("it must not come here")
+
+
+def test_a_file_system_without_locks_is_named_and_used(store, tmp_path, monkeypatch, capsys):
+    def exclusive(path):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(only_run_module, "exclusive", exclusive)
+    assert train(tiny_config(store), tmp_path, model=tiny_model()).step == 8
+    assert "has no locks; nothing keeps another run from writing there" in capsys.readouterr().err
 
 
 TWICE = """
@@ -314,4 +348,6 @@ def test_a_checkpoint_is_a_model_folder(finished):
 def test_nothing_in_a_run_folder_is_a_pickle(finished):
     suffixes = {path.suffix for path in finished.rglob("*") if path.is_file()}
     assert suffixes == {".json", ".jsonl", ".safetensors", ""}
-    assert [path.name for path in finished.rglob("*") if path.is_file() and not path.suffix] == ["latest"]
+    plain = {path.name for path in finished.rglob("*") if path.is_file() and not path.suffix}
+    assert plain == {"latest", LOCK}
+    assert (finished / LOCK).read_bytes() == b""
