@@ -8,7 +8,7 @@ from pathlib import Path
 from fastweight.data.locks import FolderInUseError, exclusive
 from fastweight.distributed.team import Team
 
-LOCK = "lock"
+LOCK = ".lock"
 # What file systems without locks answer.
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
