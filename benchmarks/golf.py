@@ -17,117 +17,24 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import tyro
 
+from benchmarks.golf_learners import compare_learners
+from benchmarks.golf_options import BASE, HEAD_DIM, PARTS, VARIANTS, Options, Variant, narrow, spread
 from benchmarks.timing import machine, print_table, write_json
 from fastweight.artifact import Hessians, PackSpec, collect_hessians, fit_to_size, unpack
 from fastweight.data import Store, Windows, loader
 from fastweight.devices import pick_device
-from fastweight.evaluate import score, score_and_learn
-from fastweight.evaluate.reading import Document
+from fastweight.evaluate import score
 from fastweight.golf_presets import record
-from fastweight.learn import DocumentLora, GlobalSgd, InPlaceSgd
 from fastweight.model import Model, load
 from fastweight.optim import AveragingConfig, OptimizerConfig, ScheduleConfig
-from fastweight.train import DataConfig, LogConfig, LoopConfig, TrainConfig, train
-
-BASE = "base"
-PARTS = ("variants", "rounding", "learners")
-HEAD_DIM = 64
-Changes = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Variant:
-    """What differs from the base run: fields of the optimiser, of the run, and how often the core is visited."""
-
-    optimizer: Changes = dataclasses.field(default_factory=dict)
-    run: Changes = dataclasses.field(default_factory=dict)
-    loops: int = 3
-
-
-# The base: MuonEq-R, Polar Express, EMA, three loops from the first step on.
-VARIANTS = {
-    BASE: Variant(),
-    "adamw": Variant({"name": "adamw", "lr": 3e-3, "muon_rows": "none", "muon_coefficients": "quintic"}),
-    "muon, quintic": Variant({"muon_rows": "none", "muon_coefficients": "quintic"}),
-    "no MuonEq-R": Variant({"muon_rows": "none"}),
-    "no polar express": Variant({"muon_coefficients": "quintic"}),
-    "NorMuon": Variant({"normuon": True}),
-    "cautious decay": Variant({"muon_cautious": True}),
-    "1 loop": Variant(loops=1),
-    "2 loops": Variant(loops=2),
-    "4 loops": Variant(loops=4),
-    "loops on at 35 %": Variant(run={"loops": LoopConfig(on_at=0.35)}),
-    "swa": Variant(run={"averaging": AveragingConfig(kind="swa", every=5, start_factor=0.4)}),
-}
-LEARNERS: dict[str, tuple[type[InPlaceSgd] | type[DocumentLora] | type[GlobalSgd], tuple[float, ...]]] = {
-    "in-place": (InPlaceSgd, (0.03, 0.1, 0.3)),
-    "lora": (DocumentLora, (3e-4, 1e-3, 3e-3)),
-    "sgd": (GlobalSgd, (1e-3, 3e-3, 1e-2)),
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """What is measured, and how long that takes. On one H100 the defaults are meant for 8 minutes: 5 of variants, 1 of
-    rounding, 2 of learners."""
-
-    store: Path
-    """A token store with a held-out split (`fastweight data prepare`)."""
-    out: Path
-    """Folder for the trained models and for what was found."""
-    parts: tuple[str, ...] = PARTS
-    """variants, rounding, learners; the last two train what they need of the base."""
-    variants: tuple[str, ...] = tuple(VARIANTS)
-    """Which of them."""
-    models: tuple[Path, ...] = ()
-    """Model folders for roundings (the first) and learners (all), in place of the base's."""
-    seeds: int = 2
-    """Seeds of each variant."""
-    learner_seeds: int = 3
-    """Seeds of the base whose models the learners are run with."""
-    width: int = 256
-    """Width of the model, in heads of 64; the contest's is 512."""
-    steps: int = 300
-    """Steps of a run."""
-    seq_len: int = 2048
-    """Tokens per window."""
-    batch_size: int = 32
-    """Windows per step, and side by side in an evaluation."""
-    heldout_tokens: int = 1 << 19
-    """Held-out tokens that variants and roundings are scored on."""
-    bits_per_weight: tuple[float, ...] = (3.0, 3.5, 4.5)
-    """Sizes of the packed files."""
-    calibration_tokens: int = 1 << 19
-    """Training tokens that GPTQ sees."""
-    tune_tokens: int = 1 << 16
-    """Held-out tokens that the rates of the learners are chosen on."""
-    learn_tokens: int = 1 << 17
-    """Further held-out tokens that they are measured on."""
-    document_tokens: int = 4096
-    """Of longer documents, the learners read so much."""
-    learn_chunk: int = 64
-    """Targets between two steps in a document."""
-    sgd_chunk: int = 4096
-    """Targets between two steps of the global learner."""
-    jobs: int = 1
-    """Training processes at a time, on one device."""
-    device: str = "auto"
-    """Where everything runs."""
-    compile: bool = False
-    """Compile the blocks for training."""
-    threads: int = 0
-    """Threads of each process; 0: torch's own number."""
-    json: Path | None = None
-    """Also write all numbers to this file."""
+from fastweight.train import DataConfig, LogConfig, TrainConfig, train
 
 
 def model_of(options: Options, vocab_size: int, loops: int, seed: int) -> Model:
@@ -223,12 +130,6 @@ def compare_variants(options: Options) -> dict[str, Any]:
     return {"runs": [{k: v for k, v in r.items() if k != "asked"} for r in runs]}
 
 
-def spread(values: Sequence[float], form: str = ".4f") -> str:
-    """Mean, and standard deviation where there are several."""
-    apart = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):{form}}{apart}"
-
-
 def base_models(options: Options, count: int) -> list[Path]:
     """Folders of the models that are given, else of the base's averaged ones, trained if they are not there."""
     if options.models:
@@ -245,12 +146,6 @@ def windows_score(options: Options, model: Model) -> dict[str, Any]:
             stride=options.seq_len, batch_size=options.batch_size, max_tokens=options.heldout_tokens,
         )  # fmt: skip
     return {"bits_per_byte": found.bits_per_byte, "seconds": found.seconds}
-
-
-def narrow(options: Options) -> torch.autocast:
-    """bfloat16 on a GPU."""
-    kind = pick_device(options.device).type
-    return torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda")
 
 
 def hessians_of(options: Options, model: Model) -> Hessians:
@@ -292,100 +187,13 @@ def compare_rounding(options: Options) -> dict[str, Any]:
     return {"whole": whole, "hessian_seconds": calibration, "packed": found}
 
 
-def documents(options: Options) -> tuple[list[Document], list[Document]]:
-    """Held-out documents to choose rates on, and others to measure on; of long ones the beginning."""
-    split = Store.open(options.store).split("heldout")
-    parts: tuple[list[Document], list[Document]] = ([], [])
-    room = [options.tune_tokens, options.learn_tokens]
-    for i in range(split.num_documents):
-        place = 0 if room[0] > 0 else 1
-        if room[place] <= 0:
-            break
-        tokens, num_bytes = (np.asarray(x)[: options.document_tokens + 1] for x in split.document(i))
-        parts[place].append((tokens, num_bytes))
-        room[place] -= len(tokens) - 1
-    if not parts[1]:
-        raise SystemExit("the held-out split is too short for --tune-tokens; lower it.")
-    return parts
-
-
-def learn(options: Options, model: Model, texts: list[Document], kind: str, rate: float, mode: str) -> dict[str, Any]:
-    """One learner at one rate."""
-    make, _ = LEARNERS[kind]
-    own: Changes = {"chunk_size": options.learn_chunk}
-    if make is GlobalSgd:
-        own = {"chunk_size": options.sgd_chunk, "seq_len": options.seq_len, "batch_size": options.batch_size}
-    learner = make(lr=rate, **own)
-    with narrow(options):
-        found = score_and_learn(
-            model, texts, learner, mode=mode, seq_len=options.seq_len, stride=max(1, options.seq_len // 4),
-            batch_size=options.batch_size,
-        )  # fmt: skip
-    return {
-        "learner": kind, "rate": rate, "mode": mode, "bits_per_byte": found.bits_per_byte, "seconds": found.seconds,
-        "tokens": found.tokens, "forwarded_per_token": found.forwarded_per_token,
-    }  # fmt: skip
-
-
-def compare_learners(options: Options) -> dict[str, Any]:
-    """Each learner's best rate on some documents with one model, then on others with the models of all seeds."""
-    device, (tuning, texts) = pick_device(options.device), documents(options)
-    models = [load(path, device).eval() for path in base_models(options, len(options.models) or options.learner_seeds)]
-    plain = [without(options, model, texts) for model in models]
-    tuned: list[dict[str, Any]] = []
-    found: list[dict[str, Any]] = []
-    for kind, (_, rates) in LEARNERS.items():
-        tried = [learn(options, models[0], tuning, kind, rate, "cached") for rate in rates]
-        best = min(tried, key=lambda r: r["bits_per_byte"])["rate"]
-        tuned += tried
-        for mode in ("cached", "exact"):
-            for seed, model in enumerate(models):
-                found.append({"seed": seed} | learn(options, model, texts, kind, best, mode))
-    print_learners(options, plain, tuned, found)
-    return {"without": plain, "rates": tuned, "best": found}
-
-
-def without(options: Options, model: Model, texts: list[Document]) -> dict[str, Any]:
-    """The same documents without learning: the state carried on, and in windows that slide by a quarter."""
-    reading: dict[str, Any] = {"seq_len": options.seq_len, "batch_size": options.batch_size}
-    with narrow(options):
-        whole = score(model, texts, context="document", **reading)
-        sliding = score(model, texts, context="windows", stride=max(1, options.seq_len // 4), **reading)
-    return {
-        "document": whole.bits_per_byte, "document_seconds": whole.seconds, "sliding": sliding.bits_per_byte,
-        "sliding_seconds": sliding.seconds, "sliding_forwarded_per_token": sliding.forwarded_per_token,
-    }  # fmt: skip
-
-
-def print_learners(
-    options: Options, plain: list[dict[str, Any]], tuned: list[dict[str, Any]], found: list[dict[str, Any]]
-) -> None:
-    """Two tables: the rates tried, and the best rate of each learner over the seeds."""
-    rows = [[r["learner"], f"{r['rate']:g}", f"{r['bits_per_byte']:.4f}"] for r in tuned]
-    print_table("Rates, cached, one model, documents to choose on", ["learner", "rate", "bits/byte"], rows)
-    rows = [
-        ["none, documents", "", "", spread([p["document"] for p in plain]), "", "1.00",
-         f"{statistics.mean(p['document_seconds'] for p in plain):.1f}", ""],
-        ["none, sliding", "", "", spread([p["sliding"] for p in plain]), "",
-         f"{plain[0]['sliding_forwarded_per_token']:.2f}",
-         f"{statistics.mean(p['sliding_seconds'] for p in plain):.1f}", ""],
-    ]  # fmt: skip
-    for kind in LEARNERS:
-        modes = {mode: [r for r in found if (r["learner"], r["mode"]) == (kind, mode)] for mode in ("cached", "exact")}
-        seconds = {mode: statistics.mean(r["seconds"] for r in runs) for mode, runs in modes.items()}
-        for mode, runs in modes.items():
-            gain = [r["bits_per_byte"] - p["document"] for r, p in zip(runs, plain, strict=True)]
-            faster = f"{seconds['exact'] / seconds['cached']:.1f} ×" if mode == "cached" else ""
-            rows.append([
-                kind, f"{runs[0]['rate']:g}", mode, spread([r["bits_per_byte"] for r in runs]), spread(gain, "+.4f"),
-                f"{runs[0]['forwarded_per_token']:.2f}", f"{seconds[mode]:.1f}", faster,
-            ])  # fmt: skip
-    columns = ["learner", "rate", "mode", "bits/byte", "less documents", "read/token", "seconds", "faster than exact"]
-    print_table(f"Learners, {len(plain)} models, other documents", columns, rows)
+def compare_all_learners(options: Options) -> dict[str, Any]:
+    """With the models that are given, else those of the base's seeds."""
+    return compare_learners(options, base_models(options, len(options.models) or options.learner_seeds))
 
 
 MEASURES: dict[str, Callable[[Options], dict[str, Any]]] = {
-    "variants": compare_variants, "rounding": compare_rounding, "learners": compare_learners,
+    "variants": compare_variants, "rounding": compare_rounding, "learners": compare_all_learners,
 }  # fmt: skip
 
 

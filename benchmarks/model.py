@@ -50,6 +50,7 @@ def main(
     positions: tuple[int, int] = (0, 0),
     compile: bool | None = None,
     activation_checkpointing: bool = False,
+    feed_forward_checkpointing: bool = False,
     seconds: float = 10.0,
     json: Path | None = None,
 ) -> None:
@@ -61,7 +62,8 @@ def main(
         seq_len: Tokens of one training step (one sequence); 32,768 on a GPU, 512 on a CPU.
         positions: Tokens read before decoding, early and late; 2,048 and 131,072 on a GPU.
         compile: Compile each block; on a GPU the default.
-        activation_checkpointing: Compute activations again in the backward pass.
+        activation_checkpointing: Compute whole blocks again in the backward pass.
+        feed_forward_checkpointing: Compute the feed-forwards alone again.
         seconds: Time per measurement.
         json: Also write the numbers to this file.
     """
@@ -71,7 +73,7 @@ def main(
     options = train.Options(
         seq_len=seq_len or (32768 if cuda else 512), batch_size=1, device=where, seconds=seconds,
         precision="bfloat16" if cuda else "float32", compile=cuda if compile is None else compile,
-        activation_checkpointing=activation_checkpointing,
+        activation_checkpointing=activation_checkpointing, feed_forward_checkpointing=feed_forward_checkpointing,
     )  # fmt: skip
     trained = training(presets, options)
     about = machine(where)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from benchmarks.costs import Cost, cost
 from benchmarks.peers import peers
+from benchmarks.profile import lines, profiled
 from benchmarks.timing import Ceilings, ceilings, machine, measure, print_table, write_json
 from fastweight.ops import dispatch
 from fastweight.ops.examples import Example, Inputs, Shape, examples
@@ -43,8 +44,10 @@ def draw(example: Example, shape: Shape, device: str) -> Inputs:
     return {name: x.requires_grad_() for name, x in inputs.items()}
 
 
-def time_one(run: Callable[[], Tensor], inputs: Inputs, device: str, seconds: float, at_least: int) -> dict[str, Any]:
-    """Milliseconds of the forward pass alone, and with the backward pass to every input."""
+def time_one(
+    run: Callable[[], Tensor], inputs: Inputs, device: str, seconds: float, at_least: int, profile: bool
+) -> dict[str, Any]:
+    """Milliseconds of the forward pass alone, and with the backward pass to every input; a profile of both if asked."""
     leaves = list(inputs.values())
     weight = torch.randn_like(run().detach())
 
@@ -56,7 +59,10 @@ def time_one(run: Callable[[], Tensor], inputs: Inputs, device: str, seconds: fl
         torch.autograd.grad(run(), leaves, weight, allow_unused=True)
 
     slow = {"seconds": seconds, "at_least": at_least}
-    return {"forward": measure(forward, device, **slow), "both": measure(both, device, **slow)}
+    found: dict[str, Any] = {"forward": measure(forward, device, **slow), "both": measure(both, device, **slow)}
+    if profile:
+        found |= {"profile_forward": profiled(forward), "profile_both": profiled(both)}
+    return found
 
 
 def runners(name: str, example: Example, inputs: Inputs, device: str, sizes: dict[str, int]) -> Iterator[tuple]:
@@ -92,14 +98,21 @@ def against(limit: Ceilings, work: Cost, result: dict[str, float]) -> dict[str, 
 
 
 def time_work(
-    name: str, shape: Shape, example: Example, sizes: dict[str, int], device: str, seconds: float, limit: Ceilings
+    name: str,
+    shape: Shape,
+    example: Example,
+    sizes: dict[str, int],
+    device: str,
+    seconds: float,
+    limit: Ceilings,
+    profile: bool,
 ) -> Iterator[dict[str, Any]]:
     """One record per backend and peer."""
     inputs = draw(example, shape, device)
     element = 2 if device.startswith("cuda") else 4
     for who, run in runners(name, example, inputs, device, sizes):
         try:
-            result = time_one(run, inputs, device, seconds, 3 if who == "naive" else 5)
+            result = time_one(run, inputs, device, seconds, 3 if who == "naive" else 5, profile)
         except (RuntimeError, TypeError) as error:  # a peer that does not run here says so, the table goes on
             print(f"{name} [{who}]: failed: {str(error).splitlines()[0]}", flush=True)
             continue
@@ -109,6 +122,8 @@ def time_work(
             )  # fmt: skip
             result[part] |= against(limit, work, result[part])
         print(f"{name} [{who}]: {shown(result['forward'])} / {shown(result['both'])}", flush=True)
+        for part in ("profile_forward", "profile_both") if profile else ():
+            print("\n".join(lines(result[part])), flush=True)
         yield {"name": name, "op": example.op, "shape": str(shape), "by": who, **result}
 
 
@@ -121,7 +136,11 @@ def row(r: dict[str, Any]) -> list[str]:
 
 
 def main(
-    device: Literal["auto", "cpu", "cuda"] = "auto", json: Path | None = None, seconds: float = 2.0, only: str = ""
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    json: Path | None = None,
+    seconds: float = 2.0,
+    only: str = "",
+    profile: bool = False,
 ) -> None:
     """Time every op.
 
@@ -130,14 +149,17 @@ def main(
         json: Also write the numbers to this file.
         seconds: Time per measurement.
         only: Only works whose name contains this text.
+        profile: Also say where the time goes, kernel by kernel; on a GPU.
     """
     where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    if profile and where != "cuda":
+        raise SystemExit("--profile looks at the kernels of a GPU, and there is none. Leave it out.")
     limit = ceilings(where)
     found = []
     for name, shape, example, sizes in works(where):
         if only in name:
             recorded.forget()
-            found += time_work(name, shape, example, sizes, where, seconds, limit)
+            found += time_work(name, shape, example, sizes, where, seconds, limit, profile)
             write_json(json, {"machine": machine(where), "ceilings": limit._asdict(), "results": found})
     about = machine(where)
     title = f"{about['device']}, torch {about['torch']}, {about['threads']} threads; {limit}"

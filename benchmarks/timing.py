@@ -1,5 +1,6 @@
 """Measure a function, describe the machine, print a table, write JSON."""
 
+import contextlib
 import gc
 import json
 import platform
@@ -20,6 +21,11 @@ def measure(run: Callable[[], object], device: str, *, seconds: float = 2.0, at_
     """Median and quartiles in milliseconds of repeated calls, after two calls of warm-up; peak memory on a GPU, that of
     tensors and all that is taken from the device."""
     cuda = device.startswith("cuda")
+    with torch.cuda.device(device) if cuda else contextlib.nullcontext():  # events are those of the current GPU
+        return _measured(run, cuda, seconds, at_least)
+
+
+def _measured(run: Callable[[], object], cuda: bool, seconds: float, at_least: int) -> dict[str, float]:
     gc.collect()
     if cuda:
         torch.cuda.empty_cache()
@@ -82,8 +88,13 @@ def ceilings(device: str) -> Ceilings:
 
 def machine(device: str) -> dict[str, Any]:
     """Where the numbers come from."""
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    name = torch.cuda.get_device_name() if device.startswith("cuda") else (platform.processor() or platform.machine())
+    here, ask = Path(__file__).parent, ["git", "rev-parse", "--short", "HEAD"]
+    done = subprocess.run(ask, capture_output=True, text=True, check=False, cwd=here)
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.startswith("cuda")
+        else (platform.processor() or platform.machine())
+    )
     return {
         "commit": done.stdout.strip() or "unknown",
         "device": name,

@@ -40,6 +40,7 @@ class Options:
     precision: str = "float32"
     compile: bool = False
     activation_checkpointing: bool = False
+    feed_forward_checkpointing: bool = False
     seconds: float = 5.0
     json: Path | None = None
 
@@ -64,6 +65,7 @@ def time_steps(preset: str, optimizer: str, options: Options, folder: Path) -> d
         precision=options.precision,  # type: ignore[arg-type]  # checked by the config
         compile=options.compile,
         activation_checkpointing=options.activation_checkpointing,
+        feed_forward_checkpointing=options.feed_forward_checkpointing,
         steps=10**9,
     )
     torch.manual_seed(0)

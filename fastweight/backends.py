@@ -36,7 +36,8 @@ def explain_choice(op: str, sample: torch.Tensor, backend: str = "auto") -> str:
     if backend != "auto":
         return f"{chosen} (asked for)"
     refused = [f"{name} {reason}" for name, reason in dispatch.explain(op, sample) if reason is not None]
-    return chosen + (f" ({'; '.join(refused)})" if refused else "")
+    later = ", or a later one in calls where that is faster" if dispatch.may_yield(op, chosen) else ""
+    return chosen + later + (f" ({'; '.join(refused)})" if refused else "")
 
 
 def describe_layers(config: ModelConfig) -> str:

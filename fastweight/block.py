@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fastweight.in_place import InPlaceFeedForward, make_feed_forward
 from fastweight.layers import ShortConv, make_norm
@@ -28,12 +29,13 @@ class Block(nn.Module):
     """Residual block `index` of a model: one mixer and a feed-forward.
 
     norm_scale: constant factor on what the norms before mixer and feed-forward say.
+    checkpointing: compute a feed-forward without a memory, and its norm, again in the backward pass.
     """
 
     def __init__(self, model: ModelConfig, index: int):
         super().__init__()
         config = model.blocks[index]
-        self.residual = config.residual
+        self.residual, self.checkpointing = config.residual, False
         d_model, make = model.d_model, partial(make_norm, model.norm, model.d_model, model.norm_eps)
         pre, post, feeds = config.norm_position != "post", config.norm_position != "pre", bool(config.feed_forward)
         self.conv_norm = make() if config.pre_conv else None
@@ -112,14 +114,19 @@ class Block(nn.Module):
         self, x: Tensor, memory: Any, cu_seqlens: Tensor | None, embedded: Tensor | None, visit: int
     ) -> tuple[Tensor, Any]:
         """What the feed-forward adds, and its memory."""
-        assert self.feed_forward is not None
-        read = self._scaled(self.feed_forward_norm(x))
         if isinstance(self.feed_forward, InPlaceFeedForward):
+            read = self._scaled(self.feed_forward_norm(x))
             y, memory = self.feed_forward.parallel(read, memory, embedded=embedded, cu_seqlens=cu_seqlens)
+        elif self.checkpointing and torch.is_grad_enabled():
+            y = checkpoint(self._fed, x, use_reentrant=False)
         else:
-            y = self.feed_forward(read)
+            y = self._fed(x)
         y = self.feed_forward_post_norm(y)
         return (y if self.weights is None else self.weights.weigh_feed_forward(y, visit)), memory
+
+    def _fed(self, x: Tensor) -> Tensor:
+        assert self.feed_forward is not None
+        return self.feed_forward(self._scaled(self.feed_forward_norm(x)))
 
     def _scaled(self, x: Tensor) -> Tensor:
         return x if self.norm_scale is None else x * self.norm_scale

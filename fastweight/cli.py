@@ -58,7 +58,7 @@ def usage() -> str:
             '  fastweight generate runs/first --prompt "def main(" --max-tokens 200',
             "",
             "Results go to stdout (the last line is JSON), progress to stderr. Exit codes: 0 done, 1 rejected",
-            "by an audit, 2 wrong input, 130 interrupted.",
+            "by an audit, 2 wrong input, 130 interrupted, 143 stopped by SIGTERM (training can then be resumed).",
         ]
     )
 

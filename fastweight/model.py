@@ -1,7 +1,6 @@
 """The only model: embed → blocks visited in `order` → norm → head."""
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,14 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from fastweight import files
 from fastweight.block import Block, BlockState
-from fastweight.configs import near_names, require, to_json
+from fastweight.configs import near_names, require
 from fastweight.in_place import InPlaceFeedForward
 from fastweight.init import draw_projections
 from fastweight.layers import AheadLayer, UnitRMSNorm, init_linears, make_norm
 from fastweight.mixers import Mixer
-from fastweight.model_config import BlockConfig, ModelConfig, fingerprint
+from fastweight.model_config import BlockConfig, ModelConfig
+from fastweight.model_folder import FORMAT, check_weights, load_config, read_config, read_origin, write_settings
 from fastweight.ops import dispatch
 from fastweight.ops.sequences import INTEGERS, advance, check_cu_seqlens, token_positions
 from fastweight.residual import ResidualWeights, Skips, SmearGate
@@ -27,10 +26,6 @@ from fastweight.state import Faults, ModelState, Relay
 from fastweight.tensor_files import read_tensors, write_tensors
 
 __all__ = ["Block", "BlockConfig", "BlockState", "Model", "ModelConfig", "check_weights", "load", "load_config"]
-
-FORMAT = "fastweight-model"
-VERSION = 1
-ORIGIN_FILE = "origin.json"
 
 
 class Model(nn.Module):
@@ -326,10 +321,7 @@ class Model(nn.Module):
         self._check_own_tensors()
         header = {"format": FORMAT, "signature": self.config.signature}
         write_tensors(path / "model.safetensors", self.state_dict(), header)
-        text = to_json({"format": FORMAT, "version": VERSION, "config": self.config.to_dict()})
-        files.write_text(path / "config.json", text + "\n")
-        if self.origin is not None:
-            files.write_text(path / ORIGIN_FILE, to_json(self.origin) + "\n")
+        write_settings(path, self.config, self.origin)
 
 
 def load(path: str | Path, device: torch.device | str = "cpu") -> Model:
@@ -338,7 +330,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Model:
     Raises ValueError if a file is damaged, or if config.json is not the one that was saved with the weights.
     """
     path = Path(path)
-    config, signature = _read_config(path)
+    config, signature = read_config(path)
     model = Model(config)
     weights_file = path / "model.safetensors"
     require(weights_file.is_file(), f"{path}: model.safetensors is missing; is this a model folder?")
@@ -353,60 +345,8 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Model:
     # A checkpoint keeps its dtype: bfloat16 weights make a bfloat16 model.
     for name, tensor in weights.items():
         model.get_parameter(name).data = tensor
-    model.origin = _read_origin(path / ORIGIN_FILE)
+    model.origin = read_origin(path)
     return model.to(device)
-
-
-def load_config(path: str | Path) -> ModelConfig:
-    """The ModelConfig of a model folder."""
-    return _read_config(Path(path))[0]
-
-
-def _read_origin(file: Path) -> dict[str, Any] | None:
-    if not file.is_file():
-        return None
-    try:
-        origin = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON ({error}). Restore it, or delete it to go without.") from error
-    require(isinstance(origin, dict), f"{file} must hold an object. Restore it, or delete it to go without.")
-    return origin
-
-
-def _read_config(path: Path) -> tuple[ModelConfig, str]:
-    """The config of a model folder, and the signature of the config as it is written there.
-
-    A setting that a later version adds changes the signature of the config, but not that of what is written.
-    """
-    file = path / "config.json"
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist; a model folder holds config.json and model.safetensors.")
-    try:
-        data = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON ({error}).") from error
-    require(isinstance(data, dict) and data.get("format") == FORMAT, f"{file} is not a {FORMAT} config.")
-    require(data.get("version") == VERSION, f"{file}: version {data.get('version')}, this library reads {VERSION}.")
-    require(isinstance(data.get("config"), dict), f"{file}: the model's config is missing. Restore it from a copy.")
-    try:
-        return ModelConfig.from_dict(data["config"]), fingerprint(data["config"])
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
-
-
-def check_weights(source: str, found: dict[str, Tensor], wanted: dict[str, tuple[int, ...]]) -> None:
-    """Refuse missing, unexpected and misshapen tensors, and whole numbers, by name."""
-    problems = [f"missing {name} {list(shape)}" for name, shape in wanted.items() if name not in found]
-    problems += [f"unexpected {name} {list(t.shape)}" for name, t in found.items() if name not in wanted]
-    problems += [
-        f"{name} has shape {list(t.shape)}, needs {list(wanted[name])}"
-        for name, t in found.items()
-        if name in wanted and tuple(t.shape) != wanted[name]
-    ]
-    more = f" … and {len(problems) - 8} more" if len(problems) > 8 else ""
-    require(not problems, f"{source} does not fit this model: {'; '.join(problems[:8])}{more}.")
-    whole = [f"{name} ({t.dtype})" for name, t in found.items() if not t.is_floating_point()]
-    require(not whole, f"{source}: weights must be floating-point, not so: {', '.join(whole[:8])}.")
 
 
 @contextlib.contextmanager

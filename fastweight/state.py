@@ -42,8 +42,8 @@ class Faults(NamedTuple):
 
     @staticmethod
     def none(num_sequences: int, device: torch.device | str | None = None) -> "Faults":
-        zeros = torch.zeros(num_sequences, dtype=torch.int64, device=device)
-        return Faults(zeros, zeros - 1)
+        count = torch.zeros(num_sequences, dtype=torch.int64, device=device)
+        return Faults(count, torch.full_like(count, -1))
 
     def add(self, count: Tensor, first: Tensor) -> "Faults":
         """Add `count` [N] new faults, the first of them at position `first` [N] (ignored where count is 0)."""

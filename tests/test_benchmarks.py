@@ -3,9 +3,13 @@
 import pytest
 import torch
 
+from benchmarks import tune_flex
 from benchmarks.costs import cost
 from benchmarks.document import TARGET, page
 from benchmarks.ops import draw, works
+from benchmarks.tune_flex import candidates, try_all
+from fastweight.ops.attention import flex
+from fastweight.ops.attention.sight import BLOCK
 from fastweight.ops.examples import Shape, examples
 
 SIZES = {"window": 4, "mini_batch": 4, "chunk": 8}
@@ -38,3 +42,36 @@ def test_every_example_has_a_cost_and_runs_with_gradients(name):
 
 def test_every_work_of_the_benchmark_is_an_example():
     assert {name for name, *_ in works("cpu")} == set(examples(window=256, mini_batch=16, chunk=256))
+
+
+@pytest.mark.parametrize(("part", "prefix"), [("forward", "fwd_"), ("backward", "bwd_")])
+def test_every_candidate_is_for_its_pass_and_fits_the_lists_of_blocks(part, prefix):
+    first, *others = candidates(part)
+    assert first == {}, "torch's own tiles come first, as a measure"
+    for tiles in others:
+        assert all(name.startswith(prefix) for name in tiles)
+        assert all(BLOCK % size == 0 for name, size in tiles.items() if "BLOCK" in name)
+        if part == "backward":
+            assert tiles["bwd_BLOCK_N1"] % tiles["bwd_BLOCK_M1"] == 0
+            assert tiles["bwd_BLOCK_M2"] % tiles["bwd_BLOCK_N2"] == 0
+
+
+def test_a_candidate_that_fails_is_recorded_and_the_next_one_is_tried(monkeypatch):
+    monkeypatch.setattr(flex, "TILES", {})
+    monkeypatch.setattr(tune_flex, "measure", lambda run, device, seconds: {"median_ms": 1, "low_ms": 1, "high_ms": 1})
+    monkeypatch.setattr(torch._dynamo, "reset", lambda: None)
+    key = ((9, 0), 64)
+
+    def run(both):
+        if flex.TILES[key].get("fwd_num_warps") == 8:
+            raise RuntimeError("no room\nout of shared memory")
+        return [torch.full((3,), 2.0 if flex.TILES[key].get("fwd_USE_TMA") else 1.0)]
+
+    found = list(try_all(["forward"], key, run, "cpu", 0.0))
+    assert [record["tiles"] for record in found] == list(candidates("forward"))
+    for record in found:
+        if record["tiles"].get("fwd_num_warps") == 8:
+            assert record["failed"] == "out of shared memory"
+        else:
+            assert record["distance"] == (1.0 if record["tiles"].get("fwd_USE_TMA") else 0.0)
+            assert record["time"]["median_ms"] == 1

@@ -339,7 +339,9 @@ def test_ctrl_c_ends_the_text_and_still_keeps_the_state(fastweight, folder, tmp_
         return after(self)
 
     monkeypatch.setattr(Generation, "__next__", interrupted)
-    code, _, err = fastweight("generate", folder / "model", "--prompt", "x", "--state-out", tmp_path / "s")
+    # A seed: one draw in 257 ends the text before it is interrupted.
+    seeded = ("--seed", "1", "--state-out", tmp_path / "s")
+    code, _, err = fastweight("generate", folder / "model", "--prompt", "x", *seeded)
     assert code == 130
     assert (tmp_path / "s").is_file()
     assert "5 tokens in" in err
@@ -484,3 +486,10 @@ def test_eval_refuses_more_than_one_epoch_where_tokens_are_read_once(fastweight,
     code, _, err = fastweight("eval", folder / "model", folder / "store", *learn)
     assert code == 2
     assert "a chunk that is read once gives one step, got 2 epochs" in err
+
+
+def test_help_keeps_the_lines_of_a_list_apart_from_the_sentence_after_it(fastweight):
+    _, out, _ = fastweight("eval", "--help")
+    assert any(line.startswith("With --learn, weights learn too") for line in out.splitlines())
+    _, out, _ = fastweight("golf", "train", "--help")
+    assert "golf train RECIPE --help` shows its options" in out

@@ -11,6 +11,7 @@ from tiny_models import tiny_model
 from fastweight import cli
 from fastweight.commands.models import find_model
 from fastweight.data import ByteTokenizer
+from fastweight.data.locks import exclusive
 
 RUN = ("--data.seq-len", "16", "--data.batch-size", "2", "--schedule.warmup-steps", "0", "--log.heldout-every", "0")
 
@@ -132,3 +133,12 @@ def test_an_unfinished_run_of_a_part_of_a_model_is_no_model_folder(tmp_path):
         (tmp_path / folder).mkdir()
     with pytest.raises(ValueError, match="unfinished run that trains a part of a model"):
         find_model(tmp_path)
+
+
+def test_a_folder_that_another_process_writes_is_no_mistake_of_the_library(folder, capsys):
+    new = ("data", "prepare", "--source", "texts", "--out", "new")
+    with exclusive(Path("new/.lock")), pytest.raises(SystemExit, match="2"):
+        cli.main(arguments(*new))
+    error = capsys.readouterr().err
+    assert "another process is writing here. Wait for it or stop it." in error
+    assert "Traceback" not in error

@@ -18,11 +18,16 @@ pytest.importorskip("peft")
 pytest.importorskip("transformers")
 from tptt.conversions import STAGES, make_place, settings  # needs transformers
 
+# How its makers say that the pretrained model is to be sampled; the cache is one that the converted model has not.
+GENERATION = {"eos_token_id": [1, 5], "do_sample": True, "temperature": 0.6, "cache_implementation": "static"}
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder with a pretrained llama and a text of 60 documents."""
-    return make_place(tmp_path_factory.mktemp("conversion"))
+    folder = make_place(tmp_path_factory.mktemp("conversion"))
+    (folder / "llama" / "generation_config.json").write_text(json.dumps(GENERATION))
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +170,20 @@ def test_the_tokenizer_of_the_result_is_the_one_of_the_source(place, converted, 
         got = AutoTokenizer.from_pretrained(folder)
         assert (got.bos_token, got.eos_token) == (want.bos_token, want.eos_token) == ("<|begin|>", "<|end|>")
         assert got("three tips, <|end|>")["input_ids"] == want("three tips, <|end|>")["input_ids"]
+
+
+def test_how_the_source_is_to_be_sampled_goes_with_the_result(place, converted, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    import fastweight.hf  # noqa: F401  # registers the face, so that nothing is asked
+
+    cli.run(["export", str(place / "out"), str(tmp_path / "plain"), "--to", "hf", "--without-memory"])
+    for folder, cache in ((place / "out" / "hf", None), (tmp_path / "plain", "static")):
+        found = AutoModelForCausalLM.from_pretrained(folder).generation_config
+        assert (found.eos_token_id, found.do_sample, found.temperature) == ([1, 5], True, 0.6)
+        assert found.cache_implementation == cache
+    model = AutoModelForCausalLM.from_pretrained(place / "out" / "hf")
+    model.generate(torch.tensor([[2, 7]]), max_new_tokens=2)
 
 
 def test_a_folder_for_transformers_is_no_model_folder_and_says_which_is(place, converted):

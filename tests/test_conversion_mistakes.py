@@ -97,6 +97,12 @@ def test_a_report_that_nothing_is_left_of_stops_the_conversion_before_training(p
     refused(place, tmp_path / "out", "nothing is left", report=dataclasses.replace(REPORT, lengths=(4096,)))
 
 
+def test_a_damaged_file_of_the_source_stops_the_conversion_before_training(place, tmp_path):
+    source = shutil.copytree(place / "llama", tmp_path / "llama")
+    (source / "generation_config.json").write_text('{"do_sample": tr')
+    refused(place, tmp_path / "out", "generation_config.json is not JSON", source=str(source))
+
+
 def test_prompts_without_room_stop_the_conversion_before_training(place, tmp_path):
     refused(place, tmp_path / "out", "passkey", report=dataclasses.replace(REPORT, passkey_lengths=(8,)))
 

@@ -178,7 +178,8 @@ def cluster(tmp_path):
         "while kill -0 $child 2>/dev/null; do wait $child; code=$?; done; exit $code",
     )
     step = f"mkdir -p {out}; echo step-000001 > {out}/latest; touch {tmp_path}/ready"
-    training = f"trap '{step}; exit 143' TERM; touch {tmp_path}/ready; for i in $(seq 200); do sleep 0.1; done"
+    # After a signal torchrun exits with 1, whatever its processes exit with.
+    training = f"trap '{step}; exit 1' TERM; touch {tmp_path}/ready; for i in $(seq 200); do sleep 0.1; done"
     asked = 'if [ "$1" = --help ]; then echo "  --shutdown-timeout S"; exit; fi'
     stand_in(
         programs,

@@ -16,7 +16,7 @@ LAYERS = [
     {"configs", "devices", "files", "tensor_files", "state", "ranks"},
     {"ops", "data", "optim", "layers", "residual", "init"},
     {"mixers", "in_place"},
-    {"model", "model_config", "block", "presets", "golf_presets", "effort"},
+    {"model", "model_config", "model_folder", "block", "presets", "golf_presets", "effort"},
     {"learn", "artifact", "convert", "grow", "stepping", "generate", "accuracy", "backends", "distributed"},
     {"evaluate", "plots"},
     {"train"},

@@ -93,6 +93,25 @@ def test_a_report_survives_saving_and_loading(report, tmp_path):
     assert Report.from_dict(report.to_dict()) == report
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"verdict": []}, "its verdict is no list of claims, the conclusion first"),
+        ({"verdict": {"text": "a"}}, "its verdict is no list of claims"),
+        ({"verdict": ["it helps"]}, "claim 0 of its verdict is not topic, against, outcome, text"),
+        ({"verdict": [{"topic": "conclusion", "against": "", "outcome": "better"}]}, "claim 0 of its verdict.*text"),
+        ({"verdict": [{"topic": "help", "against": "", "outcome": "better", "text": 3}]}, "each a text"),
+        ({"models": {}}, "it has no figures of 'backbone', which it names"),
+        ({"converted": "another"}, "it has no figures of 'another'"),
+        ({"documents": {}}, r"its figures are damaged \(KeyError: 'used'\)"),
+    ],
+)
+def test_a_damaged_report_is_refused_with_what_is_wrong(report, tmp_path, change, said):
+    (tmp_path / "report.json").write_text(json.dumps(report.to_dict() | change))
+    with pytest.raises(ValueError, match=rf"report.json: .*{said}.*Make the report again"):
+        Report.load(tmp_path)
+
+
 def test_the_folder_holds_a_table_and_a_picture(report, tmp_path):
     report.save(tmp_path)
     text = (tmp_path / "report.md").read_text()

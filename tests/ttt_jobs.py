@@ -4,7 +4,7 @@ import importlib
 
 import torch
 
-from fastweight.ops.ttt.layout import HIDDEN_BLOCK, KEEP_EVERY, block, launch_options
+from fastweight.ops.ttt.layout import HIDDEN_BLOCK, KEEP_EVERY, LAUNCH, block, launch_options
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 INTEGERS = {
@@ -17,6 +17,7 @@ INTEGERS = {
     "eps": "fp32",
 }
 SIZES = ("num_tokens", "num_sequences", "first", "stop", "memory_given", "sums_given", "H", "packed", "keep")
+SIZES += ("num_rows", "turn")
 TOKENS = ("q", "k", "v", "y", "dy", "dq", "dk", "dv", "all_w")  # in the dtype of q
 TOKENS += ("d_reads", "actives", "d_middles", "d_hiddens", "d_writes1")
 TOKENS += ("firsts", "seconds", "xs", "writes1", "slopes", "bends", "below1", "errors", "d_z1")  # while W is held
@@ -39,7 +40,7 @@ def job(name: str, dim: int, dtype: str = "bf16", chunk: int = 16, **constants: 
         "kernel": f"{module}:{name}",
         "signature": signature,
         "constants": {p: values[p] for p in parameters if signature[p] == "constexpr"},
-        **launch_options(name, dim, DTYPES[dtype]),
+        **(launch_options(name, dim, DTYPES[dtype]) if name in LAUNCH else {"num_warps": 4}),
     }
 
 

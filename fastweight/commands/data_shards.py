@@ -62,6 +62,8 @@ class ExportShards:
     """What stands before _train_ and _val_ in the file names."""
     shard_tokens: int = 100_000_000
     """Tokens per shard."""
+    drop_weights: bool = False
+    """Leave out weights of tokens (`data weigh`), for which shards have no place."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +134,8 @@ def export_shards(arguments: list[str]) -> None:
     store = data.Store.open(args.store)
     with progress_bar("exporting", "files") as update:
         result = data.export_shards(
-            store, args.out, name=args.name, shard_tokens=args.shard_tokens, progress=update
+            store, args.out, name=args.name, shard_tokens=args.shard_tokens, drop_weights=args.drop_weights,
+            progress=update,
         )  # fmt: skip
     table = Table("split", title=f"{args.out}", title_justify="left")
     for column in ("files", "documents", "tokens", "bytes"):

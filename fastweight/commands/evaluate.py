@@ -31,10 +31,12 @@ class Eval:
       memory    each document from its start, the memory carried through all of it
       frozen    the same weights without inner updates: what the memory is worth
       windows   a fresh start for every window of --seq-len tokens, moved on by --stride: what a fixed context gives
+
     With --learn, weights learn too, from each token after its score:
       sgd       all weights, chunk after chunk, through all documents
       lora      low-rank adapters, anew for each document
       in-place  the down-projections of the feed-forwards, anew for each document
+
     cached reads each token once, from the state of what came before; exact reads the context again with the weights of
     now, which costs more.
     """

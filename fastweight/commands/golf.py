@@ -60,6 +60,7 @@ def _train(arguments: list[str]) -> int | None:
         print("usage: fastweight golf train RECIPE --data.store DIR --out RUN [OPTIONS]\n\nrecipes:")
         print("\n".join(f"  {name}" for name in names))
         print("\nexamples:\n  fastweight golf train tiny-looped --data.store data/stdlib --out runs/tiny-0")
+        print("\n`fastweight golf train RECIPE --help` shows its options.")
         return 0 if arguments else 2
     name = arguments[0]
     require(name in names, f"unknown recipe {name!r}.{near_names(name, names)}")

@@ -15,9 +15,9 @@ from fastweight.convert.standing import stand_as
 from fastweight.layers import state_dtype
 from fastweight.mixers.attention import AttentionConfig
 from fastweight.mixers.liza import LizaConfig
-from fastweight.model import FORMAT as MODEL_FORMAT
 from fastweight.model import Model, load
 from fastweight.model_config import BlockConfig, ModelConfig
+from fastweight.model_folder import FORMAT as MODEL_FORMAT
 
 
 def titanize(

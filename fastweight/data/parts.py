@@ -10,6 +10,7 @@ from fastweight.data.locks import exclusive
 from fastweight.data.source_base import SourceFile
 from fastweight.data.store import MANIFEST, PROGRESS, SPLITS, Store, StoreError
 from fastweight.data.store_writer import StoreWriter
+from fastweight.data.weights import common_columns, join_column
 
 
 def part_of(files: list[SourceFile], number: int, count: int) -> list[SourceFile]:
@@ -37,12 +38,13 @@ def merge(
 ) -> dict[str, Any]:
     """Make one store of all parts of a preparation, byte for byte that of a run without parts; return its manifest.
 
-    parts: the folders, in any order. progress: called with (documents copied, documents). An interrupted merge begins
-    again. Raises StoreError if parts are missing, doubled, unfinished, or of different preparations.
+    parts: the folders, in any order. Weights of tokens that all have are joined too. progress: called with (documents
+    copied, documents). An interrupted merge begins again. Raises StoreError if parts are missing, doubled, unfinished,
+    of different preparations, or have different weights.
     """
     out = Path(out)
     stores = _in_order([Store.open(part) for part in parts])
-    options = _common_options(stores)
+    options, columns = _common_options(stores), common_columns(stores)
     if (out / MANIFEST).exists():
         raise StoreError(f"{out}: there is a finished store already. Choose another folder.")
     out.mkdir(parents=True, exist_ok=True)
@@ -56,7 +58,12 @@ def merge(
             passed_over = {key: sum(m["passed_over"][key] for m in described) for key in described[0]["passed_over"]}
             passed_over["files_skipped"] = described[0]["passed_over"]["files_skipped"]  # of the source, not of a part
             files = [file for m in described for file in m["files"]]
-            return writer.finish(options=options, passed_over=passed_over, files=files)
+            splits = writer.seal()
+            weights = {
+                name: join_column(name, about, stores, out, splits[about["split"]]["shards"])
+                for name, about in columns.items()
+            }
+            return writer.finish(weights=weights, options=options, passed_over=passed_over, files=files)
         finally:
             writer.close()
 

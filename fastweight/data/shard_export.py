@@ -37,6 +37,7 @@ def export_shards(
     *,
     name: str = "fineweb",
     shard_tokens: int = 100_000_000,
+    drop_weights: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Write `store` as NAME_train_*.bin and NAME_val_*.bin into the folder `out`; return the content of shards.json.
@@ -44,12 +45,18 @@ def export_shards(
     A shard is closed at exactly `shard_tokens` tokens; documents go on in the next one. Where the store keeps original
     bytes, NAME_train_bytes_*.bin and NAME_val_bytes_*.bin hold them. Each file appears whole or not at all; run again
     after a kill, files that are there are compared and kept. shards.json, written last, has the sha256 of each.
+    drop_weights: leave out weights of tokens, for which shards have no place.
     progress: gets the number of files that are done and of all.
-    Raises ValueError if ids do not fit 16 bits, or `out` holds other shards.
+    Raises ValueError if ids do not fit 16 bits, the store has weights, or `out` holds other shards.
     """
     require(shard_tokens >= 1, f"export_shards: shard_tokens must be at least 1, got {shard_tokens}.")
     size = store.tokenizer.vocab_size
     require(size <= 1 << 16, f"{store.path}: {size} ids; shards hold 16-bit ones. Use a tokenizer of at most 65,536.")
+    columns = ", ".join(map(repr, store.manifest.get("weights", {})))
+    require(
+        drop_weights or not columns,
+        f"{store.path}: has weights {columns}, for which shards have no place. Set drop_weights to leave them out.",
+    )
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     with exclusive(out / ".lock"):

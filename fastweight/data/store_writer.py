@@ -108,9 +108,16 @@ class StoreWriter:
         write_text(self.path / PROGRESS, json.dumps({**position, "record": record}))
         return record
 
-    def finish(self, **description: Any) -> dict[str, Any]:
-        """Close the last shards and write the manifest, with `description` in it; return the manifest."""
-        splits = {name: split.finish() for name, split in self._splits.items()}
+    def seal(self) -> dict[str, Any]:
+        """Close the last shards; return the splits' records. Nothing can be appended any more."""
+        return {name: split.finish() for name, split in self._splits.items()}
+
+    def finish(self, *, weights: dict[str, Any] | None = None, **description: Any) -> dict[str, Any]:
+        """Close the last shards and write the manifest, with `description` in it; return the manifest.
+
+        weights: records of columns that are there already.
+        """
+        splits = self.seal()
         tokenizer = {key: getattr(self.tokenizer, key) for key in ("name", "hash", "vocab_size", "bos_id")}
         manifest = {
             "format": FORMAT,
@@ -119,6 +126,7 @@ class StoreWriter:
             "tokenizer": tokenizer,
             "dtypes": self.dtypes,
             "splits": splits,
+            **({"weights": weights} if weights else {}),
         }
         manifest = json.loads(json.dumps(manifest))  # as a reader will see it: the seal is over that
         sealed = {**manifest, "sha256": manifest_seal(manifest)}

@@ -6,7 +6,7 @@ The layout is written down in docs/file-formats.md, section "Token weights".
 import json
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ DTYPES = {"float16": "<f2", "uint8": "|u1"}
 LARGEST = {"float16": 65504.0, "uint8": 255.0}
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 _COMMIT_SECONDS = 5.0
+BLOCK_VALUES = 1 << 22
 Kind = Literal["float16", "uint8"]
 
 
@@ -70,6 +71,66 @@ def remove_weights(path: str | Path, name: str) -> None:
         for file in path.glob(f"*/weights-{name}-[0-9][0-9][0-9][0-9][0-9].bin"):
             file.unlink()
         begun.unlink(missing_ok=True)
+
+
+def common_columns(stores: Sequence[Store]) -> dict[str, dict[str, Any]]:
+    """What the stores' columns have in common, by name: split, dtype, made_by.
+
+    Where they were made in different ways, made_by lists those of all. Raises StoreError for a column that one of them
+    lacks, or has for another split or in another dtype.
+    """
+    names = dict.fromkeys(name for store in stores for name in store.manifest.get(KEY, {}))
+    return {name: _common(name, stores) for name in names}
+
+
+def _common(name: str, stores: Sequence[Store]) -> dict[str, Any]:
+    found = {str(store.path): store.manifest.get(KEY, {}).get(name) for store in stores}
+    lacking = [path for path, record in found.items() if record is None]
+    if lacking:
+        raise StoreError(
+            f"{', '.join(lacking)}: no weights {name!r}, which other parts have. Make them there, or take them from "
+            "the others with remove_weights."
+        )
+    kinds = {(record["split"], record["dtype"]) for record in found.values() if record is not None}
+    if len(kinds) > 1:
+        raise StoreError(f"weights {name!r} differ in split or dtype between {', '.join(found)}: {sorted(kinds)}.")
+    made_by = [record["made_by"] for record in found.values() if record is not None]
+    split, dtype = kinds.pop()
+    how = made_by[0] if all(one == made_by[0] for one in made_by) else {"parts": made_by}
+    return {"split": split, "dtype": dtype, "made_by": how}
+
+
+def join_column(
+    name: str, about: dict[str, Any], stores: Sequence[Store], path: Path, shards: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """Write a column of `common_columns` for the store in `path` that has the documents of all; return its record.
+
+    shards: of its split, as its manifest lists them.
+    """
+    sources = [store.split(about["split"], weights=name) for store in stores]
+    dtype, start, written = np.dtype(about["dtype"]), 0, []
+    for number, shard in enumerate(shards):
+        file = path / about["split"] / f"weights-{name}-{number:05d}.bin"
+        stop = start + shard["num_tokens"]
+        with file.open("wb") as out:
+            for values in _through(sources, start, stop):
+                out.write(values.astype(dtype).tobytes())
+        sync(file)
+        written.append({"file": file.name, **checksums(file)})
+        start = stop
+    return about | {"shards": written}
+
+
+def _through(splits: Sequence[Split], start: int, stop: int) -> Iterator[np.ndarray]:
+    """The weights start .. stop - 1, counted through all splits, in blocks."""
+    base = 0
+    for split in splits:
+        low, high = max(start - base, 0), min(stop - base, split.num_tokens)
+        for at in range(low, high, BLOCK_VALUES):
+            values = split.weights(at, min(at + BLOCK_VALUES, high))
+            assert values is not None
+            yield values
+        base += split.num_tokens
 
 
 def _set_record(path: Path, name: str, record: dict[str, Any] | None) -> None:

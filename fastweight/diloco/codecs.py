@@ -36,20 +36,25 @@ def codec(name: str) -> Codec:
 class Feedback:
     """Sends vectors through a codec and carries what is lost over to the next (error feedback).
 
-    decay: part of the lost that is carried. `left`: what is to be added next, None for nothing.
+    decay: part of the lost that is carried. `left`: what is to be added next, None for nothing; `before`: what was
+    added to the last one.
     Source: Seide et al. 2014, "1-bit SGD"; Karimireddy et al. 2019, arXiv:1901.09847.
     """
 
     def __init__(self, name: str, decay: float = 1.0, left: Tensor | None = None):
-        self.codec, self.decay, self.left = codec(name), decay, left
+        self.codec, self.decay, self.left, self.before = codec(name), decay, left, left
 
     def encode(self, vector: Tensor) -> Encoded:
         """The code of `vector` plus what was left. Exact codecs leave nothing."""
         wanted = vector if self.left is None else vector + self.left
-        encoded = self.codec.encode(wanted)
+        encoded, self.before = self.codec.encode(wanted), self.left
         if self.codec.name != "fp32":
             self.left = (wanted - self.codec.decode(encoded, wanted.numel())) * self.decay
         return encoded
+
+    def take_back(self) -> None:
+        """The last vector did not arrive and is not missed: be as if it had not been encoded."""
+        self.left = self.before
 
 
 def _blocks(vector: Tensor, size: int) -> Tensor:

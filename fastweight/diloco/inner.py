@@ -16,6 +16,7 @@ from fastweight.optim import Optimizer, schedule_factor, weight_decay_factor
 from fastweight.train import TrainConfig
 from fastweight.train.loss import count
 from fastweight.train.objectives import make_objective
+from fastweight.train.prepare import set_checkpointing
 from fastweight.train.rounding import rounded
 from fastweight.train.source import step_batches, training_splits
 
@@ -38,7 +39,7 @@ class Inner:
         self.optimizer = Optimizer(model, config.optimizer)
         self.bad_row = 0
         model.train()
-        model.checkpointing = config.activation_checkpointing
+        set_checkpointing(model, config)
         if config.compile:
             for block in model.blocks:
                 block.compile()

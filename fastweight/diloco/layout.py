@@ -5,7 +5,6 @@ DiLoCo, Douillard et al. 2025, arXiv:2501.18512); what lies outside the layers i
 has one place. Each parameter starts at a multiple of 128, so that no block of a codec holds two of them.
 """
 
-import re
 from typing import NamedTuple
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from fastweight.configs import require
 from fastweight.diloco.seals import digest, to_bytes
+from fastweight.distributed.outer import deal
 
 ALIGNMENT = 128
 
@@ -32,7 +32,7 @@ class Layout:
         require(bool(shapes), "layout: the model has no trained parameters.")
         self.fragments: list[list[Place]] = [[] for _ in range(num_fragments)]
         ends = [0] * num_fragments
-        for name, fragment in _deal(list(shapes), num_fragments).items():
+        for name, fragment in deal(list(shapes), num_fragments).items():
             shape = tuple(shapes[name])
             self.fragments[fragment].append(Place(name, shape, ends[fragment]))
             ends[fragment] += -(-_numel(shape) // ALIGNMENT) * ALIGNMENT
@@ -76,16 +76,3 @@ def _numel(shape: tuple[int, ...]) -> int:
     for size in shape:
         count *= size
     return count
-
-
-def _deal(names: list[str], num_fragments: int) -> dict[str, int]:
-    """Name → fragment."""
-    others = 0
-    dealt = {}
-    for name in names:
-        found = re.match(r"blocks\.(\d+)\.", name)
-        if found is None:
-            dealt[name], others = others % num_fragments, others + 1
-        else:
-            dealt[name] = int(found[1]) % num_fragments
-    return dealt

@@ -158,6 +158,8 @@ class Learner:
     def _drop(self, order: Order) -> None:
         """Forget what was learned in a lease whose samples are given out again."""
         self.say(f"lease {order.answered} was taken back: {order.outcome}")
+        if self.outgoing is not None and self.outgoing.envelope.lease == order.answered:
+            self.feedback[self.outgoing.envelope.fragment].take_back()
         self.phase, self.lease, self.outgoing, self._awaited = "idle", None, None, None
         self.versions, self.tokens = [-1] * len(self.versions), [0] * len(self.tokens)
 

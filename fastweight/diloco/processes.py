@@ -40,11 +40,13 @@ def sync(
     say(f"syncer of run {run.id}: {run.total_samples:,} samples, from entry {syncer.log.number} of the log on")
     with stop_requests() as stop:
         patience = _Patience(patience_seconds, poll_seconds, say)
-        while not stop.name and not syncer.finished:
-            if not patience.attempt(syncer.poll):
+        told = False
+        while not stop.name and not told:
+            finished, decided = syncer.finished, patience.attempt(syncer.poll)
+            # A whole look after the end has told every worker.
+            told = finished and decided is not None
+            if not decided and not told:
                 time.sleep(poll_seconds)
-        if syncer.finished:
-            patience.attempt(syncer.poll)
     lock.release()
     return describe(run, syncer.state) | {"stopped": stop.name}
 

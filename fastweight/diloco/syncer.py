@@ -71,7 +71,8 @@ class Syncer:
         self._quorum_since: dict[int, float] = {}
         self._answers: dict[str, Order] = {}
         self._seen: set[tuple[str, int, int]] = set()
-        # What was decided and is not done yet, because the storage failed in between.
+        # What was decided and is not written, or not done yet, because the storage failed in between.
+        self._unwritten: Entry | None = None
         self._undone: Entry | None = None
         self._untold: Merged | None = None
         self.ignored: deque[str] = deque(maxlen=100)
@@ -294,13 +295,15 @@ class Syncer:
 
     def _decide(self, entry: Entry) -> None:
         """Write an entry, then do what follows from it."""
-        self._undone = entry
+        self._unwritten = entry
         self._carry_out()
 
     def _carry_out(self) -> None:
         """Do what was decided, from where the storage failed."""
+        if self._unwritten is not None:
+            self.log.append(self._unwritten, self.lock.owner)
+            self._undone, self._unwritten = self._unwritten, None
         if self._undone is not None:
-            self.log.append(self._undone, self.lock.owner)
             self._untold = self.state.apply(self._undone, self._gradient)
             self.say(_describe(self._undone))
             self._undone = None

@@ -88,11 +88,12 @@ def read_state(parts: Parts, parameters: Mapping[str, Tensor]) -> dict[str, Tens
         if like is None or quantity == SECOND_MOMENT or parts.shape(name) != like.shape or cut_of(like) is None:
             found[name] = parts.whole(name)
         else:
-            found[name] = _cut_as(like, parts.rows(name, _rows(like)))
+            found[name] = cut_as(like, parts.rows(name, _rows(like)))
     return found
 
 
-def _cut_as(like: Any, rows: Tensor) -> Tensor:
+def cut_as(like: Any, rows: Tensor) -> Tensor:
+    """The tensor of the shape of `like`, which is cut, of which this process holds `rows`."""
     from torch.distributed.tensor import DTensor
 
     own = rows.to(like.device)

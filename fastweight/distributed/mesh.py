@@ -65,7 +65,7 @@ class MeshConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ReplicaConfig:
-    """Replica groups through torchft; each is one process with a run folder of its own."""
+    """Replica groups through torchft; each has a run folder of its own, and one process or those of `mesh`."""
 
     most: int = 0
     """Groups that there may be at once; batch_size must be a multiple of each number up to it. 0: no groups."""
@@ -75,6 +75,22 @@ class ReplicaConfig:
     """Address of torchft_lighthouse, e.g. http://host:29510."""
     timeout_seconds: int = 60
     """An exchange between groups that takes longer has failed; its step is made again."""
+    wait_seconds: int = 600
+    """A group to which the lighthouse does not answer for so long ends. It answers when enough groups have come."""
+    every: int = 0
+    """DiLoCo: steps that each group makes alone between two exchanges of the same weights; 0: gradients are exchanged
+    at every step."""
+    fragments: int = 1
+    """every: parts of the model that are exchanged in turn, one after each every / fragments steps (streaming)."""
+    overlap_steps: int = 0
+    """every: steps that a group goes on while an exchange is under way; 0: it waits."""
+    blend: float = 0.0
+    """overlap_steps: part of the group's own weights that stays when it takes over the common ones."""
+    outer_lr: float = 0.7
+    """every: rate at which the common weights follow the mean of the groups' moves; 1 with outer_momentum 0: they
+    become the mean of the groups' weights."""
+    outer_momentum: float = 0.9
+    """every: Nesterov's momentum of these moves; 0: none."""
 
     def __post_init__(self) -> None:
         check_types(self, "replicas")
@@ -88,7 +104,35 @@ class ReplicaConfig:
             f"replicas: lighthouse {self.lighthouse!r}: give the address of a running torchft_lighthouse, "
             "e.g. http://host:29510.",
         )
-        require(self.timeout_seconds >= 1, f"replicas: timeout_seconds must be positive, got {self.timeout_seconds}.")
+        for name in ("timeout_seconds", "wait_seconds"):
+            require(getattr(self, name) >= 1, f"replicas: {name} must be positive, got {getattr(self, name)}.")
+        self._check_rounds()
+
+    def _check_rounds(self) -> None:
+        require(self.every >= 0, f"replicas: every must not be negative, got {self.every}.")
+        require(self.every == 0 or self.most > 0, "replicas: every belongs to groups. Set most to their number, too.")
+        for name, unused in (("fragments", 1), ("overlap_steps", 0), ("blend", 0.0)):
+            value = getattr(self, name)
+            require(value >= unused, f"replicas: {name} must be at least {unused}, got {value}.")
+            require(
+                self.every > 0 or value == unused,
+                f"replicas: {name} {value} belongs to groups that train alone for a while. Set every to so many steps.",
+            )
+        require(
+            self.every % self.fragments == 0,
+            f"replicas: every ({self.every}) must be a multiple of fragments ({self.fragments}).",
+        )
+        length = self.every // self.fragments
+        require(
+            self.overlap_steps < max(1, length),
+            f"replicas: overlap_steps must be below every / fragments ({length}), got {self.overlap_steps}.",
+        )
+        require(self.blend <= 1, f"replicas: blend must lie in [0, 1], got {self.blend}.")
+        require(self.blend == 0 or self.overlap_steps > 0, "replicas: blend needs overlap_steps; set it to 0.")
+        require(self.outer_lr > 0, f"replicas: outer_lr must be positive, got {self.outer_lr}.")
+        require(
+            0 <= self.outer_momentum < 1, f"replicas: outer_momentum must lie in [0, 1), got {self.outer_momentum}."
+        )
 
 
 def share_of_batch(batch_size: int, processes: int) -> int:

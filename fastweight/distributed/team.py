@@ -18,6 +18,7 @@ from fastweight.distributed.meeting import meet
 from fastweight.distributed.mesh import CONTEXT, REPLICATE, SHARD, Gather, MeshConfig
 
 FAILED = "fastweight/failed"
+LINE = 512
 
 
 class Team:
@@ -97,6 +98,12 @@ class Team:
         number = torch.tensor(value, dtype=torch.float64)
         dist.broadcast(number, 0)
         return number.item()
+
+    def text_of_first(self, text: str) -> str:
+        """The text that process 0 has, of at most 512 bytes."""
+        data = text.encode().ljust(LINE, b"\0")
+        assert len(data) == LINE
+        return bytes(self.sum(list(data) if self.leads else [0] * LINE)).rstrip(b"\0").decode()
 
     def wait(self) -> None:
         """Go on when all have come here."""

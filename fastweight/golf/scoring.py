@@ -1,5 +1,6 @@
 """The stages on the evaluation clock: each scored in a fresh process, dealt out to the ranks, and put together."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -11,11 +12,13 @@ import torch
 
 from fastweight import files, ranks
 from fastweight.configs import require, to_json
+from fastweight.data import Store
 from fastweight.evaluate import Evaluation, merge_evaluations
 from fastweight.golf.folder import RunFolder, file_digest, model_digest, read_json
 from fastweight.golf.packing import PACKING
 from fastweight.golf.settings import EvalSettings
 from fastweight.train import load_run_config
+from fastweight.train.run import check_store
 
 RAW, AVERAGED, PACKED, SLIDING, LEARNING = "raw", "averaged", "packed", "sliding", "learning"
 DOCUMENT = "document"
@@ -40,7 +43,8 @@ def evaluate_run(
     """
     with ranks.together("looking at the stages"):
         folder.settings()
-        jobs = {name: _job(folder, settings, name) for name in stage_names(folder, settings)}
+        text = _text(folder, settings, store)
+        jobs = {name: _job(folder, settings, name, text) for name in stage_names(folder, settings)}
         common = _common(folder, settings, store, quiet)
     todo = [name for name, job in jobs.items() if folder.finished(name, job["made_from"]) is None]
     todo = ranks.gather("stages to score", todo)[0]
@@ -56,7 +60,20 @@ def evaluate_run(
 def learning_job(folder: RunFolder, settings: EvalSettings) -> dict[str, Any]:
     """How the learning stage reads the packed file: reading, learner, and what it is made from."""
     require(settings.learner != "none", "golf: without a learner there is no learning stage. Choose one (--learner).")
-    return _job(folder, settings, LEARNING)
+    return _job(folder, settings, LEARNING, _text(folder, settings, ""))
+
+
+def _text(folder: RunFolder, settings: EvalSettings, store: str) -> str:
+    """SHA-256 of what the manifest of the store says of the split that is scored.
+
+    Raises ValueError for a store that holds other data than the run was started with.
+    """
+    config = load_run_config(folder.train)
+    found = Store.open(store or config.data.store)
+    if not config.data.mix:  # of a mixture the run keeps one sum of all stores, and not all need be here
+        check_store(folder.train, found, config)
+    name = found.split(settings.split).name
+    return hashlib.sha256(to_json(found.manifest["splits"][name]).encode()).hexdigest()
 
 
 def _common(folder: RunFolder, settings: EvalSettings, store: str, quiet: bool) -> dict[str, Any]:
@@ -72,8 +89,8 @@ def _common(folder: RunFolder, settings: EvalSettings, store: str, quiet: bool) 
     }  # fmt: skip
 
 
-def _job(folder: RunFolder, settings: EvalSettings, name: str) -> dict[str, Any]:
-    """One stage: what is read, and how."""
+def _job(folder: RunFolder, settings: EvalSettings, name: str, text: str) -> dict[str, Any]:
+    """One stage: what is read, and how. text: of `_text`."""
     packed = folder.record(PACKING)
     if packed is None:
         raise ValueError(f"{folder.path} is not packed yet. Run `fastweight golf pack {folder.path}` first.")
@@ -88,7 +105,7 @@ def _job(folder: RunFolder, settings: EvalSettings, name: str) -> dict[str, Any]
     # All that the scores depend on; by how many ranks, and where, they are found is none of it.
     made_from = {
         "sha256": digest, "program": file_digest(folder.program), "reading": _reading(folder, settings, name),
-        "learner": _learner(folder, settings, name), "seconds": settings.seconds, "split": settings.split,
+        "learner": _learner(folder, settings, name), "seconds": settings.seconds, "split": settings.split, "text": text,
         "original_bytes": settings.original_bytes, "precision": _precision(folder, settings),
     }  # fmt: skip
     place = {"name": name, "source": str(source), "out": str(_part(folder, name))}

@@ -17,7 +17,7 @@ from fastweight.golf.folder import RunFolder, file_digest, model_digest, read_js
 from fastweight.golf.settings import CalibrationSettings, RunSettings
 from fastweight.model import Model, load
 from fastweight.train import TrainConfig, load_run_config, train
-from fastweight.train.loop import RESULT
+from fastweight.train.ending import RESULT
 from fastweight.train.run import check_same_run
 
 TRAINING, CALIBRATION = "training", "calibration"

@@ -34,6 +34,14 @@ class MagScheduleCallback(TrainerCallback, ExportableState):
         """What trainer_state.json keeps."""
         return {"args": {"model": None, "schedule": self.schedule.to_dict()}, "attributes": {}}
 
+    def precede(self, trainer: Any) -> None:
+        """Take the first place among the callbacks of `trainer`, so that those that transformers puts before all others
+        (`report_to`: TensorBoard, Weights & Biases …) report μ, too. Raises ValueError if it is none of them yet."""
+        callbacks = trainer.callback_handler.callbacks
+        known = any(one is self for one in callbacks)
+        require(known, f"{type(self).__name__}: give it to Trainer(callbacks=[...]) first, then call precede(trainer).")
+        callbacks[:] = [self, *(one for one in callbacks if one is not self)]
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trained = kwargs["model"]
         require(

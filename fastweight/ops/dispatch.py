@@ -9,12 +9,13 @@ from torch import Tensor
 from fastweight.configs import near_names
 
 # Fastest first; `naive` is the definition and the last resort.
-PREFERENCE = ("triton", "fla", "varlen", "chunked", "naive")
-KERNELS = PREFERENCE[:3]  # made for GPUs
+PREFERENCE = ("triton", "fla", "flex", "varlen", "chunked", "naive")
+KERNELS = PREFERENCE[:4]  # made for GPUs
 # Right in Triton's interpreter or with a stand-in for the GPU's kernel, but never run on a GPU so far: `auto` leaves
 # them to those who name them.
 UNTRIED = {
-    ("attention", "varlen"), ("delta_rule", "fla"), ("lact", "triton"), ("ttt_linear", "triton"), ("ttt_mlp", "triton"),
+    ("attention", "flex"), ("attention", "varlen"), ("delta_rule", "fla"), ("lact", "triton"), ("ttt_linear", "triton"),
+    ("ttt_mlp", "triton"),
 }  # fmt: skip
 
 
@@ -24,11 +25,13 @@ class Implementation(NamedTuple):
     It gets what `run` would get, or `x` alone when there is no call yet: then device, dtype and head dimension decide.
     traceable(…): torch.compile can follow `run` for such inputs; if not, it stands in a compiled block as one call that
     is not compiled.
+    yields(…): why `auto` goes on to the next backend though this one could run such inputs, or None. Named, it runs.
     """
 
     run: Callable[..., Any]
     refuses: Callable[..., str | None]
     traceable: Callable[..., bool] = lambda *args, **kwargs: False
+    yields: Callable[..., str | None] = lambda *args, **kwargs: None
 
 
 _OPS: dict[str, dict[str, Implementation]] = {}
@@ -40,11 +43,12 @@ def register_backend(
     refuses: Callable[..., str | None] = lambda *args, **kwargs: None,
     *,
     traceable: Callable[..., bool] = lambda *args, **kwargs: False,
+    yields: Callable[..., str | None] = Implementation._field_defaults["yields"],
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator: the function becomes backend `name` of `op`."""
 
     def keep(run: Callable[..., Any]) -> Callable[..., Any]:
-        _OPS.setdefault(op, {})[name] = Implementation(run, refuses, traceable)
+        _OPS.setdefault(op, {})[name] = Implementation(run, refuses, traceable, yields)
         return run
 
     return keep
@@ -75,6 +79,11 @@ def runnable(op: str, x: Tensor) -> list[str]:
     return [name for name in backends(op) if (x.is_cuda or name not in KERNELS) and not _OPS[op][name].refuses(x)]
 
 
+def may_yield(op: str, backend: str) -> bool:
+    """Whether `auto`, once it has come to this backend, still decides call by call."""
+    return _OPS[op][backend].yields is not Implementation._field_defaults["yields"]
+
+
 def choose(op: str, backend: str, x: Tensor, *args: Any, **kwargs: Any) -> str:
     """The backend that will run. Raises ValueError if a named backend does not exist or refuses such inputs."""
     if backend == "auto":
@@ -95,6 +104,8 @@ def call(op: str, backend: str, x: Tensor, *args: Any, **kwargs: Any) -> Any:
 
 
 def _run(run: Callable[..., Any], device_type: str, *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_autocast_enabled(device_type):  # asking costs the host less than leaving what was not entered
+        return run(*args, **kwargs)
     with torch.autocast(device_type, enabled=False):
         return run(*args, **kwargs)
 
@@ -109,4 +120,5 @@ def _why_not(op: str, name: str, x: Tensor, *args: Any, **kwargs: Any) -> str | 
         return f"needs CUDA tensors, got {x.device.type}."
     if (op, name) in UNTRIED:
         return f'was never run on a GPU so far; to try it, name it: backend="{name}".'
-    return _OPS[op][name].refuses(x, *args, **kwargs)
+    backend = _OPS[op][name]
+    return backend.refuses(x, *args, **kwargs) or backend.yields(x, *args, **kwargs)

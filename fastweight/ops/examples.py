@@ -1,5 +1,6 @@
 """Inputs for each op as its layers give them, of any size: what errors are measured on, and times."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -105,6 +106,12 @@ def _run_delta(x: Inputs, backend: str) -> Tensor:
     return delta_rule(x["q"], x["k"], x["v"], x["beta"], state, log_decay=x.get("log_decay"), backend=backend)[0]
 
 
+@functools.cache
+def _tau(mini_batch: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """1/(i + 1): the same in every call, so it is no part of what a call takes."""
+    return 1 / torch.arange(1, mini_batch + 1, device=device, dtype=dtype)
+
+
 def _ttt_inputs(expansion: int) -> Callable[[Shape, str], tuple[Inputs, Inputs]]:
     def draw(s: Shape, device: str) -> tuple[Inputs, Inputs]:
         width = expansion * s.dim
@@ -128,8 +135,8 @@ def _ttt_inputs(expansion: int) -> Callable[[Shape, str], tuple[Inputs, Inputs]]
 
 def _run_ttt(op: Callable, mini_batch: int) -> Callable[[Inputs, str], Tensor]:
     def run(x: Inputs, backend: str) -> Tensor:
-        tau = 1 / torch.arange(1, mini_batch + 1, device=x["rate"].device, dtype=x["rate"].dtype)
         state = new_state(TTTWeights(x["w1"], x["b1"], x.get("w2"), x.get("b2")))
+        tau = _tau(mini_batch, x["rate"].device, x["rate"].dtype)
         tokens = (x["q"], x["k"], x["v"], x["rate"])
         return op(*tokens, tau, x["ln_weight"], x["ln_bias"], state, chunk_size=mini_batch, backend=backend)[0]
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from fastweight.configs import check_keys, require, to_json
 from fastweight.files import write_text
 from fastweight.report.tables import describe, markdown, rich_tables
+from fastweight.report.verdict import Claim
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -50,7 +51,16 @@ class Report:
         names = [field.name for field in fields(Report)]
         rest = {key: value for key, value in data.items() if key not in ("format", "version")}
         check_keys("report", rest, names, names)
-        return Report(**rest)
+        _check_verdict(rest["verdict"])
+        report = Report(**rest)
+        for name in (report.backbone, report.converted):
+            good = isinstance(report.models, dict) and name in report.models
+            require(good, f"it has no figures of {name!r}, which it names.")
+        try:
+            markdown(report)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"its figures are damaged ({type(error).__name__}: {error}).") from error
+        return report
 
     def save(self, folder: str | Path) -> None:
         """Write report.md, report.png and report.json into `folder`, each atomically."""
@@ -80,3 +90,13 @@ class Report:
         claims = [Text(f"• {claim['text']}") for claim in self.verdict[1:]]
         spaced = [part for table in rich_tables(self) for part in (table, Text(""))]
         return Group(*spaced, Text(describe(self.documents)), *claims, Text(self.verdict[0]["text"], style="bold"))
+
+
+def _check_verdict(verdict: Any) -> None:
+    keys = [field.name for field in fields(Claim)]
+    good = isinstance(verdict, list) and bool(verdict)
+    require(good, f"its verdict is no list of claims, the conclusion first: {str(verdict)[:80]}.")
+    for number, claim in enumerate(verdict):
+        texts = isinstance(claim, dict) and all(isinstance(value, str) for value in claim.values())
+        require(texts, f"claim {number} of its verdict is not {', '.join(keys)}, each a text: {str(claim)[:80]}.")
+        check_keys(f"claim {number} of its verdict", claim, keys, keys)

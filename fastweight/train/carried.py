@@ -26,7 +26,9 @@ def deal_rows(states: Sequence[ModelState], rows: int, pieces: int, rank: int) -
 
 def _of_rank(states: list[ModelState], rank: int, team: Team) -> list[ModelState]:
     def sent(tensor: Tensor) -> Tensor:
-        tensor = tensor.clone() if team.rank == rank else torch.empty_like(tensor)
+        # A message is what lies in memory: in one order, whatever each process has computed its state in.
+        new = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        tensor = new.copy_(tensor) if team.rank == rank else new
         dist.broadcast(tensor, rank)
         return tensor
 

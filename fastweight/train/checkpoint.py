@@ -3,8 +3,8 @@
 model.safetensors, config.json, tokenizer/: the model, readable by `fastweight.load`; a run that trains a part of the
 model has trained.safetensors instead (partial.py). optimizer.safetensors: what the optimisers remember.
 rng.safetensors: the random generators. trainer.json: the tally. averaged.safetensors: the averaged weights in
-float32, if the run averages. carried-N.safetensors: the state of the N-th micro-batch when documents carry their memory
-from step to step.
+float32, if the run averages. outer.safetensors: what replica groups agree on that train alone for a while.
+carried-N.safetensors: the state of the N-th micro-batch when documents carry their memory from step to step.
 
 Several processes write part-R-of-N.safetensors each, with their rows of weights, moments and averages, in place of
 those files; see fastweight.distributed.parts. Either kind can be resumed by any number of processes.
@@ -26,14 +26,15 @@ from fastweight import files
 from fastweight.configs import to_json
 from fastweight.data import Tokenizer
 from fastweight.distributed.parts import Parts, open_parts
-from fastweight.model import FORMAT, ORIGIN_FILE, VERSION, Model, check_weights, load, load_config
+from fastweight.model import Model, check_weights, load, load_config
+from fastweight.model_folder import read_origin, write_settings
 from fastweight.optim import Optimizer
 from fastweight.state import ModelState, load_state
 from fastweight.train import folders
 from fastweight.train.folders import CheckpointError
 from fastweight.train.tally import Tally
 
-AVERAGED = "averaged.safetensors"
+AVERAGED, OUTER = "averaged.safetensors", "outer.safetensors"
 
 
 class Resumed(NamedTuple):
@@ -57,7 +58,7 @@ def save_trainer(folder: Path, optimizer: Optimizer | None, tally: Tally, carrie
     optimizer: None where several processes write what it remembers.
     """
     if optimizer is not None:
-        _save_tensors(folder / "optimizer.safetensors", optimizer.state_tensors())
+        save_tensors(folder / "optimizer.safetensors", optimizer.state_tensors())
     save_file(random_state(), folder / "rng.safetensors")
     for i, state in enumerate(carried or []):
         state.save(folder / f"carried-{i}.safetensors")
@@ -65,12 +66,8 @@ def save_trainer(folder: Path, optimizer: Optimizer | None, tally: Tally, carrie
     files.write_text(folder / "trainer.json", to_json(record) + "\n")
 
 
-def save_average(folder: Path, average: Mapping[str, Tensor]) -> None:
-    """Write the averaged weights into the checkpoint `folder`."""
-    _save_tensors(folder / AVERAGED, average)
-
-
-def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors into a file of a checkpoint."""
     save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
 
 
@@ -112,10 +109,7 @@ def export(checkpoint: str | Path, out: str | Path) -> Path:
 
 def save_config(folder: Path, model: Model, tokenizer: Tokenizer) -> None:
     """Write what a model folder holds besides the weights."""
-    text = to_json({"format": FORMAT, "version": VERSION, "config": model.config.to_dict()})
-    files.write_text(folder / "config.json", text + "\n")
-    if model.origin is not None:
-        files.write_text(folder / ORIGIN_FILE, to_json(model.origin) + "\n")
+    write_settings(folder, model.config, model.origin)
     tokenizer.save(folder / "tokenizer")
 
 
@@ -124,8 +118,7 @@ def empty_model(folder: Path) -> Model:
     try:
         with torch.device("meta"):
             model = Model(load_config(folder))
-        file = folder / ORIGIN_FILE
-        model.origin = json.loads(file.read_text()) if file.is_file() else None
+        model.origin = read_origin(folder)
     except (OSError, ValueError) as error:
         raise _unreadable(folder, error) from error
     return model
@@ -138,11 +131,12 @@ def part_paths(folder: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def open_tensors(folder: Path) -> Iterator[Parts]:
-    """The large tensors of a checkpoint: "model:NAME", "trained:NAME", "optimizer:NAME|QUANTITY", "averaged:NAME".
+    """The large tensors of a checkpoint: "model:NAME", "trained:NAME", "optimizer:NAME|QUANTITY", "averaged:NAME",
+    "outer:NAME", "outer:NAME|momentum".
 
     Raises CheckpointError if they cannot be read.
     """
-    whole = [(word, folder / f"{word}.safetensors") for word in ("model", "trained", "optimizer", "averaged")]
+    whole = [(word, folder / f"{word}.safetensors") for word in ("model", "trained", "optimizer", "averaged", "outer")]
     several = [("", path) for path in part_paths(folder)]
     try:
         with open_parts(several or [(word, path) for word, path in whole if path.is_file()]) as parts:

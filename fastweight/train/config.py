@@ -265,6 +265,8 @@ class TrainConfig:
     """bfloat16: forward passes under autocast; parameters stay float32."""
     activation_checkpointing: bool = False
     """Compute each block again in the backward pass instead of keeping its activations."""
+    feed_forward_checkpointing: bool = False
+    """The same for the feed-forwards alone: less memory saved, and far less to compute again."""
     compile: bool = False
     """Compile each block with torch.compile."""
     carry_state: bool = False
@@ -288,6 +290,11 @@ class TrainConfig:
             not (self.carry_state and len(levels) > 1 and levels & {0.0, 1.0}),
             "train: carry_state and a mag schedule that reaches 0 or 1 cannot go together: at these ends a layer keeps "
             "no memory or no keys to go on from. Let the schedule stay between them, or leave carry_state out.",
+        )
+        require(
+            not (self.activation_checkpointing and self.feed_forward_checkpointing),
+            "train: activation_checkpointing computes whole blocks again, their feed-forwards too. Set one of it and "
+            "feed_forward_checkpointing.",
         )
         require(
             not (self.compile and self.inner_rate.steps),

@@ -9,6 +9,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -195,7 +196,8 @@ def _problem(folder: Path) -> str | None:
         return f"{MANIFEST} is missing" if folder.is_dir() else "the folder does not exist"
     try:
         listing = json.loads(manifest.read_text())
-        require(isinstance(listing, dict), "not an object")
+        good = isinstance(listing, dict) and all(_is_fingerprint(value) for value in listing.values())
+        require(good, "not an object of sizes and sums")
     except ValueError as error:
         return f"{MANIFEST} is damaged ({error})"
     for name, expected in listing.items():
@@ -208,3 +210,7 @@ def _problem(folder: Path) -> str | None:
         if found["sha256"] != expected["sha256"]:
             return f"{name} was changed after it was written (its checksum differs)"
     return None
+
+
+def _is_fingerprint(value: Any) -> bool:
+    return isinstance(value, dict) and {"size_bytes", "sha256"} <= value.keys()

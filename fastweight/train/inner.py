@@ -17,12 +17,22 @@ def inner_statistics(model: Model, batch: Batch, max_tokens: int) -> list[dict[s
 
     Each entry: visit, block, mixer, `mean` and `series` per name ("initial": the loss under the weights the sequence
     started with, "before" and "after" each update, and what else the mixer defines), series shortened to 64 points.
+    Read without dropout, so that no random number is used up.
     """
     length = min(max_tokens, batch.tokens.shape[1])
     if batch.cu_seqlens is not None:
         length = min(length, int(batch.cu_seqlens[1]))
+    training = model.training
+    model.eval()
+    try:
+        return _entries(model, batch.tokens[:1, :length])
+    finally:
+        model.train(training)
+
+
+def _entries(model: Model, tokens: Tensor) -> list[dict[str, Any]]:
     entries = []
-    for visit, (mixer, x, state) in enumerate(_mixer_inputs(model, batch.tokens[:1, :length])):
+    for visit, (mixer, x, state) in enumerate(_mixer_inputs(model, tokens)):
         series = mixer.inner_losses(x, state)
         if series is None:
             continue

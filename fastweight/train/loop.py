@@ -8,43 +8,42 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastweight import files
-from fastweight.configs import require, to_json
+from fastweight.configs import require
 from fastweight.data import Batch, Store
 from fastweight.distributed.context import Slice
-from fastweight.distributed.copies import plain_model, read_state
+from fastweight.distributed.copies import read_state
+from fastweight.distributed.outer import Outer
 from fastweight.distributed.shards import full, go_on, whole
 from fastweight.distributed.team import Team
 from fastweight.mixers.ttt import inner_lr_warmup
-from fastweight.model import Model, load
-from fastweight.optim import Optimizer, WeightAverage, schedule_factor, weight_decay_factor
+from fastweight.model import Model
+from fastweight.optim import Optimizer, schedule_factor, weight_decay_factor
 from fastweight.state import ModelState
 from fastweight.train import checkpoint, folders, partial
-from fastweight.train.averaging import RAW, describe_average, make_average, put_average
+from fastweight.train.averaging import make_average
 from fastweight.train.carried import deal_rows, gather_rows
 from fastweight.train.compiling import compile_for
 from fastweight.train.config import TrainConfig
+from fastweight.train.ending import finish
 from fastweight.train.heldout import heldout_losses
 from fastweight.train.inner import inner_statistics
 from fastweight.train.loops import LoopFollower
-from fastweight.train.lora import merge_and_unload, merged_into, save_adapter
 from fastweight.train.loss import Counts, autocast, count
 from fastweight.train.mag import MagFollower
 from fastweight.train.metrics import Metrics, NoMetrics, finite
 from fastweight.train.objectives import make_objective
 from fastweight.train.recovery import Recovery, note
-from fastweight.train.replicas import Alone, Replicas
+from fastweight.train.replicas import Alone
 from fastweight.train.report import Report, describe_heldout, summary, warn_of_faults
 from fastweight.train.rounding import rounded
+from fastweight.train.rounds import make_groups
 from fastweight.train.saving import TeamWriter
 from fastweight.train.signals import SIGNALS, StopRequest
 from fastweight.train.source import Reader, shares, training_splits
 from fastweight.train.tally import Tally, TrainResult
-from fastweight.train.trainable import is_adapter
 
 # The attribute by which a layer lets its base inner learning rate be scaled.
 INNER_RATE = "inner_lr_scale"
-RESULT = "result.json"
 
 
 class DivergedError(ValueError):
@@ -66,6 +65,7 @@ class Trainer:
         self.optimizer = Optimizer(model, config.optimizer)
         self.trained = [name for name, p in model.named_parameters() if p.requires_grad]
         self.average = make_average(model, config)
+        self.outer = Outer(dict(model.named_parameters()), config.replicas) if config.replicas.every else None
         self.writer = TeamWriter(out, self.team, config.log.keep_checkpoints)
         self.mag = MagFollower(model, config.mag)
         self.loops = LoopFollower(model, config.loops, config.seed)
@@ -93,15 +93,16 @@ class Trainer:
         if self.saved_step < 0:
             # The first checkpoint before the first step: a disk that is full or read-only shows now, not in an hour.
             if config.log.before_after:
-                tally.before = self._measure("before")
+                tally.before = self.measure("before")
                 self._started = time.monotonic()
             self.save()
         self.report.start(tally.step)
-        self.groups = Replicas(config.replicas, self) if config.replicas.most else Alone()
+        self.groups = make_groups(self)
         try:
             while not (ended := self._ended(stop)):
                 rank, size = self.groups.begin()
-                self.step(reader.read(tally.step, rank * team.readers + team.reader, size * team.readers))
+                if size:
+                    self.step(reader.read(tally.step, rank * team.readers + team.reader, size * team.readers))
         finally:
             self.groups.close()
             self.report.stop()
@@ -110,7 +111,7 @@ class Trainer:
         if self.saved_step != tally.step:
             self.save()
         self.writer.finish()
-        return self._finish("" if ended == "steps" else ended)
+        return finish(self, "" if ended == "steps" else ended)
 
     def _compile(self, batch: Batch) -> None:
         """Compile on this batch before the clock goes on; nothing is learned from it."""
@@ -139,7 +140,9 @@ class Trainer:
             checkpoint.save_model(folder, self.model, self.store.tokenizer)
         checkpoint.save_trainer(folder, self.optimizer, self.tally, carried)
         if self.average is not None:
-            checkpoint.save_average(folder, self.average.state_tensors())
+            checkpoint.save_tensors(folder / checkpoint.AVERAGED, self.average.state_tensors())
+        if self.outer is not None:
+            checkpoint.save_tensors(folder / checkpoint.OUTER, self.outer.state_tensors())
 
     def _write_rest(self, folder: Path, carried: list[ModelState] | None) -> None:
         """What of a team's checkpoint its leader writes alone."""
@@ -152,17 +155,18 @@ class Trainer:
         weights = dict(self.model.named_parameters())
         word = "trained" if self.config.partial else "model"
         named = {f"{word}:{name}": weights[name] for name in (self.trained if self.config.partial else weights)}
-        averaged = {} if self.average is None else self.average.state_tensors()
-        named |= {f"optimizer:{name}": tensor for name, tensor in self.optimizer.state_tensors().items()}
-        return named | {f"averaged:{name}": tensor for name, tensor in averaged.items()}
+        for part, kept in (("optimizer", self.optimizer), ("averaged", self.average), ("outer", self.outer)):
+            tensors = {} if kept is None else kept.state_tensors()
+            named |= {f"{part}:{name}": tensor for name, tensor in tensors.items()}
+        return named
 
     def restore(self, resumed: checkpoint.Resumed) -> None:
         """Take over what a checkpoint holds besides model and tally."""
         parameters = dict(self.model.named_parameters())
         with checkpoint.open_tensors(resumed.folder) as tensors:
-            self.optimizer.load_state_tensors(read_state(tensors.under("optimizer"), parameters))
-            if self.average is not None:
-                self.average.load_state_tensors(read_state(tensors.under("averaged"), parameters))
+            for word, kept in (("optimizer", self.optimizer), ("averaged", self.average), ("outer", self.outer)):
+                if kept is not None:
+                    kept.load_state_tensors(read_state(tensors.under(word), parameters))
         checkpoint.set_random_state(resumed.rng)
         share, rows = shares(self.config.data, self.team.readers)
         if resumed.carried is not None:
@@ -170,6 +174,8 @@ class Trainer:
         self.saved_step = self.tally.step
 
     def _ended(self, stop: StopRequest) -> str:
+        if self.groups.busy:
+            return ""
         name = self._signal(stop)
         if name:
             return name
@@ -203,31 +209,45 @@ class Trainer:
 
     def step(self, batches: list[Batch]) -> None:
         """One step and all that is due after it."""
-        config, log, tally = self.config, self.config.log, self.tally
-        started = time.monotonic()
+        tally, started = self.tally, time.monotonic()
         parts = [self.team.context.cut(batch) for batch in batches]
         (tokens,) = self.groups.sum(tuple(self.team.sum([sum(part.batch.tokens.numel() for part in parts)])))
         rate = self._update(parts)
         if rate is None:
             return
-        tally.step, tally.tokens = tally.step + 1, tally.tokens + tokens
+        tally.step += 1
+        settled = self.groups.settled(tokens)
+        tally.tokens += settled or 0
         seconds, before = self._interval
-        self._interval = (seconds + time.monotonic() - started, before + tokens)
-        done = tally.step == config.steps
+        self._interval = (seconds + time.monotonic() - started, before + (settled or 0))
+        if settled is not None:
+            self._follow(rate, batches[0])
+        elif not self.groups.busy:
+            self._faults = []  # the steps are made again
+        self.report.advance(tally.step, self._fraction())
+
+    def _follow(self, rate: float, batch: Batch) -> None:
+        """All that is due after steps that count, the last of them at `rate`; `batch`: some of what it has read."""
+        log, tally = self.config.log, self.tally
+        done = tally.step == self.config.steps
         if self.recovery is not None:
-            self.recovery.note(self.metrics, self.report, tally.step - 1)
+            self.recovery.note(self.metrics, self.report, tally.step - self.groups.length)
             self.recovery = None
         if (seconds := self.groups.lost_seconds()) is not None:
-            note(self.metrics, self.report, tally.step - 1, seconds, 0)
-        if self._is_logged(tally.step):
+            note(self.metrics, self.report, tally.step - self.groups.length, seconds, 0)
+        if done or self._is_due(log.every):
             self._log(rate)
-        if log.stats_every and tally.step % log.stats_every == 0:
-            self._log_inner(batches[0])
-        if log.heldout_every and (tally.step % log.heldout_every == 0 or done):
+        if self._is_due(log.stats_every):
+            self._log_inner(batch)
+        if log.heldout_every and (done or self._is_due(log.heldout_every)):
             self._log_heldout()
-        if log.checkpoint_every and tally.step % log.checkpoint_every == 0:
+        if self._is_due(log.checkpoint_every):
             self.save()
-        self.report.advance(tally.step, self._fraction())
+
+    def _is_due(self, every: int) -> bool:
+        """Whether the steps that count now have reached a multiple of `every`."""
+        step = self.tally.step
+        return bool(every) and step // every > (step - self.groups.length) // every
 
     def _update(self, parts: list[Slice]) -> float | None:
         """One update of the weights, or a skipped one; returns the learning rate, None if the step must be repeated."""
@@ -350,6 +370,7 @@ class Trainer:
         values = {name: getattr(tally, name) for name in names} | {"lr": rate}
         values["tokens_per_second"] = tokens / max(1e-9, seconds)
         values |= (self.objective.describe(means) if means else {}) | self.mag.describe() | self.loops.describe()
+        values |= self.groups.describe()
         self.metrics.write("train", tally.step, values)
         self.report.advance(tally.step, self._fraction(), summary(values))
 
@@ -361,10 +382,10 @@ class Trainer:
         self.metrics.write("inner", self.tally.step, {"layers": layers})
 
     def _log_heldout(self) -> None:
-        values = self._measure("heldout")
+        values = self.measure("heldout")
         self.tally.heldout_nats, self.tally.heldout_bits_per_byte = values["loss_nats"], values["bits_per_byte"]
 
-    def _measure(self, kind: str) -> dict[str, Any]:
+    def measure(self, kind: str) -> dict[str, Any]:
         """Write and say the held-out losses as they are now; NaN is None, which JSON and so the checkpoint can hold."""
         self._set_inner_rate(1.0)
         self.loops.settle(self._fraction())
@@ -373,59 +394,3 @@ class Trainer:
         when = f"step {self.tally.step}" if kind == "heldout" else kind
         self.report.say(f"{when}: {describe_heldout(values)}")
         return finite(values)
-
-    def _finish(self, stopped: str) -> TrainResult:
-        by_signal = stopped not in ("", "time")
-        parameters = sum(p.numel() for name, p in self.model.named_parameters() if not is_adapter(name))
-        saved: dict[str, Any] = {"model": ""} if by_signal else self._save_final()
-        tally, names = self.tally, TrainResult.__dataclass_fields__
-        result = TrainResult(
-            **{name: value for name, value in tally.to_dict().items() if name in names},
-            **saved,
-            initial_share=None if self.average is None else self.average.initial_share,
-            out=str(self.out),
-            checkpoint=str(self.out / folders.FOLDER / folders.checkpoint_name(tally.step)),
-            stopped=stopped,
-            tokens_per_second=tally.tokens / max(1e-9, tally.seconds),
-            parameters=parameters,
-        )
-        if not by_signal and self.team.leads:
-            files.write_text(self.out / RESULT, to_json(finite(result.to_dict())) + "\n")
-        return result
-
-    def _save_final(self) -> dict[str, Any]:
-        """Write what the run ends with: the adapters, if any, and the plain model. Returns their folders."""
-        self.mag.set(self.config.steps)
-        if self.average is not None:
-            self._exchange(self.average)
-        if self.config.log.before_after or self.average is not None:
-            self.tally.after = self._measure("after")
-        folder, adapter, lora = self.out / "model", self.out / "adapter", self.config.lora
-        if lora.rank:
-            folders.replace_folder(
-                adapter, lambda new: save_adapter(new, self.model, lora, str(self.out / partial.BASE))
-            )
-        self._save_folder(folder, self._merged())
-        return {"model": str(folder), "adapter": str(adapter) if lora.rank else ""}
-
-    def _save_folder(self, folder: Path, model: Model) -> None:
-        plain = plain_model(model, self.team)
-        if self.team.leads:
-            folders.replace_folder(folder, lambda new: checkpoint.save_model(new, plain, self.store.tokenizer))
-
-    def _exchange(self, average: WeightAverage) -> None:
-        """Measure and write the weights as they are, in out/raw, then put the averaged ones in their place."""
-        self.tally.raw = self._measure("raw")
-        self._save_folder(self.out / RAW, self._merged_copy() if self.config.lora.rank else self.model)
-        self.report.say(describe_average(average))
-        put_average(self.model, average)
-
-    def _merged(self) -> Model:
-        """The model without adapters, what they have learned in its weights."""
-        # Quantised weights cannot take a product.
-        return merge_and_unload(self.model) if self.config.lora.quantize == "none" else self._merged_copy()
-
-    def _merged_copy(self) -> Model:
-        """The same as a model of its own, merged into the weights that the run started from."""
-        trained = {name: self.model.get_parameter(name) for name in self.trained}
-        return merged_into(load(self.out / partial.BASE, self.device), self.config.lora, trained)

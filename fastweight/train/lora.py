@@ -17,6 +17,8 @@ from fastweight.train.config import LoraConfig
 from fastweight.train.trainable import MEMORY_NAMES, is_adapter
 
 ADAPTER = "default"
+# Where PEFT looks whether layers are quantised, and where a quantised layer keeps the plain one that it stands for.
+FOUR_BITS, PLAIN = "is_loaded_in_4bit", "plain_layer"
 # Where PEFT looks for the adapters of the model behind the Hugging Face face.
 FACE_PREFIX = "base_model.model.model."
 
@@ -81,12 +83,27 @@ def merge_and_unload(model: Model) -> Model:
 
 
 def remove_adapters(model: Model) -> Model:
-    """Take every adapter out of `model` and drop what it has learned, unless it was merged before."""
+    """Take every adapter out of `model` and drop what it has learned, unless it was merged before.
+
+    Layers that were quantised for it are plain again.
+    """
     for name, layer in adapter_layers(model).items():
-        model.set_submodule(name, layer.get_base_layer())
+        base = layer.get_base_layer()
+        plain = vars(base).get(PLAIN)
+        if plain is not None:
+            plain.weight.data = plain.weight.data.to(model.device)
+        model.set_submodule(name, base if plain is None else plain)
     if hasattr(model, "peft_config"):
         del model.peft_config
+    vars(model).pop(FOUR_BITS, None)
     return model
+
+
+def keep_merged(model: Model, merged: Model) -> None:
+    """Let the plain layers that quantised ones in `model` stand for have the weights of `merged`."""
+    for name, layer in adapter_layers(model).items():
+        plain = vars(layer.get_base_layer())[PLAIN]
+        plain.weight.data.copy_(merged.get_parameter(f"{name}.weight").data)
 
 
 def save_adapter(folder: Path, model: Model, config: LoraConfig, base: str) -> None:
@@ -103,7 +120,8 @@ def save_adapter(folder: Path, model: Model, config: LoraConfig, base: str) -> N
 def quantize_linears(model: Model, names: list[str]) -> None:
     """Replace frozen linear layers by 4-bit ones (NF4). Needs a GPU and bitsandbytes, else ValueError.
 
-    The packed weights are stored under the name of bfloat16, as layers take a memory's dtype from their weights.
+    The packed weights are stored under the name of bfloat16, as layers take a memory's dtype from their weights. The
+    plain layers wait on the host for `remove_adapters`.
     """
     bitsandbytes = _import_bitsandbytes(model)
     for name in names:
@@ -115,7 +133,9 @@ def quantize_linears(model: Model, names: list[str]) -> None:
         new.weight = bitsandbytes.nn.Params4bit(old.weight.data.cpu(), requires_grad=False, **options)
         new.bias = old.bias
         model.set_submodule(name, new.to(model.device))
-    vars(model)["is_loaded_in_4bit"] = True  # where PEFT looks
+        old.weight.data = old.weight.data.cpu()
+        vars(new)[PLAIN] = old  # no part of the model meanwhile
+    vars(model)[FOUR_BITS] = True
 
 
 def check_adapters(model: Model, config: LoraConfig) -> None:

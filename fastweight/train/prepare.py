@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 from fastweight.configs import require
 from fastweight.convert.mag import liza_layers, mag_weights
@@ -77,15 +78,24 @@ def _check_memory_is_read(model: Model, config: TrainConfig) -> None:
     )
 
 
+def set_checkpointing(model: Model, config: TrainConfig) -> None:
+    """What of `model` is computed again in the backward pass."""
+    model.checkpointing = config.activation_checkpointing
+    block: Any
+    for block in model.blocks:
+        block.checkpointing = config.feed_forward_checkpointing
+
+
 @contextlib.contextmanager
 def prepared(model: Model, config: TrainConfig) -> Iterator[list[str]]:
     """Inside, `model` has the adapters of `config` and trains what it names; yields the names of what is trained.
 
-    Afterwards the adapters are gone (what was not merged is lost) and parameters need gradients as they did before.
+    Afterwards the adapters are gone (what was not merged is lost), layers are plain that were quantised, and parameters
+    need gradients as they did before.
     """
     needed = {parameter: parameter.requires_grad for parameter in model.parameters()}
     model.train()
-    model.checkpointing = config.activation_checkpointing
+    set_checkpointing(model, config)
     try:
         if config.lora.rank:
             add_adapters(model, config.lora)

@@ -1,8 +1,8 @@
 """Starting and resuming runs: folders, configs, models; then the loop."""
 
 import dataclasses
-import hashlib
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +17,21 @@ from fastweight.distributed.team import Team, joined, local_device
 from fastweight.model import Model
 from fastweight.train import checkpoint, folders, partial
 from fastweight.train.config import TrainConfig
-from fastweight.train.loop import RESULT, Trainer
+from fastweight.train.ending import RESULT
+from fastweight.train.loop import Trainer
 from fastweight.train.metrics import Metrics, NoMetrics
+from fastweight.train.only_run import only_run
 from fastweight.train.prepare import check_parts, check_team, prepared
 from fastweight.train.recovery import Recovery
 from fastweight.train.replicas import check_replicas
 from fastweight.train.report import Report, describe_run, describe_trained
+from fastweight.train.shaping import fingerprint, shaping_settings
 from fastweight.train.signals import stop_requests
-from fastweight.train.source import describe_contents, make_view, shares, training_splits
+from fastweight.train.source import make_view, shares, training_splits
 from fastweight.train.start import new_start, placed, resumed_start
 from fastweight.train.tally import Tally, TrainResult
 
 FORMAT, VERSION = "fastweight-run", 1
-# What may differ when a run is resumed: nothing here changes the weights of a given step, but for max_seconds, which
-# makes the rate follow the clock; it is free so that a run can be given more time.
-FREE = ("log", "max_seconds", "max_bad_steps", "device", "mesh", "replicas")
 
 
 def train(
@@ -78,10 +78,10 @@ def _run(
     team.arrange(config.mesh, device)
     store = Store.open(config.data.store)
     report = Report(config, quiet)
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())), stop_requests() as stop:
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())), stop_requests() as stop, ExitStack() as stack:
         torch.manual_seed(config.seed)
         if resume:
-            _check_store(out, store, config)
+            check_store(out, store, config)
             start = resumed_start(config, out, read_record(out), resume, team)
         else:
             start = new_start(config, store, model, team)
@@ -90,7 +90,8 @@ def _run(
         trained = placed(start, team, device)
         for line in describe_run(config, trained, store, device, team):
             report.say(line)
-        team.wait()  # nothing is written before all processes have found the settings good
+        # Nothing is written before all processes have found the settings good.
+        stack.enter_context(only_run(out, team, report.say))
         if resumed is None and team.leads:
             _record(config, start.model, store, out)
         tally = Tally() if resumed is None else resumed.tally
@@ -137,8 +138,9 @@ def _resumed_config(config: TrainConfig | None, out: Path, team: Team) -> TrainC
     return config
 
 
-def _check_store(out: Path, store: Store, config: TrainConfig) -> None:
-    same = read_record(out)["store"] == _fingerprint(store, config)
+def check_store(out: Path, store: Store, config: TrainConfig) -> None:
+    """Raise ValueError unless `store`, and what config.data.mix names, hold what the run in `out` was started with."""
+    same = read_record(out)["store"] == fingerprint(store, config)
     require(
         same,
         f"{store.path}, or what is mixed in, holds other data or weights than the run in {out} was started with. Give "
@@ -148,13 +150,8 @@ def _check_store(out: Path, store: Store, config: TrainConfig) -> None:
 
 def check_same_run(config: TrainConfig, out: Path) -> None:
     """Raise ValueError naming the settings that shape the weights and differ from those of the run in `out`."""
-    before = load_run_config(out)
-    old, new = before.to_dict(), config.to_dict()
-    # Stores are known by their contents, not by their places.
-    old["data"]["store"] = new["data"]["store"]
-    if list(old["data"]["mix"].values()) == list(new["data"]["mix"].values()):
-        old["data"]["mix"] = new["data"]["mix"]
-    changed = [f"{name}: {old[name]} → {new[name]}" for name in old if name not in FREE and old[name] != new[name]]
+    old, new = shaping_settings(load_run_config(out)), shaping_settings(config)
+    changed = [f"{name}: {old[name]} → {new[name]}" for name in old if old[name] != new[name]]
     require(
         not changed,
         f"{out} was started with other settings ({'; '.join(changed)}). Resume with the run's own, or start a new run "
@@ -181,16 +178,11 @@ def _record(config: TrainConfig, model: Model, store: Store, out: Path) -> None:
 
     software = {"fastweight": fastweight.__version__, "torch": torch.__version__}
     record = {"format": FORMAT, "version": VERSION, "train": config.to_dict(), "software": software}
-    record |= {"model": model.config.to_dict(), "store": _fingerprint(store, config)}
+    record |= {"model": model.config.to_dict(), "store": fingerprint(store, config)}
     if config.partial:
         partial.save_base(out, model, store.tokenizer)
         record["base"] = partial.weights_checksum(model)
     files.write_text(out / "config.json", to_json(record) + "\n")
-
-
-def _fingerprint(store: Store, config: TrainConfig) -> str:
-    """A name for the data itself: the folders may move, their contents may not change."""
-    return hashlib.sha256(to_json(describe_contents(store, config.data)).encode()).hexdigest()
 
 
 def _check(config: TrainConfig, model: Model, store: Store, team: Team) -> None:

@@ -1,12 +1,15 @@
 """SIGTERM and SIGINT end a run after the current step, with a checkpoint."""
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Iterator
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# What torchrun sets for its processes.
+LAUNCHED = "TORCHELASTIC_RUN_ID"
 
 
 class StopRequest:
@@ -17,7 +20,11 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Inside, the first SIGTERM or SIGINT is only noted; a second one acts at once. Works in the main thread only."""
+    """Inside, the first SIGTERM or SIGINT is only noted; a second one acts at once. Works in the main thread only.
+
+    Not so under torchrun, which sends on what it gets itself: a service manager or queue that signals all processes of
+    a job signals each of them twice. There a second signal changes nothing; torchrun kills who takes too long.
+    """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
@@ -29,8 +36,9 @@ def stop_requests() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
     def note(number: int, frame: FrameType | None) -> None:
-        request.name = signal.Signals(number).name
-        restore()
+        request.name = request.name or signal.Signals(number).name
+        if LAUNCHED not in os.environ:
+            restore()
 
     for number in SIGNALS:
         signal.signal(number, note)

@@ -26,7 +26,7 @@ from fastweight.train.config import (
     TrainConfig,
     ViewName,
 )
-from fastweight.train.loop import RESULT
+from fastweight.train.ending import RESULT
 from fastweight.train.partial import weights_checksum
 from fastweight.train.run import check_same_run, read_record, train
 from fastweight.train.trainable import memory_parameters

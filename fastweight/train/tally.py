@@ -52,11 +52,11 @@ class Tally:
         self.pending_count += count
 
     def close_interval(self) -> tuple[float, ...]:
-        """Turn what is pending into `loss_nats` per target and `bits_per_byte`; None if no good step was made.
+        """Turn what is pending into `loss_nats` per target and `bits_per_byte`; None if there was no target.
 
-        Returns the means of the parts.
+        Returns the means of the parts, none without a target.
         """
-        means = tuple(part / self.pending_count for part in self.pending_parts)
+        means = tuple(part / self.pending_count for part in self.pending_parts) if self.pending_count else ()
         self.pending_parts, self.pending_count = (), 0
         nats, targets, num_bytes = self.pending_nats, self.pending_targets, self.pending_bytes
         self.loss_nats = nats / targets if targets else None

@@ -42,7 +42,7 @@ def trained_names(model: Model, config: TrainConfig, words: Iterable[str]) -> li
     chosen: set[str] = set()
     for word in words:
         found = set(_fitting(word, names, config, set_from_outside))
-        require(bool(found), _nothing(word, names))
+        require(bool(found), _nothing(word, names, set_from_outside))
         chosen |= found
     return [name for name in names if name in chosen]
 
@@ -70,10 +70,13 @@ def _fitting(word: str, names: list[str], config: TrainConfig, set_from_outside:
         return memory
     if word == LORA:
         return [name for name in names if is_adapter(name)] + (memory if config.lora.train_memory else [])
-    return [name for name in names if fnmatch.fnmatchcase(name, word)]
+    return [name for name in names if fnmatch.fnmatchcase(name, word) and name not in set_from_outside]
 
 
-def _nothing(word: str, names: list[str]) -> str:
+def _nothing(word: str, names: list[str], set_from_outside: set[str]) -> str:
     if word == MEMORY:
         return "trainable 'memory': this model has no memory beside its backbone. Convert it first (titanize)."
+    if any(fnmatch.fnmatchcase(name, word) for name in set_from_outside):
+        advice = 'They follow a schedule, or stay; convert with mag="learned" to train them.'
+        return f"trainable {word!r} names weights of linear branches alone. {advice}"
     return f"trainable {word!r} fits no parameter.{near_names(word, names[:40])}"

@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 
+import numpy as np
 import pytest
 from data.corpora import random_texts
 from data.sentencepiece_models import trained
@@ -11,7 +12,7 @@ from data.test_store import contents
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastweight.data import Store, StoreError, merge, prepare
+from fastweight.data import Store, StoreError, merge, prepare, write_weights
 from fastweight.data.parts import part_of
 from fastweight.data.source_base import SourceFile
 
@@ -139,3 +140,43 @@ def test_a_part_continues_after_an_interruption_with_other_workers(tmp_path, cor
     prepare(corpus, "bytes", tmp_path / "out", workers=1, **arguments)
     assert contents(tmp_path / "out") == contents(parts / "2")
     shutil.rmtree(tmp_path / "out")
+
+
+def weigh_all(folder, name="w", **options):
+    """Weights that follow from a document's tokens alone, so that they are the same in whatever store it lies."""
+    split = Store.open(folder).split("train")
+    write_weights(folder, name, lambda numbers: (split.document(n)[0][1:] % 16 / 8 for n in numbers), **options)
+
+
+def test_weights_of_merged_parts_are_those_of_the_whole(tmp_path, corpus, parts):
+    prepare(corpus, "bytes", tmp_path / "whole", shard_tokens=5000)
+    for folder in (tmp_path / "whole", *(shutil.copytree(parts / k, tmp_path / k) for k in "123")):
+        weigh_all(folder, made_by={"rule": "sixteenths"})
+    merge([tmp_path / k for k in "312"], tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert len(Store.open(tmp_path / "whole").manifest["weights"]["w"]["shards"]) > 1
+
+
+def test_weights_made_in_different_ways_are_joined_and_name_all_of_them(tmp_path, parts):
+    for k in "123":
+        weigh_all(shutil.copytree(parts / k, tmp_path / k), made_by={"model": k})
+    merge([tmp_path / k for k in "312"], tmp_path / "out")
+    assert Store.open(tmp_path / "out").manifest["weights"]["w"]["made_by"] == {"parts": [{"model": k} for k in "123"]}
+    Store.open(tmp_path / "out").verify()
+
+
+def test_weights_that_a_part_lacks_or_has_otherwise_are_refused_by_name(tmp_path, parts):
+    folders = [shutil.copytree(parts / k, tmp_path / k) for k in "123"]
+    weigh_all(folders[0])
+    weigh_all(folders[1])
+    with pytest.raises(StoreError, match=r"/3: no weights 'w', which other parts have"):
+        merge(folders, tmp_path / "out")
+    write_weights(folders[2], "w", lambda numbers: (np.ones(n) for n in _targets(folders[2], numbers)), dtype="uint8")
+    with pytest.raises(StoreError, match="weights 'w' differ in split or dtype"):
+        merge(folders, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def _targets(folder, numbers):
+    split = Store.open(folder).split("train")
+    return [len(split.document(n)[0]) - 1 for n in numbers]

@@ -14,6 +14,7 @@ from data.test_store import contents
 from data.test_tokenizers import word_pieces
 
 from fastweight.data import BPETokenizer, ByteTokenizer, Store, StoreError, prepare
+from fastweight.data.locks import FolderInUseError
 from fastweight.data.prepare import is_heldout
 
 TEXTS = random_texts(300, 200, seed=1)
@@ -283,7 +284,7 @@ def test_an_output_that_cannot_be_made_is_a_clean_error(tmp_path, corpus):
 
 def test_two_writers_in_one_folder_are_refused(tmp_path, corpus):
     def again(_report):
-        with pytest.raises(RuntimeError, match="another process is writing"):
+        with pytest.raises(FolderInUseError, match="another process is writing"):
             prepare(corpus, "bytes", tmp_path / "out")
         raise Stopped
 

@@ -24,7 +24,9 @@ from fastweight.data import (
     import_shards,
     read_shard,
     write_shard,
+    write_weights,
 )
+from fastweight.data.locks import FolderInUseError
 
 DOCUMENTS = random_texts(40, 60, seed=4)
 
@@ -373,11 +375,23 @@ def test_a_vocabulary_beyond_16_bits_cannot_be_exported(tmp_path):
         export_shards(store, tmp_path / "out")
 
 
+def test_weights_of_tokens_are_left_out_of_shards_only_on_request(tmp_path):
+    store = write_store(tmp_path / "a", DOCUMENTS)
+    lengths = store.split("train").document_ends - store.split("train").document_starts
+    write_weights(tmp_path / "a", "mine", lambda numbers: (np.ones(lengths[n] - 1) for n in numbers))
+    store = Store.open(tmp_path / "a")
+    with pytest.raises(ValueError, match="has weights 'mine', for which shards have no place. Set drop_weights"):
+        export_shards(store, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    export_shards(store, tmp_path / "out", drop_weights=True)
+    assert "weights" not in json.loads((tmp_path / "out" / "shards.json").read_text())
+
+
 def test_two_exports_into_one_folder_are_refused(tmp_path):
     store = write_store(tmp_path / "a", DOCUMENTS)
 
     def again(_done, _total):
-        with pytest.raises(RuntimeError, match="another process is writing"):
+        with pytest.raises(FolderInUseError, match="another process is writing"):
             export_shards(store, tmp_path / "out")
 
     export_shards(store, tmp_path / "out", progress=again)

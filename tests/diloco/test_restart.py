@@ -7,7 +7,7 @@ import pytest
 import torch
 from diloco_cases import Party, entries
 
-from fastweight.diloco import OccupiedError, Storage, StorageError, read_state
+from fastweight.diloco import OccupiedError, Storage, StorageError, read_state, sync
 from fastweight.diloco.simulate import memory_folder
 
 
@@ -113,6 +113,18 @@ def test_a_silent_worker_loses_its_lease_to_the_others_and_its_late_push_does_no
     assert late.envelope.lease not in merged
 
 
+def test_what_the_codec_lost_of_a_push_that_did_not_count_is_not_sent_later(store, folder):
+    party = Party(folder, store, dead_seconds=5.0, up="topk2")
+    worker = party.learners["w0"]
+    party.until_push("w0")
+    assert worker.feedback[0].left.abs().max() > 0
+    party.clock.now += 10.0
+    party.until(lambda: party.ledger.voided == 1, "w1")
+    # Its samples are given out again: who learns from them sends all of it.
+    party.until(lambda: worker.outgoing is None)
+    assert worker.feedback[0].left is None
+
+
 def test_a_returned_range_is_given_out_before_new_samples(store, folder):
     party = Party(folder, store, dead_seconds=5.0)
     party.until_push("w0")
@@ -189,6 +201,61 @@ def test_whatever_happens_in_whatever_order_every_sample_counts_once(store, fold
     assert len(merged) == len(set(merged))
     samples = sum(e["count"] for e in entries(folder) if e["kind"] == "lease" and e["id"] in set(merged))
     assert samples == party.run.total_samples
+
+
+class Forgetful(Storage):
+    """Cannot read the syncer's copies of accepted pushes, for a while."""
+
+    failures = 2
+
+    def _try(self, what, name, act):
+        if what == "read" and name.startswith("accepted/") and self.failures:
+            self.failures -= 1
+            raise StorageError("down")
+        return super()._try(what, name, act)
+
+
+def test_a_merge_whose_pushes_cannot_be_read_for_a_while_is_written_into_the_log_once(store, folder):
+    party = Party(folder, store)
+    party.until_push("w0")
+    party.until(lambda: len(party.ledger.pushes) == 1, "w0")
+    party.syncer.lock.release()
+    # A new process has not decoded the push that waits; the merge must read it.
+    party.syncer = party.new_syncer(Forgetful(folder))
+    for _ in range(2000):
+        if party.syncer.finished:
+            break
+        with contextlib.suppress(StorageError):
+            party.turn()
+    assert party.syncer.storage.failures == 0
+    merged = [lease for entry in entries(folder) if entry["kind"] == "merge" for lease in entry["leases"]]
+    assert len(merged) == len(set(merged))
+    assert party.ledger.counted == [[0, party.run.total_samples]]
+    assert torch.equal(read_state(Storage(folder))[1].fragments[0].weights, party.weights()[0])
+
+
+class Deaf(Storage):
+    """Cannot write orders, for a while."""
+
+    failures = 3
+
+    def _try(self, what, name, act):
+        if what == "write" and name.startswith("orders/") and self.failures:
+            self.failures -= 1
+            raise StorageError("down")
+        return super()._try(what, name, act)
+
+
+def test_a_syncer_whose_storage_fails_at_the_end_of_the_run_still_tells_the_workers(store, folder):
+    party = Party(folder, store)
+    party.until(lambda: party.ledger.left == 0)
+    for _ in range(30):
+        for learner in party.learners.values():
+            learner.advance()
+    party.syncer.lock.release()
+    result = sync(Deaf(folder), poll_seconds=0.01, lock_seconds=0.1)
+    assert result["finished"]
+    assert all(learner.advance() == "finished" for learner in party.learners.values())
 
 
 class Shaky(Storage):

@@ -1,32 +1,59 @@
-"""One replica group: group.py STORE OUT LIGHTHOUSE, and the step before which it dies, -1 for never."""
+"""One process of a replica group: group.py STORE JOBS.
 
+JOBS is a JSON list of runs that the group makes one after another, but for those that are finished. Each entry: run (a
+name of runs.RUNS), out, lighthouse; dies, "START@STEP" (the processes of that start of the group kill themselves before
+that step); replicas, mesh and changes, further settings.
+"""
+
+import functools
+import json
 import os
 import signal
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from distributed import runs  # found in the folder of all tests
 
-from fastweight.distributed.mesh import ReplicaConfig
+from fastweight.distributed.mesh import MeshConfig, ReplicaConfig
+from fastweight.distributed.team import joined
 from fastweight.train import train
-from fastweight.train.loop import Trainer
-
-step = Trainer.step
+from fastweight.train.loop import RESULT, Trainer
 
 
-def dying(self, batches) -> None:
-    """A step, unless this group dies before it."""
-    if self.tally.step == dies_at:
-        os.kill(os.getpid(), signal.SIGKILL)
-    step(self, batches)
+def make(store: str, job: dict) -> None:
+    replicas = ReplicaConfig(
+        most=2, least=2, lighthouse=job["lighthouse"], timeout_seconds=120, **job.get("replicas", {})
+    )
+    mesh = MeshConfig(**job.get("mesh", {}))
+    config = runs.run_config(store, job["run"], replicas=replicas, mesh=mesh, **job.get("changes", {}))
+    train(config, job["out"], go_on=True, model=runs.RUNS[job["run"]][0]())
 
 
-torch.set_num_threads(1)
-store, out, lighthouse, dies_at = *sys.argv[1:4], int(sys.argv[4])
-Trainer.step = dying
-replicas = ReplicaConfig(most=2, least=2, lighthouse=lighthouse, timeout_seconds=120)
-train(runs.run_config(store, "delta", replicas=replicas), out, go_on=True, model=runs.RUNS["delta"][0]())
+def dying(dies: str):
+    """`Trainer.step` that kills this process where `dies` says."""
+    step, start = Trainer.step, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+
+    @functools.wraps(step)
+    def run(self, batches) -> None:
+        if f"{start}@{self.tally.step}" == dies:
+            os.kill(os.getpid(), signal.SIGKILL)
+        step(self, batches)
+
+    return run
+
+
+def main(store: str, jobs: list[dict]) -> None:
+    torch.set_num_threads(1)
+    with joined(600):
+        for job in (job for job in jobs if not (Path(job["out"]) / RESULT).exists()):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(Trainer, "step", dying(job.get("dies", "")))
+                make(store, job)
+
+
+main(sys.argv[1], json.loads(sys.argv[2]))

@@ -1,6 +1,5 @@
 """Replica groups that come and go: one is killed, comes back, takes over the weights; nothing is lost."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -10,49 +9,77 @@ from types import SimpleNamespace
 import pytest
 import torch
 from distributed import runs
-from distributed.conftest import ROOT, SECONDS
+from distributed.conftest import SECONDS
+from distributed.groups import finish, lighthouse, start_group
+from distributed.rounds_cases import STREAMING, Plain, rounds_config
 from distributed.test_equality import TOLERANCE, assert_same_run
 from tolerances import assert_close
 from training_cases import tiny_config, tiny_model
 
 import fastweight
-from fastweight.distributed.mesh import ReplicaConfig
+from fastweight.distributed.mesh import MeshConfig, ReplicaConfig
 from fastweight.distributed.replicas import Whole, decode, encode
 from fastweight.distributed.team import Team
 from fastweight.train import read_metrics, train
 from fastweight.train.replicas import Replicas, check_replicas
 
-GROUP = Path(__file__).parent / "group.py"
 HOUSE = "http://localhost:1"
+ROUNDS = {"steps": 16, "stats_every": 0}
+SHORT = {"steps": 3, "stats_every": 0}
+ARRANGED = ("context", "replicate")
 
 
 @pytest.fixture(scope="session")
 def groups(store, tmp_path_factory):
     """The folders of two groups; the second is killed before step 5 and started again. No step counts without both."""
-    coordination = pytest.importorskip("torchft.coordination")
-    # Heartbeats tell who is dead; a group that is late at a step on a busy machine is waited for, as it is not.
-    house = coordination.LighthouseServer(
-        bind="[::]:0", min_replicas=1, join_timeout_ms=60_000, quorum_tick_ms=50, heartbeat_timeout_ms=5000
-    )
-    folder = tmp_path_factory.mktemp("groups")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    house, folder = lighthouse(), tmp_path_factory.mktemp("groups")
+    errs = {name: folder / f"{name}.err" for name in ("stays", "dies")}
 
-    def start(name: str, dies_at: int) -> subprocess.Popen[bytes]:
-        command = [sys.executable, str(GROUP), str(store), str(folder / name), house.address(), str(dies_at)]
-        with (folder / f"{name}.err").open("ab") as err:
-            return subprocess.Popen(command, stderr=err, env=environment)
+    def start(name: str, **more) -> subprocess.Popen[bytes]:
+        job = {"run": "delta", "out": str(folder / name), "lighthouse": house.address(), **more}
+        return start_group(store, errs[name], [job])
 
-    started = [start("stays", -1), start("dies", 4)]
+    started = [start("stays"), start("dies", dies="0@4")]
     try:
         assert started[1].wait(SECONDS) == -signal.SIGKILL
-        started.append(start("dies", -1))
-        for process, name in ((started[0], "stays"), (started[2], "dies")):
-            assert process.wait(SECONDS) == 0, (folder / f"{name}.err").read_text()[-4000:]
+        started.append(start("dies"))
+        finish({errs["stays"]: started[0], errs["dies"]: started[2]})
     finally:
         for process in started:
             process.kill()
             process.wait()
         house.shutdown()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def groups_of_two(store, tmp_path_factory):
+    """The folders "gradients" and "rounds" with the runs "one" and "two" of two groups of two processes, which share
+    the weights. Those of the second die before step 5 of the one and in the third round of the other, and torchrun
+    starts them again. Then short runs in which each process has all weights, "context" and "replicate"."""
+    folder = tmp_path_factory.mktemp("groups-of-two")
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "2"]
+    torchrun += ["--monitor-interval", "0.1", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    runs_of_both = [
+        {"run": "muon", "out": "gradients", "dies": "0@4"},
+        {"run": "delta", "out": "rounds", "dies": "1@10", "replicas": STREAMING, "changes": ROUNDS},
+        *({"run": "delta", "out": name, "mesh": {name: 2}, "changes": SHORT} for name in ARRANGED),
+    ]
+    houses = [lighthouse() for _ in runs_of_both]
+    started = {}
+    try:
+        for name in ("one", "two"):
+            jobs = [job | {"out": str(folder / job["out"] / name)} for job in runs_of_both]
+            jobs = [job | {"lighthouse": house.address()} for job, house in zip(jobs, houses, strict=True)]
+            jobs = jobs if name == "two" else [job | {"dies": "never"} for job in jobs]
+            started[folder / f"{name}.err"] = start_group(store, folder / f"{name}.err", jobs, torchrun)
+        finish(started)
+    finally:
+        for process in started.values():
+            process.terminate()
+            process.wait()
+        for house in houses:
+            house.shutdown()
     return folder
 
 
@@ -68,6 +95,42 @@ def test_the_group_that_was_killed_ends_with_the_same_weights(groups, alone):
     assert [record["step"] for record in read_metrics(groups / "dies", "train")][-16:] == list(range(5, 21))
 
 
+def test_groups_of_two_processes_make_the_run_of_one_process(groups_of_two, alone):
+    assert_same_run(groups_of_two / "gradients" / "one", alone("muon"))
+
+
+def test_a_group_whose_processes_were_killed_takes_over_the_parts_of_another(groups_of_two, alone):
+    outs = [groups_of_two / "gradients" / "one", groups_of_two / "gradients" / "two", alone("muon")]
+    for folder in ("model", "raw"):
+        mine, theirs, wanted = (fastweight.load(out / folder).state_dict() for out in outs)
+        for name, tensor in wanted.items():
+            assert_close(mine[name], tensor, TOLERANCE, name)
+            assert torch.equal(mine[name], theirs[name]), name
+    assert "took over the weights of another group after step 4" in (groups_of_two / "two.err").read_text()
+
+
+@pytest.mark.parametrize("name", ARRANGED)
+def test_processes_of_a_group_may_share_sequences_or_have_copies(name, groups_of_two, store, tmp_path):
+    train(runs.run_config(store, "delta", **SHORT), tmp_path, model=runs.RUNS["delta"][0](), quiet=True)
+    weights, wanted = (fastweight.load(out / "model").state_dict() for out in (groups_of_two / name / "two", tmp_path))
+    for key, tensor in wanted.items():
+        assert_close(weights[key], tensor, TOLERANCE, key)
+
+
+def test_groups_of_two_processes_that_train_alone_are_diloco(groups_of_two, store):
+    """One of them is killed in a round, and goes on with all that the other has."""
+    config = rounds_config(store, "delta", STREAMING, **ROUNDS)
+    plain = Plain(store, config, "delta", heals=2)
+    one, two = (fastweight.load(groups_of_two / "rounds" / name / "model").state_dict() for name in ("one", "two"))
+    for name, tensor in plain.weights.items():
+        assert torch.equal(one[name], two[name]), name
+        assert_close(one[name], tensor, TOLERANCE, name)
+    assert "took over the weights of another group after step 8" in (groups_of_two / "two.err").read_text()
+    records = read_metrics(groups_of_two / "rounds" / "one", "train")
+    assert [record["loss_nats"] for record in records] == pytest.approx(plain.losses, rel=TOLERANCE)
+    assert [record["tokens"] for record in records] == [4 * 4 * 40 * n for n in range(1, 5)]
+
+
 def test_the_pause_is_recorded(groups):
     (record,) = read_metrics(groups / "stays", "restart")
     assert (record["step"], record["repeated_steps"]) == (4, 0)
@@ -78,7 +141,10 @@ def test_waiting_for_the_first_other_group_is_no_pause(monkeypatch):
     answers = iter((False, True, False, False, True, True))
     quorum = SimpleNamespace(begin=lambda: (0, 1), agreed=lambda: next(answers))
     monkeypatch.setattr("fastweight.distributed.replicas.Quorum", lambda *arguments: quorum)
-    groups = Replicas(ReplicaConfig(), SimpleNamespace(tally=SimpleNamespace(step=0)))
+    monkeypatch.setattr("fastweight.train.replicas._word", lambda trainer: 7)
+    here = SimpleNamespace(tally=SimpleNamespace(step=0), out=Path("out"), team=Team())
+    here.config = SimpleNamespace(replicas=ReplicaConfig())
+    groups = Replicas(here)
     lost = []
     for _ in range(6):
         groups.begin()
@@ -109,6 +175,7 @@ def test_a_state_travels_bit_by_bit_without_pickle():
         ({"most": 2, "least": 3, "lighthouse": HOUSE}, r"least must lie in 1 .. most \(2\), got 3"),
         ({"most": 2}, "give the address of a running torchft_lighthouse"),
         ({"timeout_seconds": 0}, "timeout_seconds must be positive, got 0"),
+        ({"wait_seconds": 0}, "wait_seconds must be positive, got 0"),
     ],
 )
 def test_settings_of_groups_that_cannot_be_are_refused(settings, message):
@@ -119,11 +186,16 @@ def test_settings_of_groups_that_cannot_be_are_refused(settings, message):
 @pytest.mark.parametrize(
     ("changes", "size", "message"),
     [
-        ({}, 2, "a group is one process, torchrun has started 2"),
+        (
+            {"mesh": MeshConfig(timeout_seconds=60)},
+            2,
+            r"timeout_seconds \(60\) must be below mesh.timeout_seconds \(60\)",
+        ),
         ({"view": "streams", "carry_state": True}, 1, "carried memories cannot move"),
         ({"max_seconds": 5.0}, 1, "the clocks of groups differ"),
         ({"trainable": ("norm.weight",)}, 1, "a part of a model cannot be trained"),
         ({"batch_size": 5}, 1, "batch_size 5 cannot be dealt out evenly to 2"),
+        ({"batch_size": 6}, 2, "batch_size 6 cannot be dealt out evenly to 4"),
     ],
 )
 def test_what_groups_cannot_do_is_refused(changes, size, message):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 from command_line import runner
 from golf.golf_cases import CALIBRATION, PACK, SCORING, golf_config, golf_model
+from training_cases import make_store
 
 from fastweight import load
 from fastweight.artifact import CapError, unpack
@@ -73,6 +75,14 @@ def test_the_scorer_runs_from_the_program_that_is_counted(copied, monkeypatch):
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
     assert "the scorer runs from" in json.loads(done.stdout)["error"]
+
+
+def test_a_store_of_other_text_is_refused_wherever_it_lies(copied, store, tmp_path):
+    other = make_store(tmp_path / "other", seed=1)
+    with pytest.raises(ValueError, match=r"other.*holds other data .* than the run"):
+        evaluate(copied.path, SCORING, store=str(other), quiet=True)
+    moved = shutil.copytree(store, tmp_path / "moved")
+    assert evaluate(copied.path, SCORING, store=str(moved), quiet=True)["stages"] == read_ledger(copied.path)["stages"]
 
 
 # Finished stages, interrupted ones, changed ones.

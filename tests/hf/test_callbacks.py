@@ -7,6 +7,7 @@ import pytest
 import torch
 from hf.faces import FULL, face_of, ids_of, model_of
 from hf.test_trainer import losses, trainer
+from transformers import TrainerCallback
 
 from fastweight.convert.mag import mag_weights, set_mag_weight
 from fastweight.convert.mag_schedule import MagSchedule
@@ -70,6 +71,49 @@ def test_p10_the_value_stands_in_every_log_entry(tmp_path):
     run.train()
     logged = [(entry["step"], entry["mag_weight"]) for entry in run.state.log_history]
     assert logged == [(1, 0.125), (2, 0.25), (3, 0.375), (4, 0.5), (4, 0.5)]
+
+
+class Reporter(TrainerCallback):
+    """Notes what a reporter of transformers, which is asked before the user's callbacks, would report."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.seen.append(dict(logs or {}))
+
+
+@pytest.mark.parametrize("precedes", [False, True])
+def test_reporters_see_the_value_where_the_callback_precedes_them(tmp_path, precedes):
+    face, reporter = converted(), Reporter()
+    callback = AdjustMaGWeightCallback(face, 0.0, 0.5, 4)
+    run = trainer(face, tmp_path, callbacks=[reporter, callback])
+    if precedes:
+        callback.precede(run)
+    run.train()
+    seen = [logs["mag_weight"] for logs in reporter.seen if "mag_weight" in logs]
+    assert seen == ([0.125, 0.25, 0.375, 0.5, 0.5] if precedes else [])
+    assert [entry["mag_weight"] for entry in run.state.log_history] == [0.125, 0.25, 0.375, 0.5, 0.5]
+
+
+def test_tensorboard_shows_the_value(tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    from torch.utils.tensorboard import SummaryWriter
+    from transformers.integrations import TensorBoardCallback
+
+    face = converted()
+    callback = AdjustMaGWeightCallback(face, 0.0, 0.5, 4)
+    run = trainer(face, tmp_path, callbacks=[TensorBoardCallback(SummaryWriter(str(tmp_path / "board"))), callback])
+    callback.precede(run)
+    run.train()
+    found = events.EventAccumulator(str(tmp_path / "board")).Reload()
+    assert [event.value for event in found.Scalars("train/mag_weight")][:4] == [0.125, 0.25, 0.375, 0.5]
+
+
+def test_a_callback_that_the_trainer_does_not_have_precedes_nothing(tmp_path):
+    face = converted()
+    with pytest.raises(ValueError, match=r"give it to Trainer\(callbacks=\[...\]\) first"):
+        AdjustMaGWeightCallback(face).precede(trainer(face, tmp_path))
 
 
 def test_layers_that_differ_are_logged_with_their_bounds(tmp_path):

@@ -53,7 +53,8 @@ def test_the_law_holds(law, config, backend, dtype, request):
 @pytest.mark.parametrize(
     ("case", "kernel"),
     [("lact-momentum", "triton"), ("ttt_linear-transformer", "triton"), ("ttt_mlp-transformer_mlp", "triton"),
-     ("delta-gated", "fla"), ("liza-window", "fla"), ("attention-window", "varlen")],
+     ("delta-gated", "fla"), ("liza-window", "fla"), ("attention-window", "varlen"),
+     ("attention-window", "flex"), ("attention-sinks", "flex"), ("attention-capped", "flex")],
 )  # fmt: skip
 def test_kernels_are_among_the_backends_that_the_laws_try_on_a_gpu(case, kernel):
     assert kernel in backends_of(CASES[case], "cuda", torch.bfloat16)

@@ -13,6 +13,7 @@ pytestmark = needs_triton
 SPILLS = {
     64: {
         "linear_forward": 216, "linear_replay": 24, "linear_reads": 0, "linear_backward": 216, "linear_step": 0,
+        "shared_totals": 0,
         "mlp_forward": 40, "mlp_reads": 88, "mlp_backward": 960, "mlp_step": 0,
         "mlp_forward_held": 816, "mlp_replay_held": 488, "mlp_reads_held": 528, "mlp_backward_held": 1520,
         "mlp_keys_held": 0,

@@ -305,3 +305,9 @@ def test_faults_counted_by_the_kernel_equal_those_counted_by_torch(shape, packed
     assert torch.equal(at, want_at)
     assert torch.equal(got.count, want.count)
     assert torch.equal(got.first, want.first)
+
+
+def test_faults_on_another_device_are_refused():
+    marks, position = torch.zeros(1, 3, 2, dtype=torch.int8), torch.zeros(1, dtype=torch.int64)
+    with pytest.raises(ValueError, match="on the device of q, got cpu, meta. Move them there"):
+        account(position, Faults.none(1, "meta"), marks, None)

@@ -19,6 +19,7 @@ from fastweight.presets import preset
 from fastweight.train import ObjectiveConfig, read_metrics, train
 from fastweight.train.objectives import make_objective
 from fastweight.train.source import step_batches
+from fastweight.train.tally import Tally
 
 BOS, IGNORED = 256, -100
 
@@ -254,3 +255,12 @@ def test_what_no_head_can_mean_is_refused(make, message):
 def fields():
     config = tiny_model().config
     return {"vocab_size": 257, "d_model": 16, "blocks": config.blocks}
+
+
+def test_an_interval_without_any_target_has_no_loss():
+    # Windows of one token can all ask for document starts, which are no targets.
+    tally = Tally()
+    tally.add(0.0, 0, 0)
+    tally.add_parts([0.0, 0.0], 0)
+    assert tally.close_interval() == ()
+    assert tally.loss_nats is None

@@ -2,13 +2,16 @@
 
 import copy
 import json
+import os
+import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tolerances import OUTPUT, assert_close
-from training_cases import attention_model, converted_model, tiny_config
+from training_cases import attention_model, call_at_forward, converted_model, tiny_config
 
 import fastweight
 from fastweight.convert.mag import set_mag_weight
@@ -139,6 +142,16 @@ def test_dropout_acts_in_training_alone(store, tmp_path):
     assert result.after["loss_nats"] < result.before["loss_nats"] - 0.01, "nothing was learned, so nothing was tested"
 
 
+def test_statistics_on_the_way_change_no_weight_of_a_run_with_dropout(store, tmp_path):
+    changes = {"trainable": ("lora",), "lora": LoraConfig(rank=3, dropout=0.5), "lr": 1e-2}
+    runs = []
+    for name, every in (("without", 0), ("with", 1)):
+        config = tiny_config(store, stats_every=every, stats_tokens=32, **changes)
+        runs.append(train(config, tmp_path / name, model=converted_model(), quiet=True))
+    one, other = (fastweight.load(result.model).state_dict() for result in runs)
+    assert all(torch.equal(other[name], weight) for name, weight in one.items())
+
+
 def test_a_second_set_of_adapters_is_refused():
     model = disturbed(attention_model())
     with pytest.raises(ValueError, match=r"has adapters already; merge_and_unload"):
@@ -157,6 +170,42 @@ def test_four_bits_without_a_gpu_are_refused(store, tmp_path):
     with pytest.raises(ValueError, match='quantize "nf4" needs a GPU, the model is on cpu'):
         train(config, tmp_path, model=attention_model(), quiet=True)
     assert list(tmp_path.iterdir()) == []
+
+
+class Coarse(torch.nn.Linear):
+    """Stands in for bitsandbytes' 4-bit layer where there is no GPU: few values, its own class."""
+
+    def __init__(self, inputs, outputs, bias, compute_dtype=None, **options):
+        super().__init__(inputs, outputs, bias)
+
+
+@pytest.fixture
+def coarse_layers(monkeypatch):
+    """What `quantize_linears` asks of bitsandbytes, for CPUs."""
+    pack = lambda data, requires_grad, **options: torch.nn.Parameter(data.mul(128).round() / 128, requires_grad)  # noqa: E731
+    library = SimpleNamespace(nn=SimpleNamespace(Linear4bit=Coarse, Params4bit=pack))
+    monkeypatch.setattr("fastweight.train.lora._import_bitsandbytes", lambda model: library)
+
+
+def test_after_a_run_in_four_bits_the_model_has_the_layers_and_weights_of_the_result(store, tmp_path, coarse_layers):
+    model = converted_model()
+    layers, needed = [type(part) for part in model.modules()], [p.requires_grad for p in model.parameters()]
+    lora = LoraConfig(rank=3, alpha=6.0, quantize="nf4")
+    result = train(tiny_config(store, lr=1e-2, trainable=("lora",), lora=lora), tmp_path, model=model, quiet=True)
+    assert [type(part) for part in model.modules()] == layers
+    assert [p.requires_grad for p in model.parameters()] == needed
+    assert not hasattr(model, "is_loaded_in_4bit")
+    final = fastweight.load(result.model).state_dict()
+    assert all(torch.equal(final[name], weight) for name, weight in model.state_dict().items())
+    assert not torch.equal(final["blocks.0.mixer.qkv.weight"], converted_model().blocks[0].mixer.qkv.weight)
+
+
+def test_a_run_in_four_bits_that_is_stopped_leaves_the_weights_that_it_began_with(store, tmp_path, coarse_layers):
+    model = call_at_forward(attention_model(), 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    lora = LoraConfig(rank=3, quantize="nf4")
+    assert train(tiny_config(store, trainable=("lora",), lora=lora), tmp_path, model=model, quiet=True).stopped
+    wanted = attention_model().state_dict()
+    assert all(torch.equal(wanted[name], weight) for name, weight in model.state_dict().items())
 
 
 def test_a_memory_of_weight_one_is_merged_too(store, tmp_path):

@@ -7,8 +7,10 @@ from torch.nn import functional as F
 from training_cases import tiny_config, tiny_model
 
 from fastweight.data import Store
+from fastweight.train import LoraConfig
 from fastweight.train import loss as loss_module
 from fastweight.train.loss import count, train_on
+from fastweight.train.prepare import prepared, set_checkpointing
 from fastweight.train.source import step_batches
 
 
@@ -23,7 +25,7 @@ def whole_loss(model, batch):
 
 
 def gradients(model):
-    return {name: p.grad for name, p in model.named_parameters()}
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("pieces", [1, 5])
@@ -59,14 +61,39 @@ def test_the_micro_batches_of_bins_hold_different_numbers_of_targets(store):
     assert len({batch.num_targets for batch in batches_of(store, view="bins", micro_batch_size=1, seq_len=64)}) > 1
 
 
-def test_activation_checkpointing_changes_no_gradient(store):
+@pytest.mark.parametrize("field", ["activation_checkpointing", "feed_forward_checkpointing"])
+def test_checkpointing_changes_no_gradient_and_saves_less(store, field):
     (batch,) = batches_of(store)
-    plain, saving = tiny_model(), tiny_model()
-    saving.checkpointing = True
-    for model in (plain, saving):
-        train_on(model, batch, None, batch.num_targets, "float32")
-    for name, gradient in gradients(saving).items():
-        assert torch.equal(gradient, gradients(plain)[name]), name
+    found = {}
+    for on in (False, True):
+        model = tiny_model()
+        set_checkpointing(model, tiny_config("store", **{field: on}))
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t.numel()) or t, lambda t: t):
+            train_on(model, batch, None, batch.num_targets, "float32")
+        found[on] = gradients(model), sum(saved)
+    assert found[True][1] < 0.9 * found[False][1]
+    for name, gradient in found[True][0].items():
+        assert torch.equal(gradient, found[False][0][name]), name
+
+
+def test_dropped_channels_are_the_same_when_a_feed_forward_is_computed_again(store):
+    (batch,) = batches_of(store)
+    found = []
+    for on in (False, True):
+        model, config = tiny_model(), LoraConfig(rank=2, dropout=0.5, targets=("up", "down"))
+        torch.manual_seed(0)
+        with prepared(model, tiny_config("store", lora=config, trainable=("lora",), feed_forward_checkpointing=on)):
+            torch.manual_seed(1)
+            train_on(model, batch, None, batch.num_targets, "float32")
+            found.append(gradients(model))
+    assert found[0].keys() == found[1].keys() != set()
+    assert [name for name, gradient in found[0].items() if not torch.equal(gradient, found[1][name])] == []
+
+
+def test_both_kinds_of_checkpointing_are_refused():
+    with pytest.raises(ValueError, match="Set one of it and feed_forward_checkpointing"):
+        tiny_config("store", activation_checkpointing=True, feed_forward_checkpointing=True)
 
 
 def test_bfloat16_keeps_float32_parameters_and_gradients_close_to_those_of_float32(store, monkeypatch):

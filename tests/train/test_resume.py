@@ -1,13 +1,19 @@
 """A run that was stopped, killed or could not save goes on exactly, or says what to do."""
 
+import errno
 import json
 import os
 import signal
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from training_cases import PARTIAL, call_at_forward, converted_model, run_elsewhere, tiny_config, tiny_model
 
+from fastweight.data.locks import FolderInUseError, exclusive
 from fastweight.train import CheckpointError, LoraConfig, load_run_config, read_metrics, train
+from fastweight.train import only_run as only_run_module
+from fastweight.train.only_run import LOCK, only_run
 
 RUNS = {
     "adamw": {},
@@ -47,6 +53,54 @@ def test_losses_after_a_restart_in_another_process_are_bit_equal(store, tmp_path
     resumed = run_elsewhere(RESUME, tmp_path / "cut", store)
     assert resumed.stdout == "8\n", resumed.stderr
     assert trajectory(tmp_path / "cut") == trajectory(tmp_path / "whole")
+
+
+def test_a_second_run_in_a_folder_is_refused_while_the_first_one_trains(store, tmp_path):
+    config = tiny_config(store, steps=4)
+    start(tmp_path, store, killed_at(2, "SIGTERM"), steps=4)
+    before = sorted(tmp_path.rglob("*"))
+    with exclusive(tmp_path / LOCK):
+        with pytest.raises(FolderInUseError, match="another process trains in this folder"):
+            train(None, tmp_path, resume=True, quiet=True)
+        with pytest.raises(FolderInUseError, match="Stop it, wait for it, or choose another folder"):
+            train(config, tmp_path, go_on=True, model=tiny_model(), quiet=True)
+        assert sorted(tmp_path.rglob("*")) == before
+    assert train(None, tmp_path, resume=True, quiet=True).step == 4
+
+
+def test_processes_that_do_not_lead_are_told_that_the_folder_is_in_use(tmp_path):
+    team: Any = SimpleNamespace(leads=False, sum=lambda votes: [1])
+    with pytest.raises(FolderInUseError), only_run(tmp_path, team, print):
+        pytest.fail("it must not come here")
+
+
+def test_a_file_system_without_locks_is_named_and_used(store, tmp_path, monkeypatch, capsys):
+    def exclusive(path):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(only_run_module, "exclusive", exclusive)
+    assert train(tiny_config(store), tmp_path, model=tiny_model()).step == 8
+    assert "has no locks; nothing keeps another run from writing there" in capsys.readouterr().err
+
+
+TWICE = """
+def stop():
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+os.environ |= {environment!r}
+result = train(tiny_config(store), out, model=call_at_forward(tiny_model(), 3, stop), quiet=True)
+print(result.stopped, result.step)
+"""
+
+
+def test_under_torchrun_a_signal_that_comes_twice_ends_the_run_with_a_checkpoint(store, tmp_path):
+    # torchrun sends on the signal that its processes may have got themselves.
+    done = run_elsewhere(TWICE.format(environment={"TORCHELASTIC_RUN_ID": "none"}), tmp_path / "launched", store)
+    assert done.stdout == "SIGTERM 4\n", done.stderr
+    assert (tmp_path / "launched" / "latest").read_text() == "step-000004\n"
+    alone = run_elsewhere(TWICE.format(environment={}), tmp_path / "alone", store)
+    assert alone.returncode == -signal.SIGTERM
 
 
 START_PARTIAL = """
@@ -210,6 +264,13 @@ def test_a_missing_file_is_named(finished, name):
         train(None, finished, resume=True, quiet=True)
 
 
+@pytest.mark.parametrize("text", ["{", "[]", '{"model.safetensors": 7}', '{"model.safetensors": {"size_bytes": 7}}'])
+def test_a_damaged_manifest_is_named(finished, text):
+    (finished / "checkpoints" / "step-000008" / "manifest.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"manifest.json is damaged .*Resume from another one: step-000004"):
+        train(None, finished, resume=True, quiet=True)
+
+
 def test_a_pointer_to_nowhere_names_what_is_there(finished):
     (finished / "latest").write_text("step-000777\n")
     with pytest.raises(CheckpointError, match="the folder does not exist. Resume from another one: step-000004"):
@@ -287,4 +348,6 @@ def test_a_checkpoint_is_a_model_folder(finished):
 def test_nothing_in_a_run_folder_is_a_pickle(finished):
     suffixes = {path.suffix for path in finished.rglob("*") if path.is_file()}
     assert suffixes == {".json", ".jsonl", ".safetensors", ""}
-    assert [path.name for path in finished.rglob("*") if path.is_file() and not path.suffix] == ["latest"]
+    plain = {path.name for path in finished.rglob("*") if path.is_file() and not path.suffix}
+    assert plain == {"latest", LOCK}
+    assert (finished / LOCK).read_bytes() == b""

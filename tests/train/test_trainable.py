@@ -13,7 +13,7 @@ from fastweight.convert.titanize import restore_backbone
 from fastweight.optim import Optimizer, OptimizerConfig
 from fastweight.train import LoraConfig, ObjectiveConfig, TrainConfig, train
 from fastweight.train.prepare import prepared
-from fastweight.train.trainable import is_memory, memory_parameters
+from fastweight.train.trainable import is_memory, memory_parameters, trained_names
 
 
 def test_the_memory_is_what_the_backbone_does_not_have():
@@ -71,6 +71,14 @@ def test_after_a_run_the_model_needs_gradients_as_before(store, tmp_path):
 def test_the_weights_of_branches_are_trained_only_where_they_are_learned(store, kind):
     with prepared(converted_model(mag=kind), tiny_config(store, trainable=("memory",))) as names:
         assert any(name.endswith(".mag") for name in names) == (kind == "learned")
+
+
+def test_a_pattern_does_not_train_weights_of_branches_that_are_set_from_outside(store):
+    with prepared(converted_model(), tiny_config(store, trainable=("*.mixer.*",))) as names:
+        assert names
+        assert not any(name.endswith(".mag") for name in names)
+    with pytest.raises(ValueError, match=r"'\*.mag' names weights of linear branches alone.*mag=\"learned\""):
+        trained_names(converted_model(), tiny_config(store), ("*.mag",))
 
 
 def test_a_learned_weight_leaves_zero(store, tmp_path):

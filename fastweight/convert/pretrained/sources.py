@@ -15,7 +15,11 @@ from fastweight.convert.folders import read_weights
 
 CONFIG = "config.json"
 PATTERNS = ["config.json", "model*.safetensors", "model.safetensors.index.json"]
-TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"]
+GENERATION = "generation_config.json"
+# What is kept in tokenizer/; how a model is to be sampled is said in ids of tokens, too.
+TOKENIZER_FILES = [
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", GENERATION,
+]  # fmt: skip
 INSTALL = 'Install it with: pip install "fastweight[convert]"'
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 

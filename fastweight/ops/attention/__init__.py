@@ -122,4 +122,4 @@ def _check(q: Tensor, k: Tensor, v: Tensor, state: AttentionState, num_sinks: in
         )
 
 
-from fastweight.ops.attention import chunked, naive, varlen  # noqa: E402, F401  # they register themselves
+from fastweight.ops.attention import chunked, flex, naive, varlen  # noqa: E402, F401  # they register themselves

@@ -108,8 +108,7 @@ def _read_batch(q: Tensor, k: Tensor, v: Tensor, state: AttentionState, setting:
     q, k, v = (x.to(wide) for x in (q, k, v))
     sink_k, sink_v = map_tensors(lambda x: x.to(wide), (state.sink_k, state.sink_v))
     window, slots, length = setting.window, state.k.shape[1], q.shape[1]
-    in_sight = slots == 0 and (window is None or (length <= window and (window > 1 or sink_k is None)))
-    if in_sight and setting.softcap is None:
+    if all_in_sight(q, state, window) and setting.softcap is None:
         return _attend(q, k, v, None, setting)  # nothing was read before and nothing is out of sight
     largest = MAX_BLOCK if setting.softcap is None else CAPPED_BLOCK
     block = largest if window is None or q.is_cuda else min(max(window // 2, MIN_BLOCK), largest)
@@ -126,6 +125,12 @@ def _read_batch(q: Tensor, k: Tensor, v: Tensor, state: AttentionState, setting:
             keys, values = torch.cat((sink_k, keys), 1), torch.cat((sink_v, values), 1)
         outputs.append(_attend(queries, keys, values, mask, setting))
     return torch.cat(outputs, 1)
+
+
+def all_in_sight(q: Tensor, state: AttentionState, window: int | None) -> bool:
+    """Whether nothing was read before the rows [N, T, ...] and each token sees all of them up to itself."""
+    length, without_sinks = q.shape[1], state.sink_k is None
+    return state.k.shape[1] == 0 and (window is None or (length <= window and (window > 1 or without_sinks)))
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, setting: _Setting) -> Tensor:

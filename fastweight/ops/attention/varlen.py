@@ -17,7 +17,7 @@ from torch import Tensor
 from fastweight.ops import dispatch
 from fastweight.ops.attention import AttentionState
 from fastweight.ops.attention.cache import append
-from fastweight.ops.attention.chunked import chunked
+from fastweight.ops.attention.chunked import all_in_sight, chunked
 from fastweight.ops.sequences import advance, sequence_lengths
 
 LARGEST_HEAD = 256
@@ -56,7 +56,17 @@ def refuses(
     return None
 
 
-@dispatch.register_backend("attention", "varlen", refuses)
+def yields(
+    q: Tensor, k: Tensor | None = None, v: Tensor | None = None, state: AttentionState | None = None, *,
+    window: int | None = None, cu_seqlens: Tensor | None = None, **settings: object,
+) -> str | None:  # fmt: skip
+    """Why another backend is the better choice though this one could run."""
+    if state is not None and cu_seqlens is None and all_in_sight(q, state, window):
+        return 'leaves rows that see all before them to "chunked", which is faster there.'
+    return None
+
+
+@dispatch.register_backend("attention", "varlen", refuses, yields=yields)
 def varlen(
     q: Tensor, k: Tensor, v: Tensor, state: AttentionState, *,
     window: int | None, num_sinks: int, scale: float, softcap: float | None, cu_seqlens: Tensor | None,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastweight.ops import dispatch
 from fastweight.ops.ttt.faults import account
-from fastweight.state import Faults, map_tensors, register_state
+from fastweight.state import Faults, register_state
 
 
 @register_state
@@ -37,9 +37,13 @@ class TTTState(NamedTuple):
 
 def new_state(weights: TTTWeights) -> TTTState:
     """The state before the first token, from the initial fast weights of each sequence."""
-    n, device = weights.w1.shape[0], weights.w1.device
-    pending = map_tensors(torch.zeros_like, weights)
-    return TTTState(weights, pending, torch.zeros(n, dtype=torch.int64, device=device), Faults.none(n, device))
+    # One filling of memory costs the host what several views cost.
+    parts = [t for t in weights if t is not None]
+    zeros = weights.w1.new_zeros(sum(t.numel() for t in parts)).split([t.numel() for t in parts])
+    pending = TTTWeights(*[z.view(t.shape) for z, t in zip(zeros, parts, strict=True)])
+    n = weights.w1.shape[0]
+    position, count = torch.zeros(2, n + n % 2, dtype=torch.int64, device=weights.w1.device)[:, :n].unbind()
+    return TTTState(weights, pending, position, Faults(count, torch.full_like(count, -1)))
 
 
 def ttt_linear(
@@ -98,7 +102,7 @@ def _run(
     op: str, q: Tensor, k: Tensor, v: Tensor, inner_lr: Tensor, tau: Tensor, ln_weight: Tensor, ln_bias: Tensor,
     state: TTTState, *, chunk_size: int, eps: float, cu_seqlens: Tensor | None, backend: str,
 ) -> tuple[Tensor, TTTState]:  # fmt: skip
-    _check_shapes(op, q, {"k": k, "v": v}, inner_lr, tau, (ln_weight, ln_bias), chunk_size)
+    _check_shapes(op, q, k, v, inner_lr, tau, ln_weight, ln_bias, chunk_size)
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     _check_state(op, q, state, sequences)
     y, weights, pending, marks = dispatch.call(
@@ -109,18 +113,20 @@ def _run(
 
 
 def _check_shapes(
-    op: str, q: Tensor, like_q: dict[str, Tensor], inner_lr: Tensor, tau: Tensor, ln: tuple[Tensor, Tensor],
+    op: str, q: Tensor, k: Tensor, v: Tensor, inner_lr: Tensor, tau: Tensor, ln_weight: Tensor, ln_bias: Tensor,
     chunk_size: int,
 ) -> None:  # fmt: skip
     if q.dim() != 4 or 0 in q.shape:
         raise ValueError(f"{op}: q must be [B, T, H, D] and not empty, got {list(q.shape)}.")
     if chunk_size < 1:
         raise ValueError(f"{op}: chunk_size must be at least 1, got {chunk_size}.")
-    wanted = {name: (tensor, tuple(q.shape)) for name, tensor in like_q.items()}
-    wanted["inner_lr"] = (inner_lr, tuple(q.shape[:3]))
-    wanted |= {name: (x, tuple(q.shape[2:])) for name, x in zip(("ln_weight", "ln_bias"), ln, strict=True)}
-    for name, (tensor, shape) in wanted.items():
-        if tuple(tensor.shape) != shape:
+    like_q, heads = q.shape, q.shape[2:]
+    wanted = (
+        ("k", k, like_q), ("v", v, like_q), ("inner_lr", inner_lr, like_q[:3]), ("ln_weight", ln_weight, heads),
+        ("ln_bias", ln_bias, heads),
+    )  # fmt: skip
+    for name, tensor, shape in wanted:
+        if tensor.shape != shape:
             raise ValueError(f"{op}: {name} must be {list(shape)} to fit q {list(q.shape)}, got {list(tensor.shape)}.")
     if tuple(tau.shape) != (chunk_size,):
         raise ValueError(f"{op}: tau must be [{chunk_size}], one entry per token of a chunk, got {list(tau.shape)}.")
@@ -129,12 +135,12 @@ def _check_shapes(
 def _check_state(op: str, q: Tensor, state: TTTState, sequences: int) -> None:
     heads, dim = q.shape[2:]
     width = state.weights.w1.shape[-1] if op == "ttt_mlp" else dim
-    shapes = {"w1": (sequences, heads, dim, width), "b1": (sequences, heads, 1, width)}
-    if op == "ttt_mlp":
-        shapes |= {"w2": (sequences, heads, width, dim), "b2": (sequences, heads, 1, dim)}
-    for part in ("weights", "pending"):
-        for name, tensor in getattr(state, part)._asdict().items():
-            got, want = None if tensor is None else tuple(tensor.shape), shapes.get(name)
+    shapes: list[tuple | None] = [(sequences, heads, dim, width), (sequences, heads, 1, width)]
+    second = [(sequences, heads, width, dim), (sequences, heads, 1, dim)]
+    shapes += second if op == "ttt_mlp" else [None, None]
+    for part, tree in (("weights", state.weights), ("pending", state.pending)):
+        for name, tensor, want in zip(tree._fields, tree, shapes, strict=True):
+            got = None if tensor is None else tuple(tensor.shape)
             if got != want:
                 raise ValueError(f"{op}: state.{part}.{name} must be {want} to fit q {list(q.shape)}, got {got}.")
 

@@ -1,10 +1,9 @@
 """Positions and faults after a call, from the tokens that a backend marked."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from fastweight.ops.launch import launch
 from fastweight.ops.sequences import advance, count_faults
 from fastweight.state import Faults
 
@@ -18,15 +17,20 @@ def account(position: Tensor, faults: Faults, marks: Tensor, cu_seqlens: Tensor 
         return advance(position, marks.shape[1], cu_seqlens), count_faults(faults, bad, position, cu_seqlens)
     from fastweight.ops.ttt.kernels_faults import count_marks
 
+    if len(devices := {t.device for t in (marks, position, *faults)}) > 1:
+        found = ", ".join(sorted(map(str, devices)))
+        raise ValueError(
+            f"ttt: the state's position and faults must be on the device of q, got {found}. Move them there."
+        )
     _, length, heads = marks.shape
     given = [t.contiguous() for t in (position, *faults)]
-    after, count, first = (torch.empty_like(t) for t in given)
+    after, count, first = results = [torch.empty_like(t) for t in given]
     ends = position if cu_seqlens is None else cu_seqlens.to(position.device)
     wide = min(64, 1 << (heads - 1).bit_length())
-    launch: Any = count_marks
+    sizes = {"BLOCK_T": 16 if length == 1 else BLOCK // wide, "BLOCK_H": wide}
     with torch.cuda.device_of(marks):
-        launch[(position.shape[0],)](
-            marks, ends, *given, after, count, first, length, heads, packed=int(cu_seqlens is not None),
-            BLOCK_T=16 if length == 1 else BLOCK // wide, BLOCK_H=wide, num_warps=1 if length == 1 else 8,
+        launch(
+            count_marks, (len(position),), (marks, ends, *given, *results), (length, heads),
+            {"packed": int(cu_seqlens is not None), **sizes}, {"num_warps": 1 if length == 1 else 8},
         )  # fmt: skip
     return after, Faults(count, first)

@@ -48,6 +48,22 @@ def _store_shared(shared, index, dtau, dgamma, dbeta, D: tl.constexpr, BLOCK_D: 
 
 
 @triton.jit
+def _sum_shared(shared, start, every, number, D: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr,
+                BLOCK_K: tl.constexpr):  # fmt: skip
+    """The sums over `number` rows of `_store_shared`, from `start` on, `every` apart."""
+    i, d = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D)
+    dtau = tl.zeros([BLOCK_K, BLOCK_K], tl.float32)
+    dgamma, dbeta = tl.zeros([BLOCK_K, BLOCK_D], tl.float32), tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    for row in range(0, number, BLOCK_K):
+        there = (row + i < number)[:, None]
+        at = (shared + (start + (row + i) * every) * (CHUNK + 2 * D))[:, None]
+        dtau += tl.load(at + i[None, :], mask=there & (i < CHUNK)[None, :], other=0.0)
+        dgamma += tl.load(at + CHUNK + d[None, :], mask=there & (d < D)[None, :], other=0.0)
+        dbeta += tl.load(at + CHUNK + D + d[None, :], mask=there & (d < D)[None, :], other=0.0)
+    return tl.sum(dtau, 0), tl.sum(dgamma, 0), tl.sum(dbeta, 0)
+
+
+@triton.jit
 def _write_of(unit, gap, gamma, mean, share, inverse, rates, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """u, G and r G from what was replayed: unit, and 1 / s and the means of u and u unit of each token."""
     u = within((unit * gamma + gap) * gamma, D, BLOCK_D)
@@ -58,15 +74,16 @@ def _write_of(unit, gap, gamma, mean, share, inverse, rates, D: tl.constexpr, BL
 @triton.jit(do_not_specialize=["num_tokens", "num_sequences", "first", "packed"])
 def linear_reads(
     dy, q, k, v, rate, tau, ln_weight, ln_bias, s0, sb0, position, cu_seqlens, flags, owner, base,
-    all_w, all_b, units, rows_stats, d_reads, dq, dk, dv, shared, ds, dsb, num_tokens, num_sequences, first, eps, H,
+    all_w, all_b, units, rows_stats, d_reads, reads_shared, dq, dk, dv, ds, dsb, num_tokens, num_sequences, first,
+    eps, H,
     D: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, EVERY: tl.constexpr,
     packed, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid: places · heads, a place being one mini-batch: stretches · EVERY of them (see `linear_replay`).
 
-    Written: d_reads [places, H, CHUNK, D] in q's dtype; shared [places, H, CHUNK + 2 D], gradients of τ, γ, β, zero for
-    places without a mini-batch; for the tokens dq, and in dk, dv what `linear_backward` adds to (dTᵀ q, dP); ds, dsb
-    with a sequence's first mini-batch.
+    Written: d_reads [places, H, CHUNK, D] in q's dtype; reads_shared [places, H, CHUNK + 2 D], gradients of τ, γ, β;
+    for the tokens dq, and in dk, dv what `linear_backward` adds to (dTᵀ q, dP); ds, dsb with a sequence's first
+    mini-batch.
     """
     pid, i = tl.program_id(0), tl.arange(0, BLOCK_K)
     at, h = pid // H, pid % H
@@ -76,8 +93,6 @@ def linear_reads(
     start, length, phase = span_of(cu_seqlens, position, n, num_tokens, CHUNK, packed)
     c = first + (at // EVERY - tl.load(base + n)) * EVERY + at % EVERY
     if (there == 0) | (c * CHUNK >= phase + length):
-        zeros = tl.zeros([BLOCK_D], tl.float32)
-        _store_shared(shared, pid, tl.zeros([BLOCK_K], tl.float32), zeros, zeros, D, BLOCK_D, CHUNK, BLOCK_K)
         return
     gamma = load_vector(ln_weight, h, D, BLOCK_D)[None, :]
     beta = load_vector(ln_bias, h, D, BLOCK_D)[None, :]
@@ -111,7 +126,7 @@ def linear_reads(
     store_tile(d_reads, d_read, own, here, D, BLOCK_D)
     d_raw = causal(tl.dot(d_read, tl.trans(write), input_precision=PRECISION), BLOCK_K)
     d_tau = -tl.sum(d_raw * raw, 1) - tl.sum(wide * before, 1)
-    _store_shared(shared, pid, d_tau, tl.sum(given * unit, 0), tl.sum(given, 0), D, BLOCK_D, CHUNK, BLOCK_K)
+    _store_shared(reads_shared, pid, d_tau, tl.sum(given * unit, 0), tl.sum(given, 0), D, BLOCK_D, CHUNK, BLOCK_K)
     d_raw = (d_raw * -taus).to(keys.dtype)
     store_tile(dv, -tl.dot(tl.trans(scores), d_read, input_precision=PRECISION), rows, inside, D, BLOCK_D)
     store_tile(dk, tl.dot(tl.trans(d_raw), queries, input_precision=PRECISION), rows, inside, D, BLOCK_D)
@@ -136,11 +151,11 @@ def _first_update(flags, start, length, phase, h, H, last, CHUNK: tl.constexpr, 
     return tl.where(full, tl.where(refused, 0.0, -last), 1.0), full & (refused == 0)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "first", "stop", "memory_given", "sums_given", "packed"])
+@triton.jit(do_not_specialize=["num_tokens", "first", "stop", "turn", "memory_given", "sums_given", "packed"])
 def linear_backward(
     q, k, v, rate, tau, ln_weight, ln_bias, s0, sb0, position, cu_seqlens, flags, base,
-    all_w, all_b, units, rows_stats, d_reads, dw_out, db_out, ds_out, dsb_out, dk, dv, drate, shared, dw, db, ds, dsb,
-    num_tokens, first, stop, memory_given, sums_given, H,
+    all_w, all_b, units, rows_stats, d_reads, reads_shared, dw_out, db_out, ds_out, dsb_out,
+    dk, dv, drate, shared, dw, db, ds, dsb, num_tokens, first, stop, turn, memory_given, sums_given, H,
     D: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, EVERY: tl.constexpr,
     packed, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -148,7 +163,8 @@ def linear_backward(
 
     dw_out, db_out: the gradient of the memory after these mini-batches, ds_out, dsb_out that of the sums that are left
     behind, not read unless memory_given, sums_given (zero then). Written: drate; dw, db, the gradient of the memory
-    before; shared [N, H, CHUNK + 2 D] as in `linear_reads`. Completed: dk, dv; with the first mini-batch ds, dsb.
+    before; shared [·, H, CHUNK + 2 D], from row turn · N on: gradients of τ, γ, β, those of reads_shared included.
+    Completed: dk, dv; with the first mini-batch ds, dsb.
     """
     pid = tl.program_id(0)
     n, h, i = pid // H, pid % H, tl.arange(0, BLOCK_K)
@@ -244,6 +260,9 @@ def linear_backward(
         d_last += tl.where(applied, opened, 0.0)
         store_matrix(ds, load_matrix(ds, pid, D, BLOCK_D) + scale * after, pid, D, BLOCK_D)
         store_vector(dsb, load_vector(dsb, pid, D, BLOCK_D) + scale * after_b, pid, D, BLOCK_D)
-    d_tau = tl.where(i == CHUNK - 1, -d_last, 0.0)
-    grad_beta = tl.sum(grad_u, 0) * load_vector(ln_weight, h, D, BLOCK_D)
-    _store_shared(shared, pid, d_tau, tl.sum(grad_gamma, 0), grad_beta, D, BLOCK_D, CHUNK, BLOCK_K)
+    d_tau, d_gamma, d_beta = _sum_shared(reads_shared, place * H + h, H, end - first, D, BLOCK_D, CHUNK, BLOCK_K)
+    d_tau += tl.where(i == CHUNK - 1, -d_last, 0.0)
+    d_gamma += tl.sum(grad_gamma, 0)
+    d_beta += tl.sum(grad_u, 0) * load_vector(ln_weight, h, D, BLOCK_D)
+    to = turn * tl.num_programs(0) + pid
+    _store_shared(shared, to, d_tau, d_gamma, d_beta, D, BLOCK_D, CHUNK, BLOCK_K)

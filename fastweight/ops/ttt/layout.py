@@ -1,11 +1,12 @@
 """How the kernels of both memories are cut up and launched: tile sizes, kept states, and stretches to replay."""
 
 import functools
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from fastweight.ops.launch import launch
 
 KEEP_EVERY = 8  # mini-batches between two kept states
 REPLAY_BYTES = 3 << 29  # most that the replayed states of one part of the backward pass may take
@@ -121,8 +122,27 @@ class Layout(NamedTuple):
         return {k: v for k, v in self.constants(width).items() if k not in unused} | {"WHOLE": block(width)}
 
     def launch(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-        """Start `kernel` with the warps and stages that the table has for it."""
-        kernel[grid](*arguments, **constants, **launch_options(kernel.fn.__name__, self.dim, self.dtype))
+        """Start `kernel` with the warps and stages that the table has for it. arguments: tensors, then numbers."""
+        options = launch_options(kernel.fn.__name__, self.dim, self.dtype)
+        cut = len(arguments)
+        while not isinstance(arguments[cut - 1], Tensor):
+            cut -= 1
+        launch(kernel, grid, arguments[:cut], arguments[cut:], constants, options)
+
+    def rows(self, like: Tensor, turns: int) -> Tensor:
+        """Where each sequence leaves in each turn its gradients of what all share: [turns · N, H, CHUNK + 2 D]."""
+        return like.new_empty(turns * self.sequences, self.heads, self.chunk + 2 * self.dim)
+
+    def share_out(self, rows: Tensor, tau: Tensor, ln_weight: Tensor, ln_bias: Tensor) -> list[Tensor]:
+        """The gradients of what sequences share: the sums of `rows`."""
+        from fastweight.ops.ttt.kernels_shared import shared_totals
+
+        totals = [torch.empty_like(x) for x in (tau, ln_weight, ln_bias)]
+        launch(
+            shared_totals, (self.heads + self.chunk,), (rows, *totals), (len(rows), self.heads),
+            {"D": self.dim, "BLOCK_D": block(self.dim), "CHUNK": self.chunk}, {"num_warps": 4},
+        )  # fmt: skip
+        return totals
 
 
 class Part(NamedTuple):
@@ -137,7 +157,7 @@ class Part(NamedTuple):
     owner: Tensor
 
 
-def parts(layout: Layout, position: Tensor, cu_seqlens: Tensor | None, state_bytes: int) -> Iterator[Part]:
+def parts(layout: Layout, position: Tensor, cu_seqlens: Tensor | None, state_bytes: int) -> list[Part]:
     """The parts of a backward pass, last first. state_bytes: of one replayed state of one head.
 
     A batch is cut the same way whatever its positions, and its tables are made once; packed sequences are cut on the
@@ -149,12 +169,14 @@ def parts(layout: Layout, position: Tensor, cu_seqlens: Tensor | None, state_byt
         longest = int(lengths.max())
     most = -(-((longest + 2 * layout.chunk - 2) // layout.chunk) // KEEP_EVERY)
     step = most if layout.slots * each <= REPLAY_BYTES else max(1, REPLAY_BYTES // (layout.sequences * each))
+    found = []
     for first in range((most - 1) // step * step, -1, -step):
         if lengths is None:
             base, owner = _even(layout.sequences, min(step, most - first), position.device)
         else:
             base, owner = _by_length(layout, position, lengths, first, step)
-        yield Part(first * KEEP_EVERY, (first + step) * KEEP_EVERY, base, owner)
+        found.append(Part(first * KEEP_EVERY, (first + step) * KEEP_EVERY, base, owner))
+    return found
 
 
 def _even(sequences: int, each: int, device: torch.device) -> tuple[Tensor, Tensor]:

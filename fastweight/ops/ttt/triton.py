@@ -1,5 +1,6 @@
 """Kernels as a backend: what they refuse, and the way from the op's arguments to theirs."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from fastweight.ops.kernels import why_no_kernels
 from fastweight.ops.ttt import TTTWeights
 from fastweight.ops.ttt.layout import MAX_CHUNK, MAX_DIM, shared_bytes, shared_memory
 
+EVERYWHERE = 99 << 10  # bytes of shared memory that a block may have on every GPU that runs kernels
 WAY_OUT = 'Use backend="chunked"'
 
 
@@ -26,19 +28,23 @@ def refuses(x: Tensor, *args: Any, **options: Any) -> str | None:
         return (
             f"takes mini-batches of up to {MAX_CHUNK} tokens, got {tau.shape[0]}. {WAY_OUT}, or a smaller chunk_size."
         )
-    needed, there = shared_bytes(q.shape[-1], tau.shape[0], q.dtype), shared_memory(q.device)
-    if needed > there:
+    needed = shared_bytes(q.shape[-1], tau.shape[0], q.dtype)
+    if needed > EVERYWHERE and needed > (there := shared_memory(q.device)):
         sizes = f"mini-batches of {tau.shape[0]} tokens with {q.shape[-1]} channels in {q.dtype}"
         return f"needs {needed >> 10} KiB of shared memory for {sizes}, there are {there >> 10}. {WAY_OUT}."
     if not q.dtype == k.dtype == v.dtype:
         return f"needs q, k and v of one dtype, got {q.dtype}, {k.dtype}, {v.dtype}. {WAY_OUT}, or convert them."
     state = [t for tree in (weights, pending) for t in tree if t is not None]
-    if wide := {str(t.dtype) for t in state} - {"torch.float32"}:
-        return f"keeps its state in float32, got {', '.join(sorted(wide))}. {WAY_OUT}, or convert the state."
-    tensors = (q, k, v, rate, tau, ln_weight, ln_bias, position, *state)
-    if len(devices := {str(t.device) for t in tensors}) > 1:
-        return f"needs all tensors on one device, got {', '.join(sorted(devices))}. Move them to the device of q."
+    if wide := [t.dtype for t in state if t.dtype != torch.float32]:
+        return f"keeps its state in float32, got {_listed(wide)}. {WAY_OUT}, or convert the state."
+    tensors, device = (k, v, rate, tau, ln_weight, ln_bias, position, *state), q.device
+    if others := [t.device for t in tensors if t.device != device]:
+        return f"needs all tensors on one device, got {_listed([device, *others])}. Move them to the device of q."
     return None
+
+
+def _listed(values: Sequence[object]) -> str:
+    return ", ".join(sorted({str(value) for value in values}))
 
 
 @dispatch.register_backend("ttt_mlp", "triton", refuses, traceable=lambda *args, **options: True)
@@ -52,7 +58,7 @@ def run(
     Memory and sums are float32, products in q's dtype (of a single token in float32).
     """
     from fastweight.ops.ttt.triton_linear import differentiable_linear
-    from fastweight.ops.ttt.triton_mlp import mlp
+    from fastweight.ops.ttt.triton_mlp import differentiable_mlp
     from fastweight.ops.ttt.triton_step import step
 
     state = [t for tree in (weights, pending) for t in tree if t is not None]
@@ -63,6 +69,8 @@ def run(
         results = step(*tensors[:7], tensors[7 : 7 + parts], tensors[7 + parts :], position, eps)
     else:
         ends = None if cu_seqlens is None else cu_seqlens.to(q.device)
-        results = (differentiable_linear if parts == 2 else mlp)(*tensors, position.contiguous(), ends, eps, keep)
+        results = (differentiable_linear if parts == 2 else differentiable_mlp)(
+            *tensors, position.contiguous(), ends, eps, keep
+        )
     y, *state, flags = results[: 2 + 2 * parts]
     return y, TTTWeights(*state[:parts]), TTTWeights(*state[parts:]), flags

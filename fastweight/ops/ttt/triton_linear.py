@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,8 +20,8 @@ def _run(
     """y, new W, b, new sums, flags [tokens, H], and, if `keep`, states for the backward pass. All contiguous."""
     from fastweight.ops.ttt.kernels_linear import linear_forward
 
-    results = _results(q, k, v, rate, tau, ln_weight, ln_bias, w, b, s, sb, position, cu_seqlens, eps, keep)
     layout = Layout.of(q, tau, cu_seqlens)
+    results = _empty_results(layout, q, w, b, s, sb, keep=keep)
     with torch.cuda.device_of(q):
         layout.launch(
             linear_forward, (layout.sequences * layout.heads,), q, k, v, rate, tau, ln_weight, ln_bias, w, b, s, sb,
@@ -31,19 +31,21 @@ def _run(
     return results
 
 
-def _results(
-    q: Tensor, k: Tensor, v: Tensor, rate: Tensor, tau: Tensor, ln_weight: Tensor, ln_bias: Tensor,
-    w: Tensor, b: Tensor, s: Tensor, sb: Tensor, position: Tensor, cu_seqlens: Tensor | None, eps: float, keep: bool,
-) -> list[Tensor]:  # fmt: skip
-    layout = Layout.of(q, tau, cu_seqlens)
+def _empty_results(
+    layout: Layout, q: Tensor, w: Tensor, b: Tensor, s: Tensor, sb: Tensor, *, keep: bool
+) -> list[Tensor]:
     slots = layout.slots if keep else 0
-    flags = torch.empty(q.shape[:3], dtype=torch.int8, device=q.device)
+    flags = q.new_empty(q.shape[:3], dtype=torch.int8)
     kept = [w.new_empty(slots, *w.shape[1:]), b.new_empty(slots, *b.shape[1:])]
-    return [torch.empty_like(q), *(torch.empty_like(x) for x in (w, b, s, sb)), flags, *kept]
+    return [torch.empty_like(q), *[torch.empty_like(x) for x in (w, b, s, sb)], flags, *kept]
 
 
 linear = torch.library.custom_op("fastweight::ttt_linear", _run, mutates_args=())
-linear.register_fake(_results)
+
+
+@linear.register_fake
+def _(q, k, v, rate, tau, ln_weight, ln_bias, w, b, s, sb, position, cu_seqlens, eps, keep):
+    return _empty_results(Layout.of(q, tau, cu_seqlens), q, w, b, s, sb, keep=keep)
 
 
 def _gradients(
@@ -53,22 +55,36 @@ def _gradients(
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of q, k, v, rate, tau, ln_weight, ln_bias, W, b and the sums. memory, sums: those of the results, each
     a pair, or empty for zeros."""
-    layout, d = Layout.of(q, tau, cu_seqlens), q.shape[-1]
-    tokens = (q, k, v, rate, tau, ln_weight, ln_bias, s, sb, position, position if cu_seqlens is None else cu_seqlens)
-    into = _Gradients(*(torch.empty_like(x) for x in (q, k, v, rate, s, sb, s, sb)))
-    shared = None
+    layout = Layout.of(q, tau, cu_seqlens)
+    ends = position if cu_seqlens is None else cu_seqlens
+    tokens = (q, k, v, rate, tau, ln_weight, ln_bias, s, sb, position, ends, flags)
+    call = _Call(layout, layout.constants(), tokens, (kept_w, kept_b), sums, eps)
+    todo = parts(layout, position, cu_seqlens, _bytes_of_one(layout, q))
+    into = None
     with torch.cuda.device_of(q):
-        for part in parts(layout, position, cu_seqlens, _bytes_of_one(layout, q)):
-            found = _one_part(layout, part, dy, tokens, flags, (kept_w, kept_b), memory, sums, eps, into).sum(0)
-            shared, memory = found if shared is None else shared + found, [into.w, into.b]
-    assert shared is not None
-    sizes = shared[:, : layout.chunk].sum(0), shared[:, layout.chunk : -d], shared[:, -d:]
-    totals = [total.to(x.dtype).contiguous() for total, x in zip(sizes, (tau, ln_weight, ln_bias), strict=True)]
-    return [*into[:4], *totals, *into[4:]]
+        for turn, part in enumerate(todo):
+            scratch = _replay(call, part)
+            into = into or _Gradients.empty(call, len(todo))  # not before the device has something to do
+            _walk(call, part, turn, dy, scratch, memory, into)
+            memory, scratch = [into.w, into.b], []  # the next part takes their room
+        assert into is not None
+        totals = layout.share_out(into.shared, tau, ln_weight, ln_bias)
+    return [*into[:4], *totals, *into[4:8]]
+
+
+class _Call(NamedTuple):
+    """What the parts of one backward pass have in common. tokens: from q to flags, as kernels take them."""
+
+    layout: Layout
+    constants: dict[str, Any]
+    tokens: Tensors
+    kept: Tensors
+    sums: list[Tensor]
+    eps: float
 
 
 class _Gradients(NamedTuple):
-    """Where the parts of a backward pass leave their gradients."""
+    """Where the parts of a backward pass leave their gradients. shared: see `Layout.rows`."""
 
     q: Tensor
     k: Tensor
@@ -78,6 +94,13 @@ class _Gradients(NamedTuple):
     b: Tensor
     s: Tensor
     sb: Tensor
+    shared: Tensor
+
+    @staticmethod
+    def empty(call: _Call, turns: int) -> "_Gradients":
+        q, k, v, rate, *_, s, sb, _, _, _ = call.tokens
+        like = [torch.empty_like(x) for x in (q, k, v, rate, s, sb, s, sb)]
+        return _Gradients._make([*like, call.layout.rows(s, turns)])
 
 
 def _bytes_of_one(layout: Layout, q: Tensor) -> int:
@@ -86,39 +109,42 @@ def _bytes_of_one(layout: Layout, q: Tensor) -> int:
     return memory + layout.chunk * (layout.dim * (4 + q.element_size()) + 6 * 4) + 8 * layout.dim
 
 
-def _one_part(
-    layout: Layout, part: Part, dy: Tensor, tokens: Tensors, flags: Tensor, kept: Tensors, memory: list[Tensor],
-    sums: list[Tensor], eps: float, into: _Gradients,
-) -> Tensor:  # fmt: skip
-    """Replay the part's mini-batches, then their reads side by side, then the rest one after the other.
-
-    Back come the gradients of tau, ln_weight and ln_bias as rows of [·, H, chunk + 2 D] that are to be summed.
-    """
+def _replay(call: _Call, part: Part) -> list[Tensor]:
+    """W, b of the part's mini-batches and what else is known of them; then room for what their reads leave behind."""
     from fastweight.ops.ttt.kernels_linear import linear_replay
+
+    layout, (kept_w, kept_b) = call.layout, call.kept
+    stretches, h, d, chunk = part.owner.shape[0], layout.heads, layout.dim, layout.chunk
+    places, low, wide = stretches * layout.every, call.tokens[0].new_empty, kept_w.new_empty
+    all_w, all_b, units, rows_stats = (
+        low(places, h, d, d),
+        wide(places, h, d),
+        wide(places, h, chunk, d),
+        wide(places, h, 5, chunk),
+    )
+    layout.launch(
+        linear_replay, (stretches, h), *call.tokens[1:], kept_w, kept_b, part.owner, part.base, all_w, all_b, units,
+        rows_stats, layout.length, layout.sequences, part.first, call.eps, h, **call.constants,
+    )  # fmt: skip
+    return [all_w, all_b, units, rows_stats, low(places, h, chunk, d), wide(places, h, chunk + 2 * d)]
+
+
+def _walk(
+    call: _Call, part: Part, turn: int, dy: Tensor, scratch: list[Tensor], memory: list[Tensor], into: _Gradients
+) -> None:
+    """The reads of the part's mini-batches side by side, then the rest one after the other, the last one first."""
     from fastweight.ops.ttt.kernels_linear_backward import linear_backward, linear_reads
 
-    (n, length, h, d, chunk, *_), constants, q = layout, layout.constants(), tokens[0]
-    stretches = part.owner.shape[0]
-    places = stretches * layout.every
-    all_w, d_reads = q.new_empty(places, h, d, d), q.new_empty(places, h, chunk, d)
-    wide = kept[0].new_empty
-    all_b, units, rows_stats = wide(places, h, d), wide(places, h, chunk, d), wide(places, h, 5, chunk)
-    shared = wide(places + n, h, chunk + 2 * d)
-    replayed = (all_w, all_b, units, rows_stats)
-    layout.launch(
-        linear_replay, (stretches, h), *tokens[1:], flags, *kept, part.owner, part.base, *replayed,
-        length, n, part.first, eps, h, **constants,
+    (n, length, h, *_), tokens = call.layout, call.tokens
+    call.layout.launch(
+        linear_reads, (part.owner.shape[0] * call.layout.every * h,), dy, *tokens, part.owner, part.base, *scratch,
+        *into[:3], into.s, into.sb, length, n, part.first, call.eps, h, **call.constants,
     )  # fmt: skip
-    layout.launch(
-        linear_reads, (places * h,), dy, *tokens, flags, part.owner, part.base, *replayed, d_reads, *into[:3], shared,
-        into.s, into.sb, length, n, part.first, eps, h, **constants,
+    call.layout.launch(
+        linear_backward, (n * h,), *tokens, part.base, *scratch, *(memory or into[4:6]), *(call.sums or into[6:8]),
+        *into[1:4], into.shared, *into[4:8], length, part.first, part.stop, turn, len(memory), len(call.sums), h,
+        **call.constants,
     )  # fmt: skip
-    layout.launch(
-        linear_backward, (n * h,), *tokens, flags, part.base, *replayed, d_reads, *(memory or into[4:6]),
-        *(sums or into[6:]), *into[1:4], shared[places:], *into[4:], length, part.first, part.stop, len(memory),
-        len(sums), h, **constants,
-    )  # fmt: skip
-    return shared
 
 
 linear_gradients = torch.library.custom_op("fastweight::ttt_linear_backward", _gradients, mutates_args=())
@@ -157,4 +183,4 @@ def _backward(ctx, gradients: Sequence[Tensor | None], run: Run) -> tuple:
 
 
 linear.register_autograd(functools.partial(_backward, run=linear_gradients), setup_context=_remember)
-differentiable_linear = differentiable(linear, _run, _remember, functools.partial(_backward, run=_gradients))
+differentiable_linear = differentiable(linear, _run, _remember, functools.partial(_backward, run=_gradients), 6)

@@ -1,17 +1,19 @@
 """TTT-MLP's kernels as one differentiable unit, which `torch.compile` does not look into."""
 
+import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastweight.ops.ttt.layout import Layout, Part, parts
+from fastweight.ops.ttt.unit import Run, differentiable
 
 Tensors = tuple[Tensor, ...]
 
 
-@torch.library.custom_op("fastweight::ttt_mlp", mutates_args=())
-def mlp(
+def _run(
     q: Tensor, k: Tensor, v: Tensor, rate: Tensor, tau: Tensor, ln_weight: Tensor, ln_bias: Tensor,
     w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, s1: Tensor, t1: Tensor, s2: Tensor, t2: Tensor,
     position: Tensor, cu_seqlens: Tensor | None, eps: float, keep: bool,
@@ -37,7 +39,6 @@ def mlp(
     return results
 
 
-@mlp.register_fake
 def _results(
     q: Tensor, k: Tensor, v: Tensor, rate: Tensor, tau: Tensor, ln_weight: Tensor, ln_bias: Tensor,
     w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, s1: Tensor, t1: Tensor, s2: Tensor, t2: Tensor,
@@ -50,33 +51,39 @@ def _results(
     return [torch.empty_like(q), *(torch.empty_like(x) for x in (*memory, *sums)), flags, *kept]
 
 
-@torch.library.custom_op("fastweight::ttt_mlp_backward", mutates_args=())
-def mlp_gradients(
+mlp = torch.library.custom_op("fastweight::ttt_mlp", _run, mutates_args=())
+mlp.register_fake(_results)
+
+
+def _gradients(
     dy: Tensor, memory: list[Tensor], sums: list[Tensor], q: Tensor, k: Tensor, v: Tensor, rate: Tensor,
     tau: Tensor, ln_weight: Tensor, ln_bias: Tensor, s1: Tensor, t1: Tensor, s2: Tensor, t2: Tensor, position: Tensor,
     cu_seqlens: Tensor | None, flags: Tensor, kept: list[Tensor], eps: float,
 ) -> list[Tensor]:  # fmt: skip
-    """Gradients of q, k, v, rate, tau, ln_weight, ln_bias, W1 … b2 and the sums. memory, sums: those of the results."""
-    layout, width = Layout.of(q, tau, cu_seqlens), memory[0].shape[-1]
-    ends, pairs = position if cu_seqlens is None else cu_seqlens, (layout.sequences, layout.heads)
-    tokens = (k, v, rate, tau, ln_weight, ln_bias, s1, t1, s2, t2, position, ends, flags)
-    like, zeros = torch.empty_like, memory[0].new_zeros
-    into = _Gradients(
-        like(q), like(k), like(v), like(rate), zeros(layout.chunk), zeros(pairs), zeros(*pairs, layout.dim),
-        zeros(*pairs, layout.dim), [x.clone() for x in memory], [torch.zeros_like(x) for x in (s1, t1, s2, t2)],
+    """Gradients of q, k, v, rate, tau, ln_weight, ln_bias, W1 … b2 and the sums. memory, sums: those of the results,
+    each four, or empty for zeros."""
+    layout, width, like = Layout.of(q, tau, cu_seqlens), s1.shape[-1], (s1, t1, s2, t2)
+    tokens = (
+        k, v, rate, tau, ln_weight, ln_bias, *like, position, position if cu_seqlens is None else cu_seqlens, flags
     )  # fmt: skip
     one_part, held = (_one_part_held, True) if layout.held("backward", width, q.device) else (_one_part, False)
+    todo = parts(layout, position, cu_seqlens, _bytes_of_one(layout, width, q, held))
+    into = _Gradients.empty(layout, todo, (q, k, v, rate), like, memory)
+    sums, place = sums or [torch.zeros_like(x) for x in like], 0
     with torch.cuda.device_of(q):
-        for part in parts(layout, position, cu_seqlens, _bytes_of_one(layout, width, q, held)):
-            one_part(layout, width, part, dy, q, tokens, sums, kept, eps, into)
-    into.tau[-1] += into.last.sum()
-    shared = (into.tau, into.gamma.sum(0), into.beta.sum(0))
+        for part in todo:
+            one_part(layout, width, part, place, dy, q, tokens, sums, kept, eps, into)
+            place += part.owner.shape[0] * layout.every
+    of_tau = into.tau.sum((0, 1))
+    of_tau[-1] += into.last.sum()
+    shared = (of_tau, into.gamma.sum(0), into.beta.sum(0))
     shared = [total.to(x.dtype) for total, x in zip(shared, (tau, ln_weight, ln_bias), strict=True)]
     return [into.q, into.k, into.v, into.rate, *shared, *into.memory, *into.sums]
 
 
 class _Gradients(NamedTuple):
-    """Where the parts of a backward pass leave or add up their gradients. tau: [CHUNK], without `last` [N, H]."""
+    """Where the parts of a backward pass leave their gradients. tau: [places, H, CHUNK], without `last` [N, H]; gamma,
+    beta: [places + N, H, D], zero where a place has no mini-batch; the last N rows are those of the sequences."""
 
     q: Tensor
     k: Tensor
@@ -88,6 +95,15 @@ class _Gradients(NamedTuple):
     beta: Tensor
     memory: list[Tensor]
     sums: list[Tensor]
+
+    @staticmethod
+    def empty(layout: Layout, todo: list[Part], tokens: Tensors, like: Tensors, memory: list[Tensor]) -> "_Gradients":
+        n, h, d = layout.sequences, layout.heads, layout.dim
+        places, zeros = sum(part.owner.shape[0] for part in todo) * layout.every, like[0].new_zeros
+        memory = [x.clone() for x in memory] or [torch.zeros_like(x) for x in like]
+        shared = [zeros(places, h, layout.chunk), zeros(n, h), zeros(places + n, h, d), zeros(places + n, h, d)]
+        tokens = tuple([torch.empty_like(x) for x in tokens])
+        return _Gradients._make([*tokens, *shared, memory, [torch.empty_like(x) for x in like]])
 
 
 def _bytes_of_one(layout: Layout, width: int, q: Tensor, held: bool) -> int:
@@ -101,10 +117,13 @@ def _bytes_of_one(layout: Layout, width: int, q: Tensor, held: bool) -> int:
 
 
 def _one_part(
-    layout: Layout, width: int, part: Part, dy: Tensor, q: Tensor, tokens: Tensors, sums: list[Tensor],
+    layout: Layout, width: int, part: Part, first: int, dy: Tensor, q: Tensor, tokens: Tensors, sums: list[Tensor],
     kept: list[Tensor], eps: float, into: _Gradients,
 ) -> None:  # fmt: skip
-    """Replay the part's mini-batches, then their reads side by side, then the rest one after the other."""
+    """Replay the part's mini-batches, then their reads side by side, then the rest one after the other.
+
+    first: the place of the part's first mini-batch among those of all parts.
+    """
     from fastweight.ops.ttt.kernels_mlp import mlp_replay
     from fastweight.ops.ttt.kernels_mlp_backward import mlp_backward, mlp_reads
 
@@ -115,7 +134,7 @@ def _one_part(
     wide = [kept[0].new_empty(*places, layout.chunk, d) for _ in range(3)]
     narrow = [q.new_empty(*places, layout.chunk, size) for size in (d, width, width, width, width)]
     scratch = (wide[0], narrow[0], *wide[1:], *narrow[1:])
-    shared = [kept[0].new_zeros(*places, size) for size in (layout.chunk, d, d)]
+    shared, own = (into.tau[first:], into.gamma[first:], into.beta[first:]), -layout.sequences
     layout.launch(
         mlp_replay, (stretches, h), *tokens, *kept, part.owner, part.base, *memory,
         layout.length, layout.sequences, part.first, eps, h, **constants,
@@ -126,22 +145,13 @@ def _one_part(
     )  # fmt: skip
     layout.launch(
         mlp_backward, (layout.sequences * h,), q, *tokens, part.base, *memory, *scratch, *sums, into.k, into.v,
-        into.rate, into.last, into.gamma, into.beta, *into.memory, *into.sums,
+        into.rate, into.last, into.gamma[own:], into.beta[own:], *into.memory, *into.sums,
         layout.length, part.first, part.stop, eps, h, **constants,
     )  # fmt: skip
-    _add_up(into, shared)
-
-
-def _add_up(into: _Gradients, shared: list[Tensor]) -> None:
-    """shared: what each place has of the gradients of tau, ln_weight and ln_bias."""
-    into.tau.add_(shared[0].sum((0, 1)))
-    # Of the sequences it does not matter which one these belong to: they are summed in the end.
-    into.gamma[0] += shared[1].sum(0)
-    into.beta[0] += shared[2].sum(0)
 
 
 def _one_part_held(
-    layout: Layout, width: int, part: Part, dy: Tensor, q: Tensor, tokens: Tensors, sums: list[Tensor],
+    layout: Layout, width: int, part: Part, first: int, dy: Tensor, q: Tensor, tokens: Tensors, sums: list[Tensor],
     kept: list[Tensor], eps: float, into: _Gradients,
 ) -> None:  # fmt: skip
     """As `_one_part`, with the memory in registers. Products of gradients with W1 come last, again side by side."""
@@ -160,7 +170,7 @@ def _one_part_held(
     xs, writes1, slopes, bends, actives, d_middles, below1, errors, d_z1 = (
         q.new_empty(*places, chunk, width) for _ in range(9)
     )
-    shared = [kept[0].new_zeros(*places, size) for size in (chunk, d, d)]
+    shared, own = (into.tau[first:], into.gamma[first:], into.beta[first:]), -n
     where, sizes = (part.owner, part.base), (layout.length, n, part.first)
     hidden = (xs, writes1, slopes, bends)
     layout.launch(
@@ -177,18 +187,20 @@ def _one_part_held(
     layout.launch(
         mlp_backward_held, (n * h,), q, *tokens, part.base, seconds, totals1, units, grads2, statistics, *hidden,
         d_reads, d_writes2, actives, d_middles, below1, errors, middles1, reads2, pulled, d_z1, *sums, into.v,
-        into.rate, into.last, into.gamma, into.beta, *into.memory, *into.sums, layout.length, part.first, part.stop,
-        h, **constants,
+        into.rate, into.last, into.gamma[own:], into.beta[own:], *into.memory, *into.sums, layout.length, part.first,
+        part.stop, h, **constants,
     )  # fmt: skip
     layout.launch(
         mlp_keys_held, places, position, ends, *where, firsts, d_keys, pulled, d_z1, into.k, *sizes, h, **constants
     )  # fmt: skip
-    _add_up(into, shared)
+
+
+mlp_gradients = torch.library.custom_op("fastweight::ttt_mlp_backward", _gradients, mutates_args=())
 
 
 @mlp_gradients.register_fake
-def _(dy, memory, sums, q, k, v, rate, tau, ln_weight, ln_bias, *rest):
-    return [torch.empty_like(x) for x in (q, k, v, rate, tau, ln_weight, ln_bias, *memory, *sums)]
+def _(dy, memory, sums, q, k, v, rate, tau, ln_weight, ln_bias, s1, t1, s2, t2, *rest):
+    return [torch.empty_like(x) for x in (q, k, v, rate, tau, ln_weight, ln_bias, *(s1, t1, s2, t2) * 2)]
 
 
 def _remember(ctx, inputs: tuple, output: list[Tensor]) -> None:
@@ -198,15 +210,21 @@ def _remember(ctx, inputs: tuple, output: list[Tensor]) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, gradients: list[Tensor | None]) -> tuple:
+def _four(given: Sequence[Tensor | None], like: Tensors) -> list[Tensor]:
+    """Four gradients, zeros for those that are missing; none where all are."""
+    if all(g is None for g in given):
+        return []
+    return [torch.zeros_like(x) if g is None else g.contiguous() for g, x in zip(given, like, strict=True)]
+
+
+def _backward(ctx, gradients: Sequence[Tensor | None], run: Run) -> tuple:
     saved = ctx.saved_tensors
-    q, sums = saved[0], saved[7:11]
-    given = [
-        torch.zeros_like(x) if g is None else g.contiguous()
-        for g, x in zip(gradients[:9], (q, *sums, *sums), strict=True)
-    ]
-    found = mlp_gradients(given[0], given[1:5], given[5:], *saved[:14], list(saved[14:]), ctx.eps)
+    q, like = saved[0], saved[7:11]
+    dy, *given = gradients[:9]
+    dy = torch.zeros_like(q) if dy is None else dy.contiguous()
+    found = run(dy, _four(given[:4], like), _four(given[4:], like), *saved[:14], list(saved[14:]), ctx.eps)
     return (*found, None, None, None, None)
 
 
-mlp.register_autograd(_backward, setup_context=_remember)
+mlp.register_autograd(functools.partial(_backward, run=mlp_gradients), setup_context=_remember)
+differentiable_mlp = differentiable(mlp, _run, _remember, functools.partial(_backward, run=_gradients), 10)

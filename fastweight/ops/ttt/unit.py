@@ -11,11 +11,13 @@ Run = Callable[..., list[Tensor]]
 
 
 def differentiable(
-    traced: Run, run: Run, remember: Callable[[Any, tuple, list[Tensor]], None], backward: Callable[..., tuple]
-) -> Run:
+    traced: Run, run: Run, remember: Callable[[Any, tuple, list[Tensor]], None], backward: Callable[..., tuple],
+    results: int,
+) -> Run:  # fmt: skip
     """`run` with its derivative; inside torch.compile as the custom op `traced`, which costs the host far more.
 
     remember(ctx, inputs, output) saves what backward(ctx, gradients) needs; the last input says whether it will come.
+    results: how many of the outputs are of use to the caller; the others are only there to be saved.
     """
 
     class Direct(torch.autograd.Function):
@@ -23,7 +25,7 @@ def differentiable(
         def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
             output = run(*inputs)
             remember(ctx, inputs, output)
-            return tuple(output)
+            return tuple(output[:results])
 
         @staticmethod
         @once_differentiable

@@ -1,0 +1,47 @@
+"""Kernels that are started again without Triton get what Triton would have given them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from interpreter import needs_triton
+
+from benchmarks.host import count
+from fastweight.ops.examples import Shape, examples
+
+TESTS = Path(__file__).parents[1]
+
+
+@needs_triton
+def test_triton_is_asked_once_for_each_kind_of_call_and_always_where_addresses_are_not_aligned():
+    path = os.pathsep.join((str(TESTS.parent), str(TESTS)))
+    done = subprocess.run(
+        [sys.executable, TESTS / "pretended_gpu.py"],
+        env={**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert all(one["same"] for one in found)
+    by_triton = [one["case"] for one in found if one["by_triton"]]
+    # Numbers other than 1 and multiples of 16 need one kernel; how many rows there are is never asked.
+    assert by_triton == ["first", "another dtype", "16 heads", "1 head", "not aligned", "not aligned, again"]
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("kind", "kernels", "launches"),
+    # Three of torch's launches make a new state. The MLP's others fill its marks, gradients that nobody gave and rows
+    # that no mini-batch writes with zeros, and sum those rows.
+    [("TTT-Linear", 6, 3), ("TTT-MLP", 6, 22)],
+)
+def test_a_call_asks_no_more_of_the_host_than_is_written_down(kind, kernels, launches):
+    (example,) = [e for name, e in examples(window=1, mini_batch=16, chunk=1).items() if name.startswith(kind)]
+    found = count(example, Shape(2, 40, 2, 16))["forward+backward"]
+    assert found["kernel"] == kernels
+    assert found["torch launch"] <= launches
