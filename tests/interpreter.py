@@ -5,6 +5,7 @@ values are raw integers there): test in float32 or float16. The fixture `poisone
 torch.empty returns with NaN: what a kernel does not write shows.
 """
 
+import contextlib
 import importlib.util
 import os
 
@@ -52,3 +53,42 @@ def _keep_one_config():
 
     Autotuner.run = run
     Autotuner._takes_the_first = True
+
+
+@contextlib.contextmanager
+def within_arguments():
+    """Kernels raise here where they read or write a byte that belongs to none of their arguments."""
+    import numpy as np
+    from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
+
+    begin, ranges = GridExecutor._init_args_hst, []
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+
+    def note(self, args, kwargs):
+        ranges[:] = [
+            (t.data_ptr(), t.data_ptr() + t.numel() * t.element_size(), t.element_size())
+            for t in (*args, *kwargs.values())
+            if hasattr(t, "data_ptr")
+        ]
+        return begin(self, args, kwargs)
+
+    def check(pointers, mask):
+        where = np.asarray(pointers.data).astype(np.int64)[np.asarray(mask.data).astype(bool)]
+        outside = np.ones(where.shape, bool)
+        for low, high, size in ranges:
+            outside &= (where < low) | (where + size > high)
+        assert not outside.any(), f"{outside.sum()} of {outside.size} addresses belong to none of the arguments"
+
+    def checked_load(self, ptrs, mask, *rest):
+        check(ptrs, mask)
+        return load(self, ptrs, mask, *rest)
+
+    def checked_store(self, ptrs, value, mask, *rest):
+        check(ptrs, mask)
+        return store(self, ptrs, value, mask, *rest)
+
+    patches = ((GridExecutor, "_init_args_hst", note), (InterpreterBuilder, "create_masked_load", checked_load))
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name, value in (*patches, (InterpreterBuilder, "create_masked_store", checked_store)):
+            patch.setattr(owner, name, value)
+        yield

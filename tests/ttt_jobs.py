@@ -20,17 +20,18 @@ SIZES = ("num_tokens", "num_sequences", "first", "stop", "memory_given", "sums_g
 SIZES += ("num_rows", "turn")
 TOKENS = ("q", "k", "v", "y", "dy", "dq", "dk", "dv", "all_w")  # in the dtype of q
 TOKENS += ("d_reads", "actives", "d_middles", "d_hiddens", "d_writes1")
+TOKENS += ("firsts", "seconds", "xs", "writes1", "slopes", "bends", "below1", "errors", "d_z1")  # while W is held
 
 
 def job(name: str, dim: int, dtype: str = "bf16", chunk: int = 16, **constants: object) -> dict:
     """Kernel `name` for heads of `dim` channels."""
-    late = name.endswith(("reads", "backward"))
-    step = name.endswith("step")
-    part = "step" if step else name.split("_")[0] + ("_backward" if late else "")
+    late = "_reads" in name or "_backward" in name or "_keys" in name
+    part = name.split("_")[0] + ("_held" if name.endswith("held") else "") + ("_backward" if late else "")
+    part = "step" if name.endswith("step") else part
     module = f"fastweight.ops.ttt.kernels_{part}"
     values = {
         "D": dim, "BLOCK_D": block(dim), "CHUNK": chunk, "BLOCK_K": block(chunk), "EVERY": KEEP_EVERY,
-        "C": 4 * dim, "BLOCK_C": HIDDEN_BLOCK,
+        "C": 4 * dim, "BLOCK_C": HIDDEN_BLOCK, "WHOLE": block(4 * dim), "OPENING": False,
         "GUARD": False, "PRECISION": "ieee" if dtype == "fp32" else "tf32",
     } | constants  # fmt: skip
     parameters = importlib.import_module(module).__dict__[name].arg_names

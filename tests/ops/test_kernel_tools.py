@@ -3,7 +3,7 @@
 import pytest
 import torch
 from ahead_of_time import SHARED_LIMIT, compile_for
-from interpreter import interpreted, needs_triton
+from interpreter import interpreted, needs_triton, within_arguments
 
 from fastweight.ops.kernels import why_no_kernels
 
@@ -20,6 +20,18 @@ def test_a_kernel_with_a_loop_over_a_tensor_runs_on_the_cpu(poisoned_empty):
     assert c.isnan().all()
     demo_kernel.product[(1,)](a, b, c, torch.tensor([3]), N=16)
     torch.testing.assert_close(c, (a @ b).sum(0))
+
+
+@needs_triton
+def test_a_kernel_that_reads_beyond_its_arguments_is_found_out():
+    import demo_kernel
+
+    interpreted(demo_kernel)
+    a, c = torch.randn(3, 16, 16), torch.empty(16, 16)
+    with within_arguments():
+        demo_kernel.product[(1,)](a, a, c, torch.tensor([3]), N=16)
+        with pytest.raises(Exception, match="256 of 256 addresses belong to none of the arguments"):
+            demo_kernel.product[(1,)](a, a[:1].clone(), c, torch.tensor([2]), N=16)
 
 
 @needs_triton

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from interpreter import interpreted, needs_triton
+from interpreter import interpreted, needs_triton, within_arguments
 from tolerances import GRADIENT, OUTPUT, assert_close, assert_trees_close
 from ttt_cases import CHUNK, DIM, assert_same, inputs, random_state, run, values_and_gradients
 
@@ -26,12 +26,14 @@ def _kernels():
         kernels_linear_backward,
         kernels_mlp,
         kernels_mlp_backward,
+        kernels_mlp_held,
+        kernels_mlp_held_backward,
         kernels_shared,
         kernels_step,
     )
 
     interpreted(kernels_shared, kernels_linear, kernels_linear_backward, kernels_step, kernels_faults)
-    interpreted(kernels_mlp, kernels_mlp_backward)
+    interpreted(kernels_mlp, kernels_mlp_backward, kernels_mlp_held, kernels_mlp_held_backward)
 
 
 def wide(tree):
@@ -61,6 +63,69 @@ def test_kernels_equal_the_definition_for_any_mini_batch_size(kind, chunk):
 def test_half_precision_stays_close_to_the_definition(kind):
     args = [x.half() if i < 3 else x for i, x in enumerate(inputs(1, 100, torch.float32, 16))]
     compare(kind, args, random_state(kind, 1, torch.float32, 16), **HALF)
+
+
+def halves(batch, length, chunk=CHUNK):
+    return [x.half() if i < 3 else x for i, x in enumerate(inputs(batch, length, torch.float32, chunk))]
+
+
+# Sequences begin within a mini-batch and end within one; 9 tokens from place 3 on are one edge after the other.
+@pytest.mark.parametrize(("batch", "length", "chunk", "width"), [(2, 30, 8, 13), (2, 9, 8, 16), (1, 7, 3, 24)])
+@pytest.mark.parametrize("design", ["held", "streamed"])
+def test_a_memory_held_in_registers_equals_the_definition(design, batch, length, chunk, width, monkeypatch):
+    monkeypatch.setattr(layout, "MLP_DESIGN", {"forward": design, "backward": design})
+    compare("mlp", halves(batch, length, chunk), random_state("mlp", batch, torch.float32, chunk, width=width), **HALF)
+
+
+def test_a_memory_held_in_registers_equals_the_definition_for_packed_documents_in_several_parts(monkeypatch):
+    monkeypatch.setattr(layout, "MLP_DESIGN", {"forward": "held", "backward": "held"})
+    monkeypatch.setattr(layout, "KEEP_EVERY", 2)
+    monkeypatch.setattr(layout, "REPLAY_BYTES", 1)
+    ends = torch.tensor([0, 1, 18, 23])
+    compare("mlp", halves(1, 23, 4), random_state("mlp", 3, torch.float32, 4), **HALF, cu_seqlens=ends)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_token_with_a_fault_teaches_a_memory_in_registers_nothing(monkeypatch):
+    monkeypatch.setattr(layout, "MLP_DESIGN", {"forward": "held", "backward": "held"})
+    args, state = halves(2, 20), random_state("mlp", 2, torch.float32)
+    silent = [x.double() for x in args]
+    silent[3][0, 11, 0] = 0
+    args[1][0, 11, 0, 2] = float("nan")
+    y, after, gradients = values_and_gradients("mlp", args, state, "triton")
+    want_y, want_after, want = values_and_gradients("mlp", silent, wide(state), "naive")
+    want[3][0, 11, 0] = 0
+    assert after.faults.first.tolist() == [3 + 11, -1]
+    assert_same((y, after._replace(faults=want_after.faults), gradients), (want_y, want_after, want), **HALF)
+
+
+@pytest.mark.parametrize("design", ["held", "streamed"])
+def test_the_kernels_of_both_designs_touch_their_arguments_only(design, monkeypatch):
+    monkeypatch.setattr(layout, "MLP_DESIGN", {"forward": design, "backward": design})
+    monkeypatch.setattr(layout, "KEEP_EVERY", 2)
+    ends = torch.tensor([0, 1, 12, 14])
+    with within_arguments():
+        values_and_gradients(
+            "mlp", halves(1, 14, 4), random_state("mlp", 3, torch.float32, 4), "triton", cu_seqlens=ends
+        )
+
+
+def test_what_does_not_fit_into_registers_is_streamed(monkeypatch):
+    sizes = {"dim": 64, "chunk": 16, "dtype": torch.bfloat16, "width": 256}
+    monkeypatch.setattr(layout, "MLP_DESIGN", {"forward": "streamed", "backward": "held"})
+
+    def held(stage="backward", **changed):
+        s = sizes | changed
+        return layout.Layout(1, 1, 1, s["dim"], s["chunk"], False, s["dtype"]).held(
+            stage, s["width"], torch.device("cpu")
+        )
+
+    assert held()
+    assert not held("forward")
+    assert not any(held(**{k: v}) for k, v in {"dim": 65, "chunk": 17, "dtype": torch.float32, "width": 257}.items())
+    assert not held(dim=16)  # four hidden units for each channel, at most
+    monkeypatch.setattr(layout, "shared_memory", lambda _device: 163 << 10)
+    assert not held()
 
 
 @kinds

@@ -110,7 +110,7 @@ def _faulty_updates(
 
 
 @triton.jit
-def _copy(
+def copy_memory(
     w1, b1, w2, source, to_w1, to_b1, to_w2, target,
     D: tl.constexpr, BLOCK_D: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -122,6 +122,138 @@ def _copy(
         tl.store(to_w2 + to2, tl.load(w2 + at2, mask=in2), mask=in2)
         tl.store(to_b1 + to_b, tl.load(b1 + at_b, mask=in_b), mask=in_b)
     tl.debug_barrier()
+
+
+@triton.jit
+def mini_batch(
+    c, bias2, faults, tokens, span, norm, memory, sums, left, kept, slot, keep,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_K: tl.constexpr, EVERY: tl.constexpr, PRECISION: tl.constexpr, GUARD: tl.constexpr,
+):  # fmt: skip
+    """Read mini-batch c and learn from it: b2 after it, and `faults` with what is not finite in the sums left behind.
+
+    memory: pointers to W1, b1, W2, in place; sums, left: to S and to where an unfinished mini-batch leaves them; kept:
+    to the states kept, the first at `slot`.
+    """
+    q, k, v, rate, y, flags = tokens
+    start, length, phase, pid, h, H = span
+    gamma, beta, taus, last, eps = norm
+    w1_out, b1_out, w2_out = memory
+    s1, t1, s2, t2 = sums
+    s1_out, t1_out, s2_out, t2_out = left
+    kept_w1, kept_b1, kept_w2, kept_b2 = kept
+    i = tl.arange(0, BLOCK_K)
+    if (keep > 0) & (c % EVERY == 0):
+        index = (slot + c // EVERY) * H + h
+        copy_memory(w1_out, b1_out, w2_out, pid, kept_w1, kept_b1, kept_w2, index, D, BLOCK_D, C, BLOCK_C)
+        store_vector(kept_b2, bias2, index, D, BLOCK_D)
+    rows, inside = rows_of(c, start, length, phase, h, H, CHUNK, BLOCK_K)
+    queries, keys = load_tile(q, rows, inside, D, BLOCK_D), load_tile(k, rows, inside, D, BLOCK_D)
+    values = load_tile(v, rows, inside, D, BLOCK_D)
+    rates = tl.load(rate + rows, mask=inside, other=0.0).to(tl.float32)
+    opening, full = c == 0, (c + 1) * CHUNK <= phase + length
+    if GUARD:
+        silent = not_finite(keys.to(tl.float32)) + not_finite(values.to(tl.float32)) + not_finite(rates[:, None])
+        keys = tl.where(silent[:, None] > 0, 0.0, keys).to(queries.dtype)
+        values = tl.where(silent[:, None] > 0, 0.0, values).to(queries.dtype)
+        rates = tl.where(silent > 0, 0.0, rates)
+    grad2 = second_gradient(
+        keys, values, w1_out, b1_out, w2_out, bias2, pid, eps, gamma, beta, D, BLOCK_D, C, BLOCK_C, BLOCK_K,
+        PRECISION,
+    )[1]  # fmt: skip
+    wide2 = rates[:, None] * grad2  # biases sum what is not rounded
+    write2 = wide2.to(queries.dtype)
+    applied = full
+    if GUARD:
+        silent += _faulty_tokens(
+            keys, write2, w1_out, b1_out, w2_out, pid, D, BLOCK_D, C, BLOCK_C, PRECISION
+        )  # fmt: skip
+        wide2 = tl.where(silent[:, None] > 0, 0.0, wide2)
+        write2 = wide2.to(queries.dtype)
+    bias_total = tl.sum(wide2, 0) + tl.where(opening, 1.0, 0.0) * load_vector(t2, pid, D, BLOCK_D)
+    new_bias2 = tl.where(full, bias2 - last * bias_total, bias2)
+    if GUARD:
+        bad = _faulty_updates(
+            keys, write2, w1_out, b1_out, w2_out, s1, t1, s2, pid, opening, last, D, BLOCK_D, C, BLOCK_C, PRECISION
+        )  # fmt: skip
+        applied = full & (bad + count_not_finite(new_bias2) == 0)
+        new_bias2 = tl.where(applied, new_bias2, bias2)
+        flag = tl.where(silent > 0, 1, 0) + tl.where((i == CHUNK - 1) & full & (applied == 0), 2, 0)
+        tl.store(flags + rows, flag.to(tl.int8), mask=inside)
+    scores = causal(tl.dot(queries, tl.trans(keys), input_precision=PRECISION) + 1.0, BLOCK_K) * taus
+    scores = scores.to(queries.dtype)
+    mixed = tl.zeros([BLOCK_K, BLOCK_K], tl.float32)
+    read = tl.zeros([BLOCK_K, BLOCK_D], tl.float32) + bias2[None, :]
+    for column in range(0, C, BLOCK_C):
+        at1, in1, at2, in2, at_b, in_b = block_at(pid, column, D, BLOCK_D, C, BLOCK_C)
+        z1, first, bias1 = hidden(keys, w1_out, b1_out, at1, in1, at_b, in_b, PRECISION)
+        second = tl.load(w2_out + at2, mask=in2, other=0.0)
+        x, slope, _curve = gelu(z1)
+        x = x.to(queries.dtype)
+        error = tl.dot(write2, tl.trans(second.to(queries.dtype)), input_precision=PRECISION)
+        wide1 = error * slope
+        write1 = wide1.to(queries.dtype)
+        middle = tl.dot(queries, first.to(queries.dtype), input_precision=PRECISION) + bias1[None, :]
+        middle -= tl.dot(scores, write1, input_precision=PRECISION)
+        total1 = tl.dot(tl.trans(keys), write1, input_precision=PRECISION)
+        total2 = tl.dot(tl.trans(x), write2, input_precision=PRECISION)
+        total_b = tl.sum(wide1, 0)
+        if opening:
+            earlier1 = tl.load(s1 + at1, mask=in1, other=0.0)
+            earlier_b = tl.load(t1 + at_b, mask=in_b, other=0.0)
+            before = tl.dot(queries, earlier1.to(queries.dtype), input_precision=PRECISION)
+            middle -= taus * (before + earlier_b[None, :])
+            total1 += earlier1
+            total_b += earlier_b
+        active = gelu(middle)[0].to(queries.dtype)
+        mixed += tl.dot(active, tl.trans(x), input_precision=PRECISION)
+        read += tl.dot(active, second.to(queries.dtype), input_precision=PRECISION)
+        if opening:
+            earlier2 = tl.load(s2 + at2, mask=in2, other=0.0)
+            read -= taus * tl.dot(active, earlier2.to(queries.dtype), input_precision=PRECISION)
+            total2 += earlier2
+        if full == 0:
+            tl.store(s1_out + at1, total1, mask=in1)
+            tl.store(t1_out + at_b, total_b, mask=in_b)
+            tl.store(s2_out + at2, total2, mask=in2)
+            faults += count_not_finite(total1) + count_not_finite(total_b) + count_not_finite(total2)
+        if applied:
+            tl.store(w1_out + at1, first - last * total1, mask=in1)
+            tl.store(b1_out + at_b, bias1 - last * total_b, mask=in_b)
+            tl.store(w2_out + at2, second - last * total2, mask=in2)
+    mixed = (causal(mixed + 1.0, BLOCK_K) * taus).to(queries.dtype)
+    read -= tl.dot(mixed, write2, input_precision=PRECISION)
+    if opening:
+        read -= taus * load_vector(t2, pid, D, BLOCK_D)[None, :]
+    if full == 0:
+        store_vector(t2_out, bias_total, pid, D, BLOCK_D)
+        faults += count_not_finite(bias_total)
+    unit = standardised(read, eps, D, BLOCK_D)[0]
+    store_tile(y, queries.to(tl.float32) + unit * gamma + beta, rows, inside, D, BLOCK_D)
+    tl.debug_barrier()  # the next mini-batch reads what other threads have stored
+    return new_bias2, faults
+
+
+@triton.jit
+def finish(
+    memory, bias2, left, pid, done, D: tl.constexpr, BLOCK_D: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr
+):  # fmt: skip
+    """How many entries of the memory are not finite; sums of zero where the last mini-batch is done."""
+    w1_out, b1_out, w2_out = memory
+    s1_out, t1_out, s2_out, t2_out = left
+    faults = count_not_finite(bias2)
+    if done:
+        store_vector(t2_out, tl.zeros_like(bias2), pid, D, BLOCK_D)
+    for column in range(0, C, BLOCK_C):
+        at1, in1, at2, in2, at_b, in_b = block_at(pid, column, D, BLOCK_D, C, BLOCK_C)
+        if done:
+            tl.store(s1_out + at1, tl.zeros([BLOCK_D, BLOCK_C], tl.float32), mask=in1)
+            tl.store(t1_out + at_b, tl.zeros([BLOCK_C], tl.float32), mask=in_b)
+            tl.store(s2_out + at2, tl.zeros([BLOCK_C, BLOCK_D], tl.float32), mask=in2)
+        faults += count_not_finite(tl.load(w1_out + at1, mask=in1, other=0.0))
+        faults += count_not_finite(tl.load(b1_out + at_b, mask=in_b, other=0.0))
+        faults += count_not_finite(tl.load(w2_out + at2, mask=in2, other=0.0))
+    return faults
 
 
 @triton.jit(do_not_specialize=["num_tokens", "packed", "keep"])
@@ -144,113 +276,18 @@ def mlp_forward(
     taus = tl.load(tau + i, mask=i < CHUNK, other=0.0).to(tl.float32)[:, None]
     last = tl.load(tau + CHUNK - 1).to(tl.float32)
     slot = start // (CHUNK * EVERY) + 2 * n
-    _copy(w1, b1, w2, pid, w1_out, b1_out, w2_out, pid, D, BLOCK_D, C, BLOCK_C)
-    bias2 = load_vector(b2, pid, D, BLOCK_D)
-    faults = 0
+    tokens, span, norm = (q, k, v, rate, y, flags), (start, length, phase, pid, h, H), (gamma, beta, taus, last, eps)
+    memory, kept = (w1_out, b1_out, w2_out), (kept_w1, kept_b1, kept_w2, kept_b2)
+    sums, left = (s1, t1, s2, t2), (s1_out, t1_out, s2_out, t2_out)
+    copy_memory(w1, b1, w2, pid, w1_out, b1_out, w2_out, pid, D, BLOCK_D, C, BLOCK_C)
+    bias2, faults = load_vector(b2, pid, D, BLOCK_D), 0
     for c in range((phase + length + CHUNK - 1) // CHUNK):
-        if (keep > 0) & (c % EVERY == 0):
-            index = (slot + c // EVERY) * H + h
-            _copy(w1_out, b1_out, w2_out, pid, kept_w1, kept_b1, kept_w2, index, D, BLOCK_D, C, BLOCK_C)
-            store_vector(kept_b2, bias2, index, D, BLOCK_D)
-        rows, inside = rows_of(c, start, length, phase, h, H, CHUNK, BLOCK_K)
-        queries, keys = load_tile(q, rows, inside, D, BLOCK_D), load_tile(k, rows, inside, D, BLOCK_D)
-        values = load_tile(v, rows, inside, D, BLOCK_D)
-        rates = tl.load(rate + rows, mask=inside, other=0.0).to(tl.float32)
-        opening, full = c == 0, (c + 1) * CHUNK <= phase + length
-        if GUARD:
-            silent = not_finite(keys.to(tl.float32)) + not_finite(values.to(tl.float32)) + not_finite(rates[:, None])
-            keys = tl.where(silent[:, None] > 0, 0.0, keys).to(queries.dtype)
-            values = tl.where(silent[:, None] > 0, 0.0, values).to(queries.dtype)
-            rates = tl.where(silent > 0, 0.0, rates)
-        grad2 = second_gradient(
-            keys, values, w1_out, b1_out, w2_out, bias2, pid, eps, gamma, beta, D, BLOCK_D, C, BLOCK_C, BLOCK_K,
-            PRECISION,
-        )[1]  # fmt: skip
-        wide2 = rates[:, None] * grad2  # biases sum what is not rounded
-        write2 = wide2.to(queries.dtype)
-        applied = full
-        if GUARD:
-            silent += _faulty_tokens(
-                keys, write2, w1_out, b1_out, w2_out, pid, D, BLOCK_D, C, BLOCK_C, PRECISION
-            )  # fmt: skip
-            wide2 = tl.where(silent[:, None] > 0, 0.0, wide2)
-            write2 = wide2.to(queries.dtype)
-        bias_total = tl.sum(wide2, 0) + tl.where(opening, 1.0, 0.0) * load_vector(t2, pid, D, BLOCK_D)
-        new_bias2 = tl.where(full, bias2 - last * bias_total, bias2)
-        if GUARD:
-            bad = _faulty_updates(
-                keys, write2, w1_out, b1_out, w2_out, s1, t1, s2, pid, opening, last, D, BLOCK_D, C, BLOCK_C, PRECISION
-            )  # fmt: skip
-            applied = full & (bad + count_not_finite(new_bias2) == 0)
-            new_bias2 = tl.where(applied, new_bias2, bias2)
-            flag = tl.where(silent > 0, 1, 0) + tl.where((i == CHUNK - 1) & full & (applied == 0), 2, 0)
-            tl.store(flags + rows, flag.to(tl.int8), mask=inside)
-        scores = causal(tl.dot(queries, tl.trans(keys), input_precision=PRECISION) + 1.0, BLOCK_K) * taus
-        scores = scores.to(queries.dtype)
-        mixed = tl.zeros([BLOCK_K, BLOCK_K], tl.float32)
-        read = tl.zeros([BLOCK_K, BLOCK_D], tl.float32) + bias2[None, :]
-        for column in range(0, C, BLOCK_C):
-            at1, in1, at2, in2, at_b, in_b = block_at(pid, column, D, BLOCK_D, C, BLOCK_C)
-            z1, first, bias1 = hidden(keys, w1_out, b1_out, at1, in1, at_b, in_b, PRECISION)
-            second = tl.load(w2_out + at2, mask=in2, other=0.0)
-            x, slope, _curve = gelu(z1)
-            x = x.to(queries.dtype)
-            error = tl.dot(write2, tl.trans(second.to(queries.dtype)), input_precision=PRECISION)
-            wide1 = error * slope
-            write1 = wide1.to(queries.dtype)
-            middle = tl.dot(queries, first.to(queries.dtype), input_precision=PRECISION) + bias1[None, :]
-            middle -= tl.dot(scores, write1, input_precision=PRECISION)
-            total1 = tl.dot(tl.trans(keys), write1, input_precision=PRECISION)
-            total2 = tl.dot(tl.trans(x), write2, input_precision=PRECISION)
-            total_b = tl.sum(wide1, 0)
-            if opening:
-                earlier1 = tl.load(s1 + at1, mask=in1, other=0.0)
-                earlier_b = tl.load(t1 + at_b, mask=in_b, other=0.0)
-                before = tl.dot(queries, earlier1.to(queries.dtype), input_precision=PRECISION)
-                middle -= taus * (before + earlier_b[None, :])
-                total1 += earlier1
-                total_b += earlier_b
-            active = gelu(middle)[0].to(queries.dtype)
-            mixed += tl.dot(active, tl.trans(x), input_precision=PRECISION)
-            read += tl.dot(active, second.to(queries.dtype), input_precision=PRECISION)
-            if opening:
-                earlier2 = tl.load(s2 + at2, mask=in2, other=0.0)
-                read -= taus * tl.dot(active, earlier2.to(queries.dtype), input_precision=PRECISION)
-                total2 += earlier2
-            if full == 0:
-                tl.store(s1_out + at1, total1, mask=in1)
-                tl.store(t1_out + at_b, total_b, mask=in_b)
-                tl.store(s2_out + at2, total2, mask=in2)
-                faults += count_not_finite(total1) + count_not_finite(total_b) + count_not_finite(total2)
-            if applied:
-                tl.store(w1_out + at1, first - last * total1, mask=in1)
-                tl.store(b1_out + at_b, bias1 - last * total_b, mask=in_b)
-                tl.store(w2_out + at2, second - last * total2, mask=in2)
-        mixed = (causal(mixed + 1.0, BLOCK_K) * taus).to(queries.dtype)
-        read -= tl.dot(mixed, write2, input_precision=PRECISION)
-        if opening:
-            read -= taus * load_vector(t2, pid, D, BLOCK_D)[None, :]
-        if full == 0:
-            store_vector(t2_out, bias_total, pid, D, BLOCK_D)
-            faults += count_not_finite(bias_total)
-        unit = standardised(read, eps, D, BLOCK_D)[0]
-        store_tile(y, queries.to(tl.float32) + unit * gamma + beta, rows, inside, D, BLOCK_D)
-        bias2 = new_bias2
-        tl.debug_barrier()  # the next mini-batch reads what other threads have stored
+        bias2, faults = mini_batch(
+            c, bias2, faults, tokens, span, norm, memory, sums, left, kept, slot, keep,
+            D, BLOCK_D, C, BLOCK_C, CHUNK, BLOCK_K, EVERY, PRECISION, GUARD,
+        )  # fmt: skip
     store_vector(b2_out, bias2, pid, D, BLOCK_D)
-    done = (phase + length) % CHUNK == 0
-    if done:
-        store_vector(t2_out, tl.zeros_like(bias2), pid, D, BLOCK_D)
-    faults += count_not_finite(bias2)
-    for column in range(0, C, BLOCK_C):
-        at1, in1, at2, in2, at_b, in_b = block_at(pid, column, D, BLOCK_D, C, BLOCK_C)
-        if done:
-            tl.store(s1_out + at1, tl.zeros([BLOCK_D, BLOCK_C], tl.float32), mask=in1)
-            tl.store(t1_out + at_b, tl.zeros([BLOCK_C], tl.float32), mask=in_b)
-            tl.store(s2_out + at2, tl.zeros([BLOCK_C, BLOCK_D], tl.float32), mask=in2)
-        faults += count_not_finite(tl.load(w1_out + at1, mask=in1, other=0.0))
-        faults += count_not_finite(tl.load(b1_out + at_b, mask=in_b, other=0.0))
-        faults += count_not_finite(tl.load(w2_out + at2, mask=in2, other=0.0))
+    faults += finish(memory, bias2, left, pid, (phase + length) % CHUNK == 0, D, BLOCK_D, C, BLOCK_C)
     if GUARD == 0:
         tl.store(suspects + pid, faults)
 
@@ -276,7 +313,7 @@ def mlp_replay(
     last = tl.load(tau + CHUNK - 1).to(tl.float32)
     index, pid = (start // (CHUNK * EVERY) + 2 * n + begin // EVERY) * H + h, n * H + h
     place = (stretch * EVERY).to(tl.int64) * H + h
-    _copy(kept_w1, kept_b1, kept_w2, index, all_w1, all_b1, all_w2, place, D, BLOCK_D, C, BLOCK_C)
+    copy_memory(kept_w1, kept_b1, kept_w2, index, all_w1, all_b1, all_w2, place, D, BLOCK_D, C, BLOCK_C)
     bias2 = load_vector(kept_b2, index, D, BLOCK_D)
     for c in range(begin, end):
         store_vector(all_b2, bias2, place, D, BLOCK_D)

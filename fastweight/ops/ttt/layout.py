@@ -12,6 +12,10 @@ KEEP_EVERY = 8  # mini-batches between two kept states
 REPLAY_BYTES = 3 << 29  # most that the replayed states of one part of the backward pass may take
 MAX_DIM, MAX_CHUNK = 128, 64
 HIDDEN_BLOCK = 64  # hidden units of a memory in registers at once
+# Where TTT-MLP's memory is between mini-batches, by pass: "held" in registers where it fits, or "streamed" through L2.
+MLP_DESIGN = {"forward": "streamed", "backward": "held"}
+HELD_DIM, HELD_WIDTH, HELD_CHUNK = 64, 256, 16  # the largest memory and mini-batch of the kernels that hold it,
+HELD_SHARED = 176 << 10  # and the bytes of shared memory that they need then
 
 # (num_warps, num_stages) of each kernel, by the width of its tiles over D.
 LAUNCH = {
@@ -25,11 +29,16 @@ LAUNCH = {
     "mlp_replay": {16: (2, 1), 32: (4, 1), 64: (4, 1), 128: (8, 1)},
     "mlp_reads": {16: (2, 1), 32: (4, 1), 64: (4, 1), 128: (8, 1)},
     "mlp_backward": {16: (2, 1), 32: (4, 1), 64: (4, 1), 128: (8, 1)},
+    "mlp_forward_held": {16: (2, 2), 32: (4, 2), 64: (8, 2)},
+    "mlp_replay_held": {16: (2, 1), 32: (4, 1), 64: (8, 1)},
+    "mlp_reads_held": {16: (2, 1), 32: (4, 1), 64: (8, 1)},
+    "mlp_backward_held": {16: (2, 2), 32: (4, 2), 64: (8, 2)},
+    "mlp_keys_held": {16: (2, 1), 32: (4, 1), 64: (4, 1)},
 }
 
 # The most registers of a thread, by the same width, where more programs on a processor are worth a little local memory:
-# 128 let four programs of four warps run side by side, 168 three.
-REGISTERS = {"linear_replay": {64: 168}, "linear_reads": {64: 128}}
+# 128 let four programs of four warps run side by side, or two of eight, 168 three of four.
+REGISTERS = {"linear_replay": {64: 168}, "linear_reads": {64: 128}, "mlp_reads_held": {64: 128}}
 
 
 def block(size: int) -> int:
@@ -50,6 +59,13 @@ def launch_options(kernel: str, dim: int, dtype: torch.dtype) -> dict[str, int]:
 def shared_bytes(dim: int, chunk: int, dtype: torch.dtype) -> int:
     """A bound of the shared memory of the largest kernel, fitted to what the compiler asked for on sm_90."""
     return dtype.itemsize * block(dim) * (300 + 32 * block(chunk) // 5)
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes that one block may have; where there is no GPU, those of an H100."""
+    if device.type != "cuda":
+        return 227 << 10
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 class Layout(NamedTuple):
@@ -91,6 +107,19 @@ class Layout(NamedTuple):
             "EVERY": KEEP_EVERY, "packed": int(self.packed),
             "PRECISION": "ieee" if self.dtype == torch.float32 else "tf32",
         }  # fmt: skip
+
+    def held(self, stage: str, width: int, device: torch.device) -> bool:
+        """Whether TTT-MLP's kernels of this pass hold a memory of `width` hidden units in registers, on this device."""
+        wide, units = block(self.dim), block(width)
+        fits = wide <= HELD_DIM and units <= min(HELD_WIDTH, 4 * wide) and block(self.chunk) <= HELD_CHUNK
+        return (
+            MLP_DESIGN[stage] == "held" and fits and self.dtype.itemsize == 2 and shared_memory(device) >= HELD_SHARED
+        )
+
+    def held_constants(self, width: int) -> dict[str, Any]:
+        """What the kernels that hold the memory are compiled for."""
+        unused = ("BLOCK_C", "PRECISION")
+        return {k: v for k, v in self.constants(width).items() if k not in unused} | {"WHOLE": block(width)}
 
     def launch(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
         """Start `kernel` with the warps and stages that the table has for it. arguments: tensors, then numbers."""

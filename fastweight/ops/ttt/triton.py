@@ -9,7 +9,7 @@ from torch import Tensor
 from fastweight.ops import dispatch
 from fastweight.ops.kernels import why_no_kernels
 from fastweight.ops.ttt import TTTWeights
-from fastweight.ops.ttt.layout import MAX_CHUNK, MAX_DIM, shared_bytes
+from fastweight.ops.ttt.layout import MAX_CHUNK, MAX_DIM, shared_bytes, shared_memory
 
 EVERYWHERE = 99 << 10  # bytes of shared memory that a block may have on every GPU that runs kernels
 WAY_OUT = 'Use backend="chunked"'
@@ -29,7 +29,7 @@ def refuses(x: Tensor, *args: Any, **options: Any) -> str | None:
             f"takes mini-batches of up to {MAX_CHUNK} tokens, got {tau.shape[0]}. {WAY_OUT}, or a smaller chunk_size."
         )
     needed = shared_bytes(q.shape[-1], tau.shape[0], q.dtype)
-    if needed > EVERYWHERE and needed > (there := _shared_memory(q)):
+    if needed > EVERYWHERE and needed > (there := shared_memory(q.device)):
         sizes = f"mini-batches of {tau.shape[0]} tokens with {q.shape[-1]} channels in {q.dtype}"
         return f"needs {needed >> 10} KiB of shared memory for {sizes}, there are {there >> 10}. {WAY_OUT}."
     if not q.dtype == k.dtype == v.dtype:
@@ -45,11 +45,6 @@ def refuses(x: Tensor, *args: Any, **options: Any) -> str | None:
 
 def _listed(values: Sequence[object]) -> str:
     return ", ".join(sorted({str(value) for value in values}))
-
-
-def _shared_memory(x: Tensor) -> int:
-    """Bytes that one block may have; where there is no GPU, those of an H100."""
-    return torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin if x.is_cuda else 227 << 10
 
 
 @dispatch.register_backend("ttt_mlp", "triton", refuses, traceable=lambda *args, **options: True)

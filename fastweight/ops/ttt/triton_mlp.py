@@ -20,18 +20,22 @@ def _run(
 ) -> list[Tensor]:  # fmt: skip
     """y, new W1, b1, W2, b2, new sums, flags [tokens, H], and, if `keep`, states for the backward pass."""
     from fastweight.ops.ttt.kernels_mlp import mlp_forward
+    from fastweight.ops.ttt.kernels_mlp_held import mlp_forward_held
 
     inputs = (q, k, v, rate, tau, ln_weight, ln_bias, w1, b1, w2, b2, s1, t1, s2, t2, position)
     results = _results(*inputs, cu_seqlens, eps, keep)
     layout = Layout.of(q, tau, cu_seqlens)
     suspects = torch.empty(layout.sequences, layout.heads, dtype=torch.int32, device=q.device)
+    ends, constants = position if cu_seqlens is None else cu_seqlens, layout.constants(w1.shape[-1])
+    grid, given = (layout.sequences * layout.heads,), (*inputs, ends, *results[:10], suspects, *results[10:])
+    options = {"keep": int(keep), **constants}
     with torch.cuda.device_of(q):
-        for guard in (False, True):
-            layout.launch(
-                mlp_forward, (layout.sequences * layout.heads,), *inputs,
-                position if cu_seqlens is None else cu_seqlens, *results[:10], suspects, *results[10:], layout.length,
-                eps, layout.heads, keep=int(keep), GUARD=guard, **layout.constants(w1.shape[-1]),
-            )  # fmt: skip
+        if layout.held("forward", w1.shape[-1], q.device):
+            whole = layout.held_constants(w1.shape[-1])["WHOLE"]
+            layout.launch(mlp_forward_held, grid, *given, layout.length, eps, layout.heads, **options, WHOLE=whole)
+        else:
+            layout.launch(mlp_forward, grid, *given, layout.length, eps, layout.heads, **options, GUARD=False)
+        layout.launch(mlp_forward, grid, *given, layout.length, eps, layout.heads, **options, GUARD=True)
     return results
 
 
@@ -62,12 +66,13 @@ def _gradients(
     tokens = (
         k, v, rate, tau, ln_weight, ln_bias, *like, position, position if cu_seqlens is None else cu_seqlens, flags
     )  # fmt: skip
-    todo = parts(layout, position, cu_seqlens, _bytes_of_one(layout, width, q))
+    one_part, held = (_one_part_held, True) if layout.held("backward", width, q.device) else (_one_part, False)
+    todo = parts(layout, position, cu_seqlens, _bytes_of_one(layout, width, q, held))
     into = _Gradients.empty(layout, todo, (q, k, v, rate), like, memory)
     sums, place = sums or [torch.zeros_like(x) for x in like], 0
     with torch.cuda.device_of(q):
         for part in todo:
-            _one_part(layout, width, part, place, dy, q, tokens, sums, kept, eps, into)
+            one_part(layout, width, part, place, dy, q, tokens, sums, kept, eps, into)
             place += part.owner.shape[0] * layout.every
     of_tau = into.tau.sum((0, 1))
     of_tau[-1] += into.last.sum()
@@ -101,8 +106,12 @@ class _Gradients(NamedTuple):
         return _Gradients._make([*tokens, *shared, memory, [torch.empty_like(x) for x in like]])
 
 
-def _bytes_of_one(layout: Layout, width: int, q: Tensor) -> int:
+def _bytes_of_one(layout: Layout, width: int, q: Tensor, held: bool) -> int:
     """What one mini-batch of one head takes between the kernels of a part."""
+    if held:
+        vectors = 4 * (3 * width + 4 * layout.dim + layout.chunk)
+        tiles = layout.chunk * (4 * (5 * layout.dim + 8) + q.element_size() * (layout.dim + 9 * width))
+        return vectors + tiles + q.element_size() * 2 * layout.dim * width
     memory = 4 * (2 * layout.dim * width + width + layout.dim)
     return memory + layout.chunk * (3 * 4 * layout.dim + q.element_size() * (layout.dim + 4 * width))
 
@@ -138,6 +147,51 @@ def _one_part(
         mlp_backward, (layout.sequences * h,), q, *tokens, part.base, *memory, *scratch, *sums, into.k, into.v,
         into.rate, into.last, into.gamma[own:], into.beta[own:], *into.memory, *into.sums,
         layout.length, part.first, part.stop, eps, h, **constants,
+    )  # fmt: skip
+
+
+def _one_part_held(
+    layout: Layout, width: int, part: Part, first: int, dy: Tensor, q: Tensor, tokens: Tensors, sums: list[Tensor],
+    kept: list[Tensor], eps: float, into: _Gradients,
+) -> None:  # fmt: skip
+    """As `_one_part`, with the memory in registers. Products of gradients with W1 come last, again side by side."""
+    from fastweight.ops.ttt.kernels_mlp_held import mlp_replay_held
+    from fastweight.ops.ttt.kernels_mlp_held_backward import mlp_backward_held, mlp_keys_held, mlp_reads_held
+
+    n, h, d, chunk, constants = layout.sequences, layout.heads, layout.dim, layout.chunk, layout.held_constants(width)
+    k, v, rate, tau, ln_weight, _ln_bias, s1, t1, s2, t2, position, ends, flags = tokens
+    stretches = part.owner.shape[0]
+    places, empty = (stretches * layout.every, h), kept[0].new_empty
+    firsts, seconds = (q.new_empty(*places, d, width) for _ in range(2))
+    biases1, totals1, middles1 = (empty(*places, width) for _ in range(3))
+    biases2, reads2 = (empty(*places, d) for _ in range(2))
+    units, grads2, d_writes2, d_keys, pulled = (empty(*places, chunk, d) for _ in range(5))
+    statistics, d_reads = empty(*places, chunk, 8), q.new_empty(*places, chunk, d)
+    xs, writes1, slopes, bends, actives, d_middles, below1, errors, d_z1 = (
+        q.new_empty(*places, chunk, width) for _ in range(9)
+    )
+    shared, own = (into.tau[first:], into.gamma[first:], into.beta[first:]), -n
+    where, sizes = (part.owner, part.base), (layout.length, n, part.first)
+    hidden = (xs, writes1, slopes, bends)
+    layout.launch(
+        mlp_replay_held, (stretches, h), *tokens, *kept, *where, firsts, biases1, seconds, biases2, totals1, units,
+        grads2, statistics, *hidden, *sizes, eps, h, **constants,
+    )  # fmt: skip
+    for opening in (False, True) if part.first == 0 else (False,):
+        layout.launch(
+            mlp_reads_held, (n, h) if opening else places, dy, q, k, rate, tau, ln_weight, s1, t1, s2, t2, position,
+            ends, flags, *where, firsts, biases1, seconds, biases2, grads2, *hidden, d_reads, d_writes2, d_keys,
+            actives, d_middles, below1, errors, middles1, reads2, into.q, *shared, *into.sums, *sizes, eps, h,
+            **constants, OPENING=opening,
+        )  # fmt: skip
+    layout.launch(
+        mlp_backward_held, (n * h,), q, *tokens, part.base, seconds, totals1, units, grads2, statistics, *hidden,
+        d_reads, d_writes2, actives, d_middles, below1, errors, middles1, reads2, pulled, d_z1, *sums, into.v,
+        into.rate, into.last, into.gamma[own:], into.beta[own:], *into.memory, *into.sums, layout.length, part.first,
+        part.stop, h, **constants,
+    )  # fmt: skip
+    layout.launch(
+        mlp_keys_held, places, position, ends, *where, firsts, d_keys, pulled, d_z1, into.k, *sizes, h, **constants
     )  # fmt: skip
 
 
