@@ -22,7 +22,8 @@ from distributed import runs  # found in the folder of all tests
 from fastweight.distributed.mesh import MeshConfig, ReplicaConfig
 from fastweight.distributed.team import joined
 from fastweight.train import train
-from fastweight.train.loop import RESULT, Trainer
+from fastweight.train.ending import RESULT
+from fastweight.train.loop import Trainer
 
 
 def make(store: str, job: dict) -> None:
