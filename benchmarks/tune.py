@@ -29,7 +29,7 @@ from benchmarks.ops import draw, works
 from benchmarks.timing import machine, print_table, write_json
 from fastweight.ops.examples import Shape
 from fastweight.ops.lact import recorded
-from fastweight.ops.ttt.layout import LAUNCH, block
+from fastweight.ops.ttt.layout import LAUNCH, MLP_DESIGN, block
 
 TTT, LACT = "fastweight.ops.ttt.layout", "fastweight.ops.lact."
 DEVICE = "cuda"
@@ -62,7 +62,7 @@ def _launches() -> Iterator[Change]:
     """Warps and stages beside the present ones, and bounds of registers, of each kernel that reads whole sequences."""
     for kernel, by_width in LAUNCH.items():
         work = "TTT-Linear" if kernel.startswith("linear") else "TTT-MLP"
-        if kernel.endswith("step"):
+        if kernel.endswith("step") or not _runs(kernel):
             continue
         warps, stages = by_width[WIDTH]
         few = [(1, stages)] if kernel == "linear_reads" else []  # many small programs
@@ -75,7 +75,15 @@ def _launches() -> Iterator[Change]:
                 yield Change(work, (TTT, "REGISTERS", kernel, WIDTH), registers)
 
 
+def _runs(kernel: str) -> bool:
+    """Whether calls of the benchmark's size use this kernel: of TTT-MLP's designs one for each pass."""
+    design = MLP_DESIGN["forward" if "forward" in kernel else "backward"]
+    return not kernel.startswith("mlp") or kernel.endswith("_held") == (design == "held")
+
+
 def _sizes() -> Iterator[Change]:
+    for part in MLP_DESIGN:
+        yield from (Change("TTT-MLP", (TTT, "MLP_DESIGN", part), design) for design in ("streamed", "held"))
     for work in ("TTT-Linear", "TTT-MLP"):
         yield from (Change(work, (TTT, "KEEP_EVERY"), every) for every in (4, 8, 16))
         yield from (Change(work, (TTT, "REPLAY_BYTES"), 1 << power) for power in (28, 30, 32))

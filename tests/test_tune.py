@@ -31,7 +31,13 @@ def test_every_planned_change_differs_from_what_there_is_and_has_a_name_of_its_o
     assert len({tune.key_of([c]) for c in changes}) == len(changes) > 60
     assert all(tune.present(c.path) != c.value for c in changes)
     assert {c.work for c in changes} == {"TTT-Linear", "TTT-MLP", "LaCT, momentum + Muon"}
-    assert {c.path[2] for c in tune.plan("mlp_backward")} == {"mlp_backward"}
+    assert {c.path[2] for c in tune.plan("mlp_backward")} == {"mlp_backward_held"}
+
+
+def test_only_kernels_of_the_present_designs_are_tried(tune, monkeypatch):
+    monkeypatch.setitem(layout.MLP_DESIGN, "backward", "streamed")
+    kernels = {c.path[2] for c in tune.plan("LAUNCH[mlp")}
+    assert kernels == {"mlp_forward", "mlp_replay", "mlp_reads", "mlp_backward"}
 
 
 def test_every_planned_change_is_seen_inside_and_gone_outside_even_after_an_error(tune):
