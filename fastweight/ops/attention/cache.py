@@ -4,6 +4,16 @@ import torch
 from torch import Tensor
 
 from fastweight.ops.attention import AttentionState
+from fastweight.ops.sequences import advance
+
+
+def after(
+    k: Tensor, v: Tensor, state: AttentionState, window: int | None, longest: int, cu_seqlens: Tensor | None
+) -> AttentionState:
+    """The state after a call with new tokens k, v, of which the longest sequence has `longest`; sinks as in `state`."""
+    capacity = state.k.shape[1] + longest
+    caches = append(k, v, state, capacity if window is None else min(capacity, window - 1), cu_seqlens)
+    return AttentionState(*caches, advance(state.position, k.shape[1], cu_seqlens), state.sink_k, state.sink_v)
 
 
 def append(

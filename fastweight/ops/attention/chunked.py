@@ -14,8 +14,7 @@ from torch.nn import functional as F
 
 from fastweight.ops import dispatch
 from fastweight.ops.attention import AttentionState
-from fastweight.ops.attention.cache import append, read_sinks
-from fastweight.ops.sequences import advance
+from fastweight.ops.attention.cache import after, read_sinks
 from fastweight.state import map_tensors
 
 # Queries per call; a tile, not part of the function. A GPU takes the largest: few large calls keep it busy.
@@ -41,11 +40,8 @@ def chunked(
     if num_sinks:
         state = read_sinks(k, v, state, cu_seqlens)
     y = _read_batch(q, k, v, state, setting) if lengths is None else _read_packed(q, k, v, state, lengths, setting)
-    capacity = state.k.shape[1] + (q.shape[1] if lengths is None else max(lengths))
-    capacity = capacity if window is None else min(capacity, window - 1)
-    caches = append(k, v, state, capacity, cu_seqlens)
-    position = advance(state.position, q.shape[1], cu_seqlens)
-    return y.to(q.dtype), AttentionState(*caches, position, state.sink_k, state.sink_v)
+    longest = q.shape[1] if lengths is None else max(lengths)
+    return y.to(q.dtype), after(k, v, state, window, longest, cu_seqlens)
 
 
 def _read_packed(

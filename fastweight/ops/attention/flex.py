@@ -15,11 +15,11 @@ from torch.nn import functional as F
 
 from fastweight.ops import dispatch
 from fastweight.ops.attention import AttentionState
-from fastweight.ops.attention.cache import append, read_sinks
+from fastweight.ops.attention.cache import after, read_sinks
 from fastweight.ops.attention.chunked import all_in_sight, chunked
 from fastweight.ops.attention.sight import BLOCK, Layout, Lists, Sight, fill_up, kept_intervals, look
 from fastweight.ops.kernels import why_no_kernels
-from fastweight.ops.sequences import advance, sequence_lengths
+from fastweight.ops.sequences import sequence_lengths
 
 SMALLEST_HEAD, LARGEST_HEAD = 16, 256  # what the kernels' products take; smaller heads are filled up with zeros
 # Tiles of the kernels by (compute capability, head_dim) for 16-bit inputs; where there are none, torch has its own.
@@ -80,10 +80,7 @@ def flex(
         state = read_sinks(k, v, state, cu_seqlens)
     layout = Layout(tuple(lengths), cu_seqlens is None, window, num_sinks, state.k.shape[1])
     y = _read(q, k, v, state, layout, scale, softcap)
-    capacity = layout.slots + max(lengths)
-    caches = append(k, v, state, capacity if window is None else min(capacity, window - 1), cu_seqlens)
-    position = advance(state.position, q.shape[1], cu_seqlens)
-    return y, AttentionState(*caches, position, state.sink_k, state.sink_v)
+    return y, after(k, v, state, window, max(lengths), cu_seqlens)
 
 
 def _read(

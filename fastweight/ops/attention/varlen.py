@@ -16,9 +16,9 @@ from torch import Tensor
 
 from fastweight.ops import dispatch
 from fastweight.ops.attention import AttentionState
-from fastweight.ops.attention.cache import append
+from fastweight.ops.attention.cache import after
 from fastweight.ops.attention.chunked import all_in_sight, chunked
-from fastweight.ops.sequences import advance, sequence_lengths
+from fastweight.ops.sequences import sequence_lengths
 
 LARGEST_HEAD = 256
 OTHERWISE = 'Use backend="chunked".'
@@ -88,9 +88,7 @@ def varlen(
     sides = (-1 if window is None else window - 1, 0)
     inputs = (q.flatten(0, 1), keys.to(q.dtype), values.to(q.dtype))
     y = call(*inputs, ends, key_ends, longest, slots + longest, scale=scale, window_size=sides)
-    capacity = slots + longest if window is None else min(slots + longest, window - 1)
-    caches = append(k, v, state, capacity, cu_seqlens)
-    return y.view(q.shape), AttentionState(*caches, advance(state.position, q.shape[1], cu_seqlens))
+    return y.view(q.shape), after(k, v, state, window, longest, cu_seqlens)
 
 
 def _join(k: Tensor, v: Tensor, state: AttentionState, ends: Tensor) -> tuple[Tensor, Tensor, Tensor]:
