@@ -29,6 +29,7 @@ from fastweight.devices import pick_device
 from fastweight.distributed.mesh import MeshConfig
 from fastweight.distributed.team import Team, joined, local_device
 from fastweight.train import DataConfig, LogConfig, ModelSource, TrainConfig, checkpoint
+from fastweight.train.config import Precision
 from fastweight.train.loop import Trainer
 from fastweight.train.metrics import NoMetrics
 from fastweight.train.prepare import prepared
@@ -57,7 +58,7 @@ class Options:
     batch_size: int = 1
     turns: int = 1
     device: str = "cpu"
-    precision: str = "float32"
+    precision: Precision = "float32"
     activation_checkpointing: bool = False
     feed_forward_checkpointing: bool = False
     compile: bool = False
@@ -78,7 +79,7 @@ def settings(options: Options, processes: int) -> TrainConfig:
             context=processes if cut else 1,
             replicate=processes if options.kind == "replicate" else 1,
         ),
-        precision=options.precision,  # type: ignore[arg-type]  # checked by the config
+        precision=options.precision,
         activation_checkpointing=options.activation_checkpointing,
         feed_forward_checkpointing=options.feed_forward_checkpointing,
         compile=options.compile,

@@ -18,6 +18,7 @@ from fastweight.effort import forward_flops
 from fastweight.model import Model
 from fastweight.optim import OptimizerConfig
 from fastweight.train import DataConfig, LogConfig, ModelSource, TrainConfig
+from fastweight.train.config import Precision
 from fastweight.train.loop import Trainer
 from fastweight.train.metrics import Metrics
 from fastweight.train.prepare import prepared
@@ -37,7 +38,7 @@ class Options:
     seq_len: int = 512
     batch_size: int = 8
     device: str = "cpu"
-    precision: str = "float32"
+    precision: Precision = "float32"
     compile: bool = False
     activation_checkpointing: bool = False
     feed_forward_checkpointing: bool = False
@@ -62,7 +63,7 @@ def time_steps(preset: str, optimizer: str, options: Options, folder: Path) -> d
         data=DataConfig(seq_len=options.seq_len, batch_size=options.batch_size),
         optimizer=OptimizerConfig(name=optimizer),  # type: ignore[arg-type]  # checked by the config
         log=LogConfig(every=10**9),
-        precision=options.precision,  # type: ignore[arg-type]  # checked by the config
+        precision=options.precision,
         compile=options.compile,
         activation_checkpointing=options.activation_checkpointing,
         feed_forward_checkpointing=options.feed_forward_checkpointing,
