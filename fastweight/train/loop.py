@@ -154,19 +154,24 @@ class Trainer:
         """What of a checkpoint has the size of the model, by the names of `checkpoint.open_tensors`."""
         weights = dict(self.model.named_parameters())
         word = "trained" if self.config.partial else "model"
-        named = {f"{word}:{name}": weights[name] for name in (self.trained if self.config.partial else weights)}
-        for part, kept in (("optimizer", self.optimizer), ("averaged", self.average), ("outer", self.outer)):
-            tensors = {} if kept is None else kept.state_tensors()
-            named |= {f"{part}:{name}": tensor for name, tensor in tensors.items()}
+        named: dict[str, Tensor] = {
+            f"{word}:{name}": weights[name] for name in (self.trained if self.config.partial else weights)
+        }
+        for word, keeper in self._keepers():
+            named |= {f"{word}:{name}": tensor for name, tensor in keeper.state_tensors().items()}
         return named
+
+    def _keepers(self) -> list[tuple[str, Any]]:
+        """What beside the model has tensors to go on with, each with the word for it in `checkpoint.open_tensors`."""
+        keepers = (("optimizer", self.optimizer), ("averaged", self.average), ("outer", self.outer))
+        return [(word, keeper) for word, keeper in keepers if keeper is not None]
 
     def restore(self, resumed: checkpoint.Resumed) -> None:
         """Take over what a checkpoint holds besides model and tally."""
         parameters = dict(self.model.named_parameters())
         with checkpoint.open_tensors(resumed.folder) as tensors:
-            for word, kept in (("optimizer", self.optimizer), ("averaged", self.average), ("outer", self.outer)):
-                if kept is not None:
-                    kept.load_state_tensors(read_state(tensors.under(word), parameters))
+            for word, keeper in self._keepers():
+                keeper.load_state_tensors(read_state(tensors.under(word), parameters))
         checkpoint.set_random_state(resumed.rng)
         share, rows = shares(self.config.data, self.team.readers)
         if resumed.carried is not None:
