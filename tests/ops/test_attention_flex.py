@@ -45,8 +45,10 @@ def plain_kernel(q, k, v, seen_from, seen_until, lists, scale, softcap, options)
     assert torch.equal(partly, pairs(lists[2], num_queries).T)  # the backward pass walks the same pairs
     assert torch.equal(fully, pairs(lists[3], num_queries).T)
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-    query = torch.arange(len(q))[:, None]
-    seen = (seen_from <= query) & (query < seen_until)
+    query, key = torch.arange(len(q))[:, None], torch.arange(len(k))
+    first = key if seen_from is None else seen_from
+    after_last = seen_until if seen_until.dim() else key + seen_until
+    seen = (first <= query) & (query < after_last)
     seen = (spread(partly) & seen) | spread(fully)
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     scores = scale * torch.einsum("qhd,khd->hqk", q, k)
@@ -141,13 +143,14 @@ def compiled_for_a_record(monkeypatch):
     return graphs
 
 
-def test_one_graph_without_bounds_serves_every_length_document_and_cache(monkeypatch):
+def test_one_graph_without_bounds_per_kind_of_call_serves_every_length(monkeypatch):
     graphs = compiled_for_a_record(monkeypatch)
     torch._dynamo.reset()
     fresh = AttentionState.empty(1, 2, 6, dtype=torch.float32)
     cases = [
         (1, 300, fresh, 20, None),
         (1, 100, fresh, 7, None),
+        (2, 500, AttentionState.empty(2, 2, 6, dtype=torch.float32), 400, None),
         (1, 400, AttentionState.empty(3, 2, 6, dtype=torch.float32), 130, torch.tensor([0, 130, 131, 400])),
         (3, 129, make_state([11, 0, 3], 4, dtype=torch.float32), 5, None),
     ]
@@ -159,25 +162,50 @@ def test_one_graph_without_bounds_serves_every_length_document_and_cache(monkeyp
             )
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     flex.kernel.cache_clear()
-    assert len(graphs) == 1
-    (call,) = [node for node in graphs[0].graph.nodes if node.target is torch.ops.higher_order.flex_attention]
-    for name, node in zip(("queries", "keys"), call.args[:2], strict=False):
-        length = node.meta["example_value"].shape[2]
-        assert not isinstance(length, int), name
-        assert torch.fx.experimental.symbolic_shapes.statically_known_true(length % BLOCK == 0), name
+    assert len(graphs) == 4  # one sequence, rows, packed documents, caches
+    for graph in graphs:
+        (call,) = [node for node in graph.graph.nodes if node.target is torch.ops.higher_order.flex_attention]
+        for name, node in zip(("queries", "keys"), call.args[:2], strict=False):
+            length = node.meta["example_value"].shape[2]
+            assert not isinstance(length, int), name
+            assert torch.fx.experimental.symbolic_shapes.statically_known_true(length % BLOCK == 0), name
 
 
-def test_each_kind_of_call_goes_where_it_is_fastest():
-    q, fresh = torch.zeros(1, 300, 2, 16), AttentionState.empty(1, 2, 16)
-    read = make_state([3], 3, dtype=torch.float32)
-    half = q.bfloat16()
-    assert flex.yields(half) is None
+def as_on_a_gpu(monkeypatch, name):
+    """Backend `name` of attention as `auto` sees it where kernels run; it says its name in place of running."""
+    backend = _OPS["attention"][name]
+    stand_in = backend._replace(run=lambda *args, **settings: name, refuses=lambda *args, **settings: None)
+    monkeypatch.setitem(_OPS["attention"], name, stand_in)
+
+
+@pytest.mark.parametrize(
+    ("settings", "read", "expected"),
+    [
+        ({"window": 299}, 0, "flex"),
+        ({"window": 300}, 3, "flex"),
+        ({"softcap": 2.0}, 0, "flex"),
+        ({"window": 300, "cu_seqlens": torch.tensor([0, 100, 300])}, 0, "flex"),
+        ({"cu_seqlens": torch.tensor([0, 100, 300])}, 0, "varlen"),
+        ({"window": 300}, 0, "chunked"),
+        ({"window": None}, 0, "chunked"),
+    ],
+)
+def test_each_kind_of_call_goes_where_it_is_fastest(monkeypatch, settings, read, expected):
+    monkeypatch.setattr(dispatch, "KERNELS", ())
+    monkeypatch.setattr(dispatch, "UNTRIED", set())
+    for name in ("flex", "varlen", "chunked"):
+        as_on_a_gpu(monkeypatch, name)
+    q = torch.zeros(1, 300, 2, 16, dtype=torch.bfloat16)
+    rows = 2 if "cu_seqlens" in settings else 1
+    state = make_state([read], read, dtype=q.dtype) if read else AttentionState.empty(rows, 2, 16, dtype=q.dtype)
+    state = state._replace(**{x: torch.zeros(rows, read, 2, 16, dtype=q.dtype) for x in ("k", "v")})
+    assert attention(q, q, q, state, **settings) == expected
+
+
+def test_in_float32_flex_is_not_taken_unasked():
+    q = torch.zeros(1, 300, 2, 16)
     assert "float32" in flex.yields(q)
-    assert "for windows and capped scores" in flex.yields(half, q, q, fresh, window=None)
-    assert "see all before them" in flex.yields(half, q, q, fresh, window=300)
-    for settings in ({"window": 299}, {"softcap": 2.0}, {"window": 300, "cu_seqlens": torch.tensor([0, 100, 300])}):
-        assert flex.yields(half, q, q, fresh, **settings) is None
-    assert flex.yields(half, q, q, read, window=300) is None
+    assert flex.yields(q.bfloat16()) is None
 
 
 def test_what_auto_decides_call_by_call_is_said_so(monkeypatch):

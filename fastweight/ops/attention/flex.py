@@ -32,6 +32,9 @@ TILES: dict[tuple[tuple[int, int], int], dict[str, int]] = {
         "bwd_num_stages": 3, "bwd_num_warps": 8,
     },
 }  # fmt: skip
+# Each table of intervals that a kernel reads takes 1 KiB of what its stages share: with two, three stages of 128 × 128
+# need 114 KiB, and a multiprocessor has room for one such program in place of two.
+TWO_TABLES = {"fwd_num_stages": 2}
 # Graphs that one process may need: dtypes, head counts, scales, with and without gradients. Lengths need none.
 MOST_GRAPHS = 128
 LAYOUTS = 64  # whose lists are kept: those of a batch serve all its layers
@@ -49,18 +52,19 @@ def refuses(q: Tensor, *args: object, **settings: object) -> str | None:
 
 
 def yields(
-    q: Tensor, k: Tensor | None = None, v: Tensor | None = None, state: AttentionState | None = None, *,
+    x: Tensor, q: Tensor | None = None, k: Tensor | None = None, v: Tensor | None = None,
+    state: AttentionState | None = None, *,
     window: int | None = None, softcap: float | None = None, cu_seqlens: Tensor | None = None, **settings: object,
 ) -> str | None:  # fmt: skip
     """Why another backend is the better choice though this one could run."""
-    if q.dtype == torch.float32:
+    if x.dtype == torch.float32:
         return 'is made for 16-bit inputs; in float32 "chunked" is taken.'
     if k is None or softcap is not None:  # nothing is known yet, or nothing else has a kernel for it
         return None
     if window is None:
         return "is for windows and capped scores; without either a plain call is faster."
     assert state is not None
-    if cu_seqlens is None and all_in_sight(q, state, window):
+    if cu_seqlens is None and all_in_sight(x, state, window):
         return 'leaves rows that see all before them to "chunked", which reads them without a mask.'
     return None
 
@@ -90,18 +94,18 @@ def _read(
     dim = q.shape[-1]
     sight = _sight(layout, q.device)
     queries, keys, values = (fill_up(_widen(x.to(q.dtype)), layout.stride) for x in (q, k, v))
-    seen_from, seen_until = sight.seen_from, sight.seen_until
+    seen_from, seen_until = None, sight.reach if len(layout.lengths) == 1 else sight.seen_until
     if layout.num_sinks + layout.slots:
         kept = [_kept(x, y, layout).to(q.dtype) for x, y in ((state.sink_k, state.k), (state.sink_v, state.v))]
         keys, values = (torch.cat((_widen(old), new)) for old, new in zip(kept, (keys, values), strict=True))
         seen = kept_intervals(sight.starts, sight.ends, state.position, layout)
         seen_from, seen_until = (
             _grows(torch.cat((_rows(old, layout).to(torch.int32), new)), 0)
-            for old, new in zip(seen, (seen_from, seen_until), strict=True)
+            for old, new in zip(seen, (sight.seen_from, sight.seen_until), strict=True)
         )
     blocks = [_grows(x.unflatten(0, (-1, BLOCK)), 0) for x in (queries, keys, values)]
     lists = (sight.keys, sight.full_keys, sight.queries, sight.full_queries)
-    y = kernel()(*blocks, seen_from, seen_until, lists, scale, softcap, _options(q))
+    y = kernel()(*blocks, seen_from, seen_until, lists, scale, softcap, _options(q, seen_from is None))
     return y.flatten(0, 1).unflatten(0, (q.shape[0], layout.stride))[:, : q.shape[1], :, :dim]
 
 
@@ -120,11 +124,15 @@ def _widen(x: Tensor) -> Tensor:
     return F.pad(x, (0, missing)) if missing > 0 else x
 
 
-def _options(q: Tensor) -> dict[str, Any]:
-    """Settings of the kernels for inputs like q: tiles, and products in full precision where inputs have it."""
+def _options(q: Tensor, plain: bool) -> dict[str, Any]:
+    """Settings of the kernels for inputs like q: tiles, and products in full precision where inputs have it.
+
+    plain: keys are seen from their own query on.
+    """
     if q.dtype not in (torch.float16, torch.bfloat16):
         return {"BACKEND": "TRITON", "FLOAT32_PRECISION": "'ieee'"}
-    return {"BACKEND": "TRITON"} | TILES.get((torch.cuda.get_device_capability(q.device), q.shape[-1]), {})
+    tiles = TILES.get((torch.cuda.get_device_capability(q.device), q.shape[-1]), {})
+    return {"BACKEND": "TRITON"} | tiles | ({} if plain or not tiles else TWO_TABLES)
 
 
 @functools.lru_cache(LAYOUTS)
@@ -136,7 +144,7 @@ def _sight(layout: Layout, device: torch.device) -> Sight:
             name: Lists(_grows(pair.lengths.to(device), 2), _grows(pair.blocks.to(device), 2, 3))
             for name, pair in zip(Sight._fields, found[:4])
         }
-        rest = {name: _grows(x.to(device), 0) for name, x in zip(Sight._fields[4:], found[4:])}
+        rest = {name: _grows(x.to(device), *range(x.dim())) for name, x in zip(Sight._fields[4:], found[4:])}
         return found._replace(**lists, **rest)
 
 
@@ -165,18 +173,21 @@ def kernel() -> Callable[..., Tensor]:
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, seen_from: Tensor, seen_until: Tensor, lists: tuple[Lists, Lists, Lists, Lists],
-    scale: float, softcap: float | None, options: Any,
+    q: Tensor, k: Tensor, v: Tensor, seen_from: Tensor | None, seen_until: Tensor,
+    lists: tuple[Lists, Lists, Lists, Lists], scale: float, softcap: float | None, options: Any,
 ) -> Tensor:  # fmt: skip
     """q [query blocks, BLOCK, Hq, D], k and v [key blocks, BLOCK, Hkv, D]: y [1, queries, Hq, D].
 
-    seen_from, seen_until: [keys], the queries that see each key. lists: keys, full keys, queries, full queries.
-    options: of the kernels.
+    seen_from: [keys], the first query that sees each key; None: the one in its place. seen_until: [keys], the query
+    after the last; or [], so many after the key's own. lists: keys, full keys, queries, full queries. options: of the
+    kernels.
     """
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (seen_from[key] <= query) & (query < seen_until[key])
+        first = key if seen_from is None else seen_from[key]
+        after_last = seen_until[key] if seen_until.dim() else key + seen_until
+        return (first <= query) & (query < after_last)
 
     def cap(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         assert softcap is not None

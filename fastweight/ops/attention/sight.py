@@ -60,7 +60,8 @@ class Sight(NamedTuple):
     """What a layout fixes. Partly seen blocks need a look at the tokens' intervals, fully seen ones do not.
 
     keys, full_keys: blocks of keys per block of queries; queries, full_queries: the same pairs the other way around.
-    seen_from, seen_until: [queries] int32, the interval of queries that sees each new token. starts, ends: [N].
+    seen_from, seen_until: [queries] int32, the interval of queries that sees each new token. reach: [] int32, how
+    many they are where nothing ends: all that a single sequence without kept keys needs. starts, ends: [N].
     """
 
     keys: Lists
@@ -69,6 +70,7 @@ class Sight(NamedTuple):
     full_queries: Lists
     seen_from: Tensor
     seen_until: Tensor
+    reach: Tensor
     starts: Tensor
     ends: Tensor
 
@@ -104,10 +106,11 @@ def look(layout: Layout) -> Sight:
     num_kept = len(kept_from) // BLOCK
     partly, fully = _pairs(torch.cat((kept_from, seen_from)), torch.cat((kept_until, seen_until)), num_kept)
     num_queries, num_keys = len(seen_from) // BLOCK, num_kept + len(seen_from) // BLOCK
+    reach = torch.tensor(FAR if layout.window is None else layout.window, dtype=torch.int32)
     return Sight(
         keys=_list(partly[1], partly[0], num_queries), full_keys=_list(fully[1], fully[0], num_queries),
         queries=_list(*partly, num_keys), full_queries=_list(*fully, num_keys),
-        seen_from=seen_from.int(), seen_until=seen_until.int(), starts=starts, ends=ends,
+        seen_from=seen_from.int(), seen_until=seen_until.int(), reach=reach, starts=starts, ends=ends,
     )  # fmt: skip
 
 

@@ -57,11 +57,12 @@ def refuses(
 
 
 def yields(
-    q: Tensor, k: Tensor | None = None, v: Tensor | None = None, state: AttentionState | None = None, *,
+    x: Tensor, q: Tensor | None = None, k: Tensor | None = None, v: Tensor | None = None,
+    state: AttentionState | None = None, *,
     window: int | None = None, cu_seqlens: Tensor | None = None, **settings: object,
 ) -> str | None:  # fmt: skip
     """Why another backend is the better choice though this one could run."""
-    if state is not None and cu_seqlens is None and all_in_sight(q, state, window):
+    if state is not None and cu_seqlens is None and all_in_sight(x, state, window):
         return 'leaves rows that see all before them to "chunked", which is faster there.'
     return None
 
