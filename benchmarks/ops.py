@@ -84,7 +84,8 @@ def runners(name: str, example: Example, inputs: Inputs, device: str, sizes: dic
 def shown(result: dict[str, float]) -> str:
     memory = f", {result['peak_gib']:.1f} GiB" if "peak_gib" in result else ""
     memory += f", {result['reserved_gib']:.1f} reserved" if "reserved_gib" in result else ""
-    return f"{result['median_ms']:.2f} ({result['low_ms']:.2f}-{result['high_ms']:.2f}{memory})"
+    alone = f", alone {result['alone_ms']:.2f}" if "alone_ms" in result else ""
+    return f"{result['median_ms']:.2f} ({result['low_ms']:.2f}-{result['high_ms']:.2f}{alone}{memory})"
 
 
 def against(limit: Ceilings, work: Cost, result: dict[str, float]) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import itertools
 import json
 import platform
 import statistics
@@ -16,10 +17,16 @@ import torch
 from fastweight.devices import package_version
 from fastweight.files import write_text
 
+MOST_RUNS = 200
+
 
 def measure(run: Callable[[], object], device: str, *, seconds: float = 2.0, at_least: int = 5) -> dict[str, float]:
-    """Median and quartiles in milliseconds of repeated calls, after two calls of warm-up; peak memory on a GPU, that of
-    tensors and all that is taken from the device."""
+    """Median and quartiles in milliseconds of repeated calls, after two calls of warm-up.
+
+    On a GPU calls are queued one behind the other, as in training, where the host runs ahead; `alone_ms` is the median
+    of calls that each find the device idle, the host's launches included. Also the peak memory there, that of tensors
+    and all that is taken from the device.
+    """
     cuda = device.startswith("cuda")
     with torch.cuda.device(device) if cuda else contextlib.nullcontext():  # events are those of the current GPU
         return _measured(run, cuda, seconds, at_least)
@@ -35,16 +42,25 @@ def _measured(run: Callable[[], object], cuda: bool, seconds: float, at_least: i
     if cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-    times, began = [], time.perf_counter()
-    while len(times) < at_least or (time.perf_counter() - began < seconds and len(times) < 200):
-        times.append(_once_on_gpu(run) if cuda else _once(run))
+    alone = _repeated(_alone_on_gpu if cuda else _once, run, seconds / 4 if cuda else seconds, at_least)
+    times = _in_a_row(run, seconds, at_least, statistics.median(alone)) if cuda else alone
     low, _, high = statistics.quantiles(times, n=4)
     result = {"median_ms": statistics.median(times), "low_ms": low, "high_ms": high, "runs": len(times)}
     if cuda:
+        result["alone_ms"] = statistics.median(alone)
         result["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         # Also what recorded passes keep for themselves, and what the allocator holds without need.
         result["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
     return result
+
+
+def _repeated(
+    once: Callable[[Callable[[], object]], float], run: Callable[[], object], seconds: float, at_least: int
+) -> list[float]:
+    times, began = [], time.perf_counter()
+    while len(times) < at_least or (time.perf_counter() - began < seconds and len(times) < MOST_RUNS):
+        times.append(once(run))
+    return times
 
 
 def _once(run: Callable[[], object]) -> float:
@@ -53,7 +69,7 @@ def _once(run: Callable[[], object]) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
-def _once_on_gpu(run: Callable[[], object]) -> float:
+def _alone_on_gpu(run: Callable[[], object]) -> float:
     """By the device's own clock, the host's launches included where the device waits for them."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
@@ -61,6 +77,18 @@ def _once_on_gpu(run: Callable[[], object]) -> float:
     end.record()
     end.synchronize()
     return start.elapsed_time(end)
+
+
+def _in_a_row(run: Callable[[], object], seconds: float, at_least: int, expected_ms: float) -> list[float]:
+    """As many calls as fit into the time, queued without a wait; one ends where the next begins."""
+    count = min(max(int(1e3 * seconds / expected_ms), at_least), MOST_RUNS)
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+    for mark in marks[:-1]:
+        mark.record()
+        run()
+    marks[-1].record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) for start, end in itertools.pairwise(marks)]
 
 
 class Ceilings(NamedTuple):
