@@ -35,7 +35,9 @@ def subjects(device):
                         # Rounded products meet Newton–Schulz's slope: held to their tolerance at the widths that the op
                         # states (tests/ops/test_lact_kernels.py), which no layer as narrow as this one has.
                         continue
-                    yield pytest.param(law, config, backend, dtype, id=f"{law}-{case}-{backend}-{dtype}")
+                    # With `--dist loadgroup` one process compiles a case's kernels, not each of them.
+                    group = pytest.mark.xdist_group(case)
+                    yield pytest.param(law, config, backend, dtype, id=f"{law}-{case}-{backend}-{dtype}", marks=group)
 
 
 def pytest_generate_tests(metafunc):
