@@ -161,7 +161,7 @@ def conversion(options: Options) -> list[Job]:
 
 
 def kernels() -> list[Job]:
-    tests = "tests/ops tests/test_stepping.py tests/train/test_cuda.py tests/test_report.py"
+    tests = "tests/golden tests/ops tests/test_stepping.py tests/train/test_cuda.py tests/test_report.py"
     # Each process compiles for itself, without a pool of compilers of its own.
     check = f"env TORCHINDUCTOR_COMPILE_THREADS=1 {PYTHON} pytest -n 16 --dist loadgroup -p no:benchmark -q --tb=short"
     laws = f"{check} tests/laws/test_laws.py --device cuda --timeout 250"

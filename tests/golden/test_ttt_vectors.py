@@ -126,6 +126,10 @@ def hashed(shapes):
 
 @pytest.fixture
 def model(which, tmp_path):
+    return imported(which, tmp_path)
+
+
+def imported(which, tmp_path):
     """The golden model, through the importer of the PyTorch code's folders."""
     kind, mamba = which
     tensors = hashed(published_shapes(kind, mamba))

@@ -4,6 +4,7 @@ import pytest
 import torch
 from training_cases import PARTIAL, converted_model, tiny_config, tiny_model
 
+from fastweight import Model
 from fastweight.train import LoraConfig, load_run_config, read_metrics, train
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -20,6 +21,24 @@ def test_a_gpu_trains_to_the_losses_of_the_cpu(store, tmp_path, name):
         train(config, tmp_path / device, model=tiny_model(), quiet=True)
     # Muon orthogonalises in bfloat16, whose products differ between devices.
     assert losses(tmp_path / "cuda") == pytest.approx(losses(tmp_path / "cpu"), rel=1e-4 if name == "adamw" else 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("preset", "backend"),
+    [("tiny-hybrid", "fla"), ("tiny-gated-delta", "fla"), ("tiny-window", "flex"), ("tiny-ttt-linear", "triton"),
+     ("tiny-ttt-mlp", "triton"), ("tiny-lact", "triton")],
+)  # fmt: skip
+def test_kernels_in_bfloat16_train_to_the_losses_of_the_cpu(store, tmp_path, preset, backend):
+    found = []
+    for device, precision in (("cpu", "float32"), ("cuda", "bfloat16")):
+        torch.manual_seed(0)
+        model = Model.from_preset(preset)
+        if device == "cuda":
+            model.set_backend(backend)
+        config = tiny_config(store, device=device, precision=precision, seq_len=128, steps=6)
+        train(config, tmp_path / device, model=model, quiet=True)
+        found.append(losses(tmp_path / device))
+    assert found[1] == pytest.approx(found[0], rel=1e-2)
 
 
 def test_a_run_on_a_gpu_resumes_from_its_checkpoint(store, tmp_path):
