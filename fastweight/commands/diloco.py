@@ -199,5 +199,7 @@ def _read_keys(path: Path) -> dict[str, bytes]:
 
 
 def _finish(result: dict[str, Any]) -> int:
+    from fastweight.train.signals import exit_code_of
+
     emit(result)
-    return {"SIGTERM": 143, "SIGINT": 130}.get(result["stopped"], 0)
+    return exit_code_of(result["stopped"])

@@ -52,7 +52,7 @@ def train(
     model: train this model instead of config.model. quiet: nothing on stderr.
     Started by torchrun, every process must call this alike; config.mesh places them, the first one writes and speaks. A
     model that is given then stays as it is.
-    The first SIGTERM or SIGINT saves after the current step and returns (`stopped`, `exit_code` say so).
+    The first SIGTERM, SIGINT or SIGHUP saves after the current step and returns (`stopped`, `exit_code` say so).
     Raises ValueError for settings that do not fit, CheckpointError for a damaged checkpoint, OSError if saving fails,
     DivergedError after max_bad_steps steps in a row that were not finite.
     """
