@@ -81,6 +81,8 @@ def _run(
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), stop_requests() as stop, ExitStack() as stack:
         torch.manual_seed(config.seed)
         if resume:
+            # First: a run that still goes on here writes checkpoints, and removes old ones.
+            stack.enter_context(only_run(out, team, report.say))
             check_store(out, store, config)
             start = resumed_start(config, out, read_record(out), resume, team)
         else:
@@ -90,10 +92,11 @@ def _run(
         trained = placed(start, team, device)
         for line in describe_run(config, trained, store, device, team):
             report.say(line)
-        # Nothing is written before all processes have found the settings good.
-        stack.enter_context(only_run(out, team, report.say))
-        if resumed is None and team.leads:
-            _record(config, start.model, store, out)
+        if resumed is None:
+            # Nothing is written before all processes have found the settings good.
+            stack.enter_context(only_run(out, team, report.say))
+            if team.leads:
+                _record(config, start.model, store, out)
         tally = Tally() if resumed is None else resumed.tally
         step = -1 if resumed is None else tally.step
         metrics = Metrics(out, config.log, step, config.to_dict()) if team.leads else NoMetrics()
