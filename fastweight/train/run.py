@@ -151,6 +151,22 @@ def check_store(out: Path, store: Store, config: TrainConfig) -> None:
     )
 
 
+def check_first_store(out: Path, store: Store, config: TrainConfig) -> None:
+    """As `check_store`, but what config.data.mix names need not be here: `store` alone is compared."""
+    kept = read_record(out).get("first_store")
+    if kept is None:  # not kept by this run, so that all stores are needed
+        check_store(out, store, config)
+        return
+    require(
+        kept == fingerprint(store, _unmixed(config)),
+        f"{store.path} holds other data or weights than the run in {out} was started with. Give its own store.",
+    )
+
+
+def _unmixed(config: TrainConfig) -> TrainConfig:
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, mix={}))
+
+
 def check_same_run(config: TrainConfig, out: Path) -> None:
     """Raise ValueError naming the settings that shape the weights and differ from those of the run in `out`."""
     old, new = shaping_settings(load_run_config(out)), shaping_settings(config)
@@ -182,6 +198,7 @@ def _record(config: TrainConfig, model: Model, store: Store, out: Path) -> None:
     software = {"fastweight": fastweight.__version__, "torch": torch.__version__}
     record = {"format": FORMAT, "version": VERSION, "train": config.to_dict(), "software": software}
     record |= {"model": model.config.to_dict(), "store": fingerprint(store, config)}
+    record["first_store"] = fingerprint(store, _unmixed(config))
     if config.partial:
         partial.save_base(out, model, store.tokenizer)
         record["base"] = partial.weights_checksum(model)
