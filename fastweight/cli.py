@@ -86,15 +86,29 @@ def main(arguments: list[str] | None = None) -> None:
 
 def explain(error: Exception, debug: bool) -> int:
     """Say on stderr what went wrong and return the exit code; a traceback only for `debug` and for mistakes of ours."""
-    user_error = isinstance(error, (ValueError, OSError, ImportError)) or type(error).__name__ == "OutOfMemoryError"
+    no_memory = _is_no_memory(error)
+    user_error = no_memory or isinstance(error, (ValueError, OSError, ImportError))
     if debug or not user_error:
         traceback.print_exception(error)
     if not user_error:
         print("fastweight: this is a mistake in fastweight, not in what you asked for.", file=sys.stderr)
         return INTERNAL_ERROR
-    hint = " Lower --batch-size or --seq-len." if type(error).__name__ == "OutOfMemoryError" else ""
-    print(f"fastweight: error: {error}{hint}", file=sys.stderr)
+    print(f"fastweight: error: {_out_of_memory(error) if no_memory else error}", file=sys.stderr)
     return USER_ERROR
+
+
+def _is_no_memory(error: Exception) -> bool:
+    """Of Python or numpy, of torch on a GPU, or of torch on a CPU, which has no class of its own for it."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))
+
+
+def _out_of_memory(error: Exception) -> str:
+    first = next(iter(str(error).splitlines()), "") or "no more could be had"
+    return (
+        f"out of memory ({first.rstrip('.')}). Lower the batch size or the length of sequences (`fastweight COMMAND "
+        "--help` names the options), take a smaller model, or end other programs."
+    )
 
 
 def run(arguments: list[str]) -> int:

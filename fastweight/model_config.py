@@ -11,6 +11,8 @@ from fastweight.residual import FACTORS, RESIDUALS, SKIPS
 
 IN_INITS, OUT_INITS = ("normal", "orthogonal"), ("normal", "zero")
 
+MOST_VISITS = 1 << 16  # of the blocks of a core
+
 
 @dataclass(frozen=True, kw_only=True)
 class BlockConfig:
@@ -205,6 +207,11 @@ class ModelConfig:
         require(self.loops is not None, "model: it has no loops (start, stop, count), so its order has no core.")
         require(count >= 1, f"model: the core must be visited at least once, got {count} loops.")
         start, stop, _ = cast(tuple[int, int, int], self.loops)
+        # A config may come from anywhere, and the order is as long as it says.
+        require(
+            (stop - start) * count <= MOST_VISITS,
+            f"model: {stop - start} block(s) cannot be visited {count} times; {MOST_VISITS} visits are possible.",
+        )
         return (*range(start), *(tuple(range(start, stop)) * count), *range(stop, len(self.blocks)))
 
     def with_loops(self, count: int) -> "ModelConfig":

@@ -34,10 +34,10 @@ class Party:
         self.syncer = self.new_syncer()
         self.learners = {f"w{i}": self.new_learner(f"w{i}") for i in range(workers)}
 
-    def new_syncer(self, storage=None):
+    def new_syncer(self, storage=None, **options):
         storage = storage or Storage(self.url)
         lock = Lock(storage, clock=self.clock, sleep=self.sleep)
-        return Syncer(storage, self.run, lock, keys=self.keys, clock=self.clock)
+        return Syncer(storage, self.run, lock, keys=self.keys, clock=self.clock, **options)
 
     def new_learner(self, name, *, incarnation="first", storage=None, run=None, **options):
         key = self.keys.get(name) if self.keys else None

@@ -7,7 +7,9 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import torch
 from tiny_models import tiny_model
 
 from fastweight import cli
@@ -127,6 +129,25 @@ def test_how_the_program_ends(fastweight, monkeypatch, error, code, words):
 
     monkeypatch.setattr(cli, "run", fail)
     assert fastweight("doctor") == (code, "", words)
+
+
+@pytest.mark.parametrize(
+    ("allocate", "named"),
+    [
+        (lambda: torch.empty(10**15), "4000000000000000 bytes"),
+        (lambda: np.empty(10**15), "PiB"),
+        (lambda: bytearray(10**15), "no more could be had"),
+    ],
+    ids=["torch", "numpy", "python"],
+)
+def test_too_little_memory_is_no_mistake_of_the_library(fastweight, monkeypatch, allocate, named):
+    monkeypatch.setattr(cli, "run", lambda arguments: allocate())
+    code, _, err = fastweight("doctor")
+    assert code == 2
+    assert err.startswith("fastweight: error: out of memory (")
+    assert err.count("\n") == 1
+    assert named in err
+    assert "Lower the batch size" in err
 
 
 def test_a_mistake_of_the_library_shows_its_traceback_and_code_1(fastweight, monkeypatch):

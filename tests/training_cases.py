@@ -122,10 +122,13 @@ store = {store!r}
 
 def run_elsewhere(code: str, out: Path, store: Path) -> subprocess.CompletedProcess[str]:
     """Run `code` in a new Python process that knows `out`, `store` and everything of this module."""
-    prelude = PRELUDE.format(tests=str(Path(__file__).parent), out=str(out), store=str(store))
-    return subprocess.run(
-        [sys.executable, "-c", prelude + code], capture_output=True, text=True, timeout=ELSEWHERE_SECONDS
-    )
+    command = [sys.executable, "-c", prelude(out, store) + code]
+    return subprocess.run(command, capture_output=True, text=True, timeout=ELSEWHERE_SECONDS)
+
+
+def prelude(out: Path, store: Path) -> str:
+    """What a new Python process runs first to know `out`, `store` and everything of this module."""
+    return PRELUDE.format(tests=str(Path(__file__).parent), out=str(out), store=str(store))
 
 
 def call_at_forward(model: Model, number: int, action) -> Model:

@@ -46,9 +46,7 @@ def split(data: bytes) -> Content:
     _, version, manifest_bytes, size = HEAD.unpack_from(data)
     if version != VERSION:
         raise ArtifactError(f"a packed model of version {version}; this library reads version {VERSION}. Update one.")
-    if len(data) != size:
-        what = "truncated" if len(data) < size else "too long"
-        raise ArtifactError(f"the packed model is {what}: {len(data)} bytes, its head says {size}. {ADVICE}")
+    _check_size(len(data), size)
     end = HEAD.size + manifest_bytes
     if end + DIGEST_BYTES > size:
         raise ArtifactError(f"the packed model's manifest ({manifest_bytes} bytes) ends beyond the file. {ADVICE}")
@@ -56,6 +54,12 @@ def split(data: bytes) -> Content:
         raise ArtifactError(f"the packed model has been altered: its checksum does not fit. {ADVICE}")
     manifest = _read_manifest(data[HEAD.size : end])
     return Content(manifest, data[end:-DIGEST_BYTES], end + DIGEST_BYTES)
+
+
+def _check_size(found: int, size: int) -> None:
+    if found != size:
+        what = "truncated" if found < size else "too long"
+        raise ArtifactError(f"the packed model is {what}: {found} bytes, its head says {size}. {ADVICE}")
 
 
 def _read_manifest(packed: bytes) -> dict[str, Any]:
@@ -75,6 +79,7 @@ def read(path: str | Path) -> bytes:
     with path.open("rb") as file:
         head = file.read(HEAD.size)
         if head[: len(MAGIC)] == MAGIC and len(head) == HEAD.size:
+            _check_size(path.stat().st_size, HEAD.unpack(head)[-1])
             return head + file.read()
     raise ArtifactError(f"{path}: no packed model: it starts with {head[:8]!r}, {MAGIC!r} is needed.")
 

@@ -7,7 +7,7 @@ from typing import Any
 from fastweight.configs import check_keys, require
 from fastweight.data import Tokenizer, load_tokenizer
 
-MOST_BYTES = 1 << 26
+MOST_BYTES, MOST_NAME = 1 << 26, 60
 Named = dict[str, Any]
 
 
@@ -33,7 +33,8 @@ def check_files(record: Any) -> list[tuple[str, int]]:
         good = isinstance(item, list) and len(item) == 2 and isinstance(item[0], str) and type(item[1]) is int
         require(good, "a file of its tokenizer has no name and size")
         name, size = item
-        require(bool(name) and name == Path(name).name and "\0" not in name, f"a tokenizer's file cannot be {name!r}")
+        plain = name not in ("", "..") and name == Path(name).name and "\0" not in name
+        require(plain and len(name) <= MOST_NAME, f"a tokenizer's file cannot be {name[:40]!r}")
         require(size >= 0, f"a tokenizer's file cannot have {size} bytes")
         found.append((name, size))
     total = sum(size for _, size in found)

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +49,7 @@ def read_hello(data: dict[str, Any]) -> Hello:
         require(data["protocol"] == VERSION, f"it speaks protocol {data['protocol']!r}, {VERSION} is needed.")
         name, npy, seconds = data.get("name", ""), data.get("npy", False), data.get("train_seconds")
         require(isinstance(name, str) and isinstance(npy, bool), "name must be a string, npy true or false.")
-        return Hello(name=name, npy=npy, train_seconds=None if seconds is None else _number(seconds, "train_seconds"))
+        return Hello(name=name, npy=npy, train_seconds=None if seconds is None else _seconds(seconds))
 
     return _foreign(read)
 
@@ -123,7 +124,9 @@ def _load(name: str, folder: Path, what: str) -> np.ndarray:
     path = folder / name
     inside = path.resolve().is_relative_to(folder.resolve()) and path.is_file() and not path.is_symlink()
     require(inside, f"{what}: {name!r} is no file in the request's folder.")
-    return np.load(path, mmap_mode="r", allow_pickle=False)
+    found = np.load(path, mmap_mode="r", allow_pickle=False)
+    require(isinstance(found, np.ndarray), f"{what}: {name!r} is no .npy file of one array.")
+    return found
 
 
 def _event(entry: Any) -> Event:
@@ -157,6 +160,13 @@ def _list(value: Any, name: str) -> Sequence[Any]:
 def _number(value: Any, name: str) -> float:
     require(isinstance(value, (int, float)) and not isinstance(value, bool), f"{name} must be a number, got {value!r}.")
     return float(value)
+
+
+def _seconds(value: Any) -> float:
+    """What a limit can be held against; nan would pass every one."""
+    number = _number(value, "train_seconds")
+    require(0 <= number < math.inf, f"train_seconds must be a time in seconds, got {number}.")
+    return number
 
 
 def _count(value: Any, name: str) -> float:

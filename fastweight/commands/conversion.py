@@ -14,6 +14,7 @@ from fastweight.configs import require
 from fastweight.conversion import ConversionConfig, InPlaceRecipe, MagConfig, Recipe
 from fastweight.report import Report, ReportSettings
 from fastweight.report.result import FILE as REPORT_FILE
+from fastweight.train.signals import exit_code_of
 from fastweight.train.stages import StageConfig, StagesConfig, cpu_stages, gpu_stages
 
 CONVERT_EXAMPLES = [
@@ -130,7 +131,7 @@ def finish(result: dict[str, Any], folder: Path) -> None:
 
 def exit_code(result: dict[str, Any]) -> int:
     """0, or the code of the signal that stopped the conversion."""
-    return {"": 0, "SIGINT": 130, "SIGTERM": 143}.get(result["stopped"], 1)
+    return exit_code_of(result["stopped"])
 
 
 def report(name: str, arguments: list[str]) -> None:

@@ -41,6 +41,8 @@ class Sync:
     """Where the run is."""
     keys: MaybePath = None
     """File with the workers' keys (`fastweight diloco keys`)."""
+    readmit: tuple[str, ...] = ()
+    """Workers that may join again although they were refused for faulty pushes."""
     poll_seconds: float = 1.0
     """Pause between two looks at the folder."""
     lock_seconds: float = 10.0
@@ -147,7 +149,7 @@ def _sync(arguments: list[str]) -> int:
 
     keys = None if args.keys is None else _read_keys(args.keys)
     pauses = {"poll_seconds": args.poll_seconds, "lock_seconds": args.lock_seconds}
-    return _finish(sync(Storage(args.folder), keys=keys, say=say, **pauses))
+    return _finish(sync(Storage(args.folder), keys=keys, readmit=args.readmit, say=say, **pauses))
 
 
 def _learn(arguments: list[str]) -> int:
@@ -199,5 +201,7 @@ def _read_keys(path: Path) -> dict[str, bytes]:
 
 
 def _finish(result: dict[str, Any]) -> int:
+    from fastweight.train.signals import exit_code_of
+
     emit(result)
-    return {"SIGTERM": 143, "SIGINT": 130}.get(result["stopped"], 0)
+    return exit_code_of(result["stopped"])

@@ -91,6 +91,7 @@ def _start(args: Any, name: str) -> int:
     from fastweight import ranks
     from fastweight.golf.folder import RunFolder
     from fastweight.golf.training import calibrate, train_within
+    from fastweight.train.signals import exit_code_of
 
     make_store = "`fastweight data prepare --source python-stdlib --out data/stdlib` makes one."
     require(args.config.data.store != "", f"golf train: name a token store: --data.store DIR. {make_store}")
@@ -100,7 +101,7 @@ def _start(args: Any, name: str) -> int:
     record = train_within(folder, args.config, args.variant or name, args.calibration)
     if record["stopped"] not in ("", "time"):
         say("stopped; go on with the same command")
-        return {"SIGTERM": 143, "SIGINT": 130}.get(record["stopped"], 1)
+        return exit_code_of(record["stopped"]) or 1
     calibration = None if args.train_only else calibrate(folder)
     emit({"run": str(folder.path), "training": record, "calibration": calibration})
     return 0

@@ -108,6 +108,10 @@ class Ledger:
         there = {push.lease.worker for push in self.waiting(fragment)}
         return [x for x in self.leases.values() if x.fragment == fragment and x.worker not in there]
 
+    def faulty(self, worker: str) -> bool:
+        """Whether this worker was refused for its pushes, and has not joined since."""
+        return worker in self.workers and self.workers[worker].rejects >= self.max_rejects
+
     def holds_push(self, worker: str) -> bool:
         """Whether a push of this worker waits for its merge."""
         return any(push.lease.worker == worker for push in self.pushes.values())
@@ -141,7 +145,7 @@ class Ledger:
         worker = self.workers.setdefault(entry["worker"], Worker(entry["incarnation"]))
         if worker.lease:
             self._void(worker.lease, entry["reason"])
-        worker.incarnation, worker.refused = entry["incarnation"], entry["reason"]
+        worker.incarnation, worker.alive, worker.refused = entry["incarnation"], True, entry["reason"]
 
     def _on_leave(self, entry: Entry) -> None:
         worker = self.workers[entry["worker"]]

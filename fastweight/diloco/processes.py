@@ -1,7 +1,7 @@
 """A syncer or a worker as a process: the loop around `poll` or `advance`, until the run or the process is to end."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ def sync(
     storage: Storage,
     *,
     keys: Mapping[str, bytes] | None = None,
+    readmit: Collection[str] = (),
     poll_seconds: float = 1.0,
     lock_seconds: float = 10.0,
     patience_seconds: float = 600.0,
@@ -31,12 +32,13 @@ def sync(
 ) -> dict[str, Any]:
     """Be the syncer of the run in `storage` until every sample is counted, or a signal; returns `describe`'s summary.
 
-    Started again after any end, it goes on from what it had written. patience_seconds: how long the storage may be out
-    of reach. Raises OccupiedError if another syncer is at work, StorageError when the patience is at an end.
+    Started again after any end, it goes on from what it had written. keys, readmit: as of Syncer. patience_seconds: how
+    long the storage may be out of reach. Raises OccupiedError if another syncer is at work, StorageError when the
+    patience is at an end.
     """
     run = open_run(storage)
     lock = Lock(storage, seconds=lock_seconds)
-    syncer = Syncer(storage, run, lock, keys=keys, say=say)
+    syncer = Syncer(storage, run, lock, keys=keys, readmit=readmit, say=say)
     say(f"syncer of run {run.id}: {run.total_samples:,} samples, from entry {syncer.log.number} of the log on")
     with stop_requests() as stop:
         patience = _Patience(patience_seconds, poll_seconds, say)

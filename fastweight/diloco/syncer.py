@@ -7,7 +7,7 @@ grace and on death.
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from torch import Tensor
 
@@ -43,8 +43,9 @@ ACCEPTED = "accepted"
 class Syncer:
     """The syncer of `run`, with the lock held.
 
-    keys: worker → key; with them, nobody else takes part. Raises OccupiedError if another syncer is at work, ValueError
-    if the folder is damaged or keys are missing.
+    keys: worker → key; with them, nobody else takes part. readmit: workers that were refused for faulty pushes and may
+    join again, once. Raises OccupiedError if another syncer is at work, ValueError if the folder is damaged or keys are
+    missing.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Syncer:
         lock: Lock,
         *,
         keys: Mapping[str, bytes] | None = None,
+        readmit: Collection[str] = (),
         clock: Callable[[], float] = time.monotonic,
         say: Callable[[str], None] = lambda line: None,
     ):
@@ -79,6 +81,9 @@ class Syncer:
         lock.acquire()
         storage.check_writable("log")
         self.state, self.log = restore(storage, run.diloco, self._gradient, self._tell)
+        self._readmit = {name for name in readmit if self.state.ledger.faulty(name)}
+        for name in sorted(set(readmit) - self._readmit):
+            say(f"readmit: {name} is not refused for faulty pushes")
 
     @property
     def finished(self) -> bool:
@@ -152,6 +157,11 @@ class Syncer:
         entry: Entry = {"kind": JOIN, "worker": worker, "incarnation": beat.incarnation}
         if wrong:
             entry |= {"kind": REFUSE, "reason": f"the worker has another {' and '.join(wrong)}"}
+        elif worker in self._readmit:
+            self._readmit.remove(worker)
+        elif self.state.ledger.faulty(worker):
+            advice = f"Once it is mended, `fastweight diloco sync --readmit {worker}` lets it join"
+            entry |= {"kind": REFUSE, "reason": f"its leases ended with faulty pushes before. {advice}"}
         self._decide(entry)
 
     def _key(self, worker: str) -> bytes | None:

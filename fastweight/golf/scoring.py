@@ -18,7 +18,7 @@ from fastweight.golf.folder import RunFolder, file_digest, model_digest, read_js
 from fastweight.golf.packing import PACKING
 from fastweight.golf.settings import EvalSettings
 from fastweight.train import load_run_config
-from fastweight.train.run import check_store
+from fastweight.train.run import check_first_store
 
 RAW, AVERAGED, PACKED, SLIDING, LEARNING = "raw", "averaged", "packed", "sliding", "learning"
 DOCUMENT = "document"
@@ -70,8 +70,7 @@ def _text(folder: RunFolder, settings: EvalSettings, store: str) -> str:
     """
     config = load_run_config(folder.train)
     found = Store.open(store or config.data.store)
-    if not config.data.mix:  # of a mixture the run keeps one sum of all stores, and not all need be here
-        check_store(folder.train, found, config)
+    check_first_store(folder.train, found, config)
     name = found.split(settings.split).name
     return hashlib.sha256(to_json(found.manifest["splits"][name]).encode()).hexdigest()
 

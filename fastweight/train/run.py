@@ -52,7 +52,7 @@ def train(
     model: train this model instead of config.model. quiet: nothing on stderr.
     Started by torchrun, every process must call this alike; config.mesh places them, the first one writes and speaks. A
     model that is given then stays as it is.
-    The first SIGTERM or SIGINT saves after the current step and returns (`stopped`, `exit_code` say so).
+    The first SIGTERM, SIGINT or SIGHUP saves after the current step and returns (`stopped`, `exit_code` say so).
     Raises ValueError for settings that do not fit, CheckpointError for a damaged checkpoint, OSError if saving fails,
     DivergedError after max_bad_steps steps in a row that were not finite.
     """
@@ -81,6 +81,8 @@ def _run(
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), stop_requests() as stop, ExitStack() as stack:
         torch.manual_seed(config.seed)
         if resume:
+            # First: a run that still goes on here writes checkpoints, and removes old ones.
+            stack.enter_context(only_run(out, team, report.say))
             check_store(out, store, config)
             start = resumed_start(config, out, read_record(out), resume, team)
         else:
@@ -90,10 +92,11 @@ def _run(
         trained = placed(start, team, device)
         for line in describe_run(config, trained, store, device, team):
             report.say(line)
-        # Nothing is written before all processes have found the settings good.
-        stack.enter_context(only_run(out, team, report.say))
-        if resumed is None and team.leads:
-            _record(config, start.model, store, out)
+        if resumed is None:
+            # Nothing is written before all processes have found the settings good.
+            stack.enter_context(only_run(out, team, report.say))
+            if team.leads:
+                _record(config, start.model, store, out)
         tally = Tally() if resumed is None else resumed.tally
         step = -1 if resumed is None else tally.step
         metrics = Metrics(out, config.log, step, config.to_dict()) if team.leads else NoMetrics()
@@ -148,6 +151,22 @@ def check_store(out: Path, store: Store, config: TrainConfig) -> None:
     )
 
 
+def check_first_store(out: Path, store: Store, config: TrainConfig) -> None:
+    """As `check_store`, but what config.data.mix names need not be here: `store` alone is compared."""
+    kept = read_record(out).get("first_store")
+    if kept is None:  # not kept by this run, so that all stores are needed
+        check_store(out, store, config)
+        return
+    require(
+        kept == fingerprint(store, _unmixed(config)),
+        f"{store.path} holds other data or weights than the run in {out} was started with. Give its own store.",
+    )
+
+
+def _unmixed(config: TrainConfig) -> TrainConfig:
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, mix={}))
+
+
 def check_same_run(config: TrainConfig, out: Path) -> None:
     """Raise ValueError naming the settings that shape the weights and differ from those of the run in `out`."""
     old, new = shaping_settings(load_run_config(out)), shaping_settings(config)
@@ -179,6 +198,7 @@ def _record(config: TrainConfig, model: Model, store: Store, out: Path) -> None:
     software = {"fastweight": fastweight.__version__, "torch": torch.__version__}
     record = {"format": FORMAT, "version": VERSION, "train": config.to_dict(), "software": software}
     record |= {"model": model.config.to_dict(), "store": fingerprint(store, config)}
+    record["first_store"] = fingerprint(store, _unmixed(config))
     if config.partial:
         partial.save_base(out, model, store.tokenizer)
         record["base"] = partial.weights_checksum(model)

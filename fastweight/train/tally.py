@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastweight.configs import from_dict
+from fastweight.train.signals import exit_code_of
 
 NATS_PER_BIT = 0.6931471805599453
 
@@ -108,7 +109,7 @@ class TrainResult:
     @property
     def exit_code(self) -> int:
         """What a command should exit with: 0, or 128 + the signal's number (143 for SIGTERM, 130 for SIGINT)."""
-        return {"SIGTERM": 143, "SIGINT": 130}.get(self.stopped, 0)
+        return exit_code_of(self.stopped)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""

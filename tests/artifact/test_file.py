@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import zlib
@@ -257,6 +258,9 @@ FORGERIES = {
     "coder": (set_to("codes", "parts", 0, value=["pickle", 1]), "unknown coder 'pickle'"),
     "section": (set_to("codes", value=None), "damaged"),
     "file name": (set_to("tokenizer", "files", value=[["../../evil", 3]]), "cannot be '../../evil'"),
+    "parent folder": (set_to("tokenizer", "files", value=[["..", 3]]), "cannot be '..'"),
+    "long name": (set_to("tokenizer", "files", value=[["a" * 300, 3]]), "cannot be 'aaa"),
+    "endless loops": (set_to("config", "loops", value=[0, 1, 10**12]), "1000000000000 times"),
     "file size": (set_to("tokenizer", "files", 0, 1, value=10**12), "its tokenizer has"),
     "hash": (set_to("tokenizer", "hash", value="0"), "do not make the tokenizer"),
     "origin": (set_to("origin", value=3), "its origin is no object"),
@@ -268,6 +272,14 @@ def test_a_manifest_that_contradicts_the_file_is_refused_though_its_checksum_fit
     change, message = FORGERIES[forgery]
     with pytest.raises(ArtifactError, match=message):
         unpack(edited(data, change))
+
+
+def test_a_file_that_is_much_longer_than_its_head_says_is_not_read(data, tmp_path):
+    path = tmp_path / "model.fwa"
+    path.write_bytes(data)
+    os.truncate(path, 1 << 40)  # it takes no room on the disk
+    with pytest.raises(ArtifactError, match="too long"):
+        unpack(path)
 
 
 def test_the_number_of_parameters_can_be_bounded(data):

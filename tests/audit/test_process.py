@@ -1,6 +1,7 @@
 """A foreign scorer that misbehaves: a clear error, or a failed check, and nothing is left running."""
 
 import json
+import math
 import os
 import signal
 import sys
@@ -12,6 +13,7 @@ import pytest
 from audit.audit_cases import HERE, foreign, settings, text
 
 from fastweight.audit import AdapterError, ProcessScorer, Request, TimeLimitError, audit, text_of_strings
+from fastweight.audit.protocol import read_hello
 from fastweight.data import ByteTokenizer
 
 HELLO = 'import json, sys, time, os; print(json.dumps({"protocol": 1}), flush=True)\n'
@@ -120,6 +122,18 @@ def test_an_answer_that_nobody_asked_for_is_no_answer_to_the_next_request(adapte
             session.score(request, 20.0)
     finally:
         session.close()
+
+
+def test_an_archive_of_arrays_is_no_array(adapter):
+    code = ANSWER + '    import numpy; numpy.savez(request["folder"] + "/x.npz", [0.0])\n'
+    with pytest.raises(AdapterError, match=r"'x\.npz' is no \.npy file of one array"):
+        score_once(adapter(HELLO + code + '    answer["log_probs"] = "x.npz"' + SEND))
+
+
+@pytest.mark.parametrize("seconds", [math.nan, math.inf, -1.0])
+def test_a_training_time_that_no_limit_can_be_held_against_is_refused(seconds):
+    with pytest.raises(AdapterError, match="train_seconds must be a time in seconds"):
+        read_hello({"protocol": 1, "train_seconds": seconds})
 
 
 def test_pickles_are_never_loaded(adapter):

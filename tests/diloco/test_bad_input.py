@@ -149,9 +149,9 @@ def test_a_push_that_is_too_old_is_refused_and_its_samples_are_worked_on_again(s
     assert party.ledger.counted == [[0, party.run.total_samples]]
 
 
-def test_a_worker_whose_pushes_are_always_refused_gets_no_more_leases(store, folder):
-    party = Party(folder, store)
-    learner = party.learners["w0"]
+def always_refused(party, name):
+    """Let a worker work whose pushes are all of another codec, until it is told that it is refused."""
+    learner = party.learners[name]
     learner.run = dataclasses.replace(learner.run, id="r")
     encode = learner._encode
 
@@ -164,8 +164,40 @@ def test_a_worker_whose_pushes_are_always_refused_gets_no_more_leases(store, fol
     learner._encode = broken
     with pytest.raises(ValueError, match="3 leases in a row ended with a faulty push"):
         party.until(lambda: False)
+
+
+def test_a_worker_whose_pushes_are_always_refused_gets_no_more_leases(store, folder):
+    party = Party(folder, store)
+    always_refused(party, "w0")
     party.until(lambda: party.syncer.finished, "w1")
     assert party.ledger.counted == [[0, party.run.total_samples]]
+
+
+def test_a_worker_that_was_refused_stays_so_until_it_is_readmitted(store, folder):
+    party = Party(folder, store, dead_seconds=5.0)
+    always_refused(party, "w0")
+    party.syncer.poll()
+    party.clock.now += 10.0
+    party.until(lambda: not party.ledger.workers["w0"].alive, "w1")
+    entries = party.syncer.log.number
+    for _ in range(3):  # the same process is heard of again
+        party.learners["w0"].beat()
+        party.syncer.poll()
+    assert "faulty pushes before" in party.ledger.workers["w0"].refused
+    assert party.syncer.log.number <= entries + 2, "said once, not at each beat"
+
+    party.syncer.lock.release()
+    party.syncer = party.new_syncer()  # what it knows now is what the log says
+    party.learners["w0"] = party.new_learner("w0", incarnation="second")
+    with pytest.raises(ValueError, match=r"faulty pushes before.*--readmit w0"):
+        party.until(lambda: False)
+
+    party.syncer.lock.release()
+    party.syncer = party.new_syncer(readmit=["w0", "w1"])
+    party.learners["w0"] = party.new_learner("w0", incarnation="third")
+    party.play()
+    assert party.ledger.workers["w0"].refused == ""
+    assert party.learners["w0"].steps > 0
 
 
 def test_an_oversized_object_is_not_read(store, folder):

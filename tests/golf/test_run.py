@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from command_line import runner
-from golf.golf_cases import CALIBRATION, PACK, SCORING, golf_config, golf_model
+from golf.golf_cases import CALIBRATION, PACK, SCORING, golf_config, golf_model, trained_run
 from training_cases import make_store
 
 from fastweight import load
@@ -83,6 +83,21 @@ def test_a_store_of_other_text_is_refused_wherever_it_lies(copied, store, tmp_pa
         evaluate(copied.path, SCORING, store=str(other), quiet=True)
     moved = shutil.copytree(store, tmp_path / "moved")
     assert evaluate(copied.path, SCORING, store=str(moved), quiet=True)["stages"] == read_ledger(copied.path)["stages"]
+
+
+def test_a_mixed_run_is_scored_on_no_other_store_either(store, tmp_path):
+    further, other = (make_store(tmp_path / name, seed) for name, seed in (("further", 1), ("other", 2)))
+    folder = trained_run(tmp_path / "run", store, mix={str(further): 0.25}, steps=2)
+    record = folder.train / "config.json"
+    kept = json.loads(record.read_text())
+    for held in (kept, {name: value for name, value in kept.items() if name != "first_store"}):
+        record.write_text(json.dumps(held))
+        with pytest.raises(ValueError, match=r"other.*holds? other data .* than the run"):
+            evaluate(folder.path, SCORING, store=str(other), quiet=True)
+    record.write_text(json.dumps(kept))
+    shutil.rmtree(further)  # what is mixed in is not scored, so it need not be here
+    with pytest.raises(ValueError, match="is not packed yet"):
+        evaluate(folder.path, SCORING, store=str(store), quiet=True)
 
 
 # Finished stages, interrupted ones, changed ones.

@@ -68,6 +68,16 @@ def test_a_second_run_in_a_folder_is_refused_while_the_first_one_trains(store, t
     assert train(None, tmp_path, resume=True, quiet=True).step == 4
 
 
+def test_a_resumed_run_reads_no_checkpoint_before_the_folder_is_its_own(store, tmp_path):
+    start(tmp_path, store, killed_at(2, "SIGTERM"), steps=4)
+    held = tmp_path / "checkpoints" / (tmp_path / "latest").read_text().strip() / "model.safetensors"
+    held.write_bytes(b"half written by the other run")
+    with exclusive(tmp_path / LOCK), pytest.raises(FolderInUseError, match="another process trains in this folder"):
+        train(None, tmp_path, resume=True, quiet=True)
+    with pytest.raises(CheckpointError):
+        train(None, tmp_path, resume=True, quiet=True)
+
+
 def test_processes_that_do_not_lead_are_told_that_the_folder_is_in_use(tmp_path):
     team: Any = SimpleNamespace(leads=False, sum=lambda votes: [1])
     with pytest.raises(FolderInUseError), only_run(tmp_path, team, print):

@@ -1,0 +1,57 @@
+"""A terminal that is closed ends a run as SIGTERM does; under nohup it does not."""
+
+import os
+import select
+import subprocess
+import sys
+from pathlib import Path
+
+from training_cases import ELSEWHERE_SECONDS, prelude, run_elsewhere
+
+CLOSED_TERMINAL = """
+import fcntl, termios, time
+from pathlib import Path
+
+def wait():
+    Path(out, "waits").touch()
+    while os.isatty(2):
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGHUP)  # as the shell does when it ends
+
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+result = train(tiny_config(store), out, model=call_at_forward(tiny_model(), 3, wait))
+print("a line for nobody", flush=True)
+Path(out, "ended").write_text(f"{result.stopped} {result.exit_code}")
+"""
+
+
+def read_until(terminal: int, sign: Path, run: subprocess.Popen) -> bytes:
+    """What is written to the terminal until the file `sign` is there, or the process ends."""
+    said = b""
+    while not sign.exists() and run.poll() is None:
+        if select.select([terminal], [], [], 0.1)[0]:
+            said += os.read(terminal, 1 << 16)
+    return said
+
+
+def test_a_closed_terminal_ends_the_run_with_a_checkpoint(store, tmp_path):
+    master, slave = os.openpty()
+    command = [sys.executable, "-c", prelude(tmp_path, store) + CLOSED_TERMINAL]
+    with subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, start_new_session=True) as run:
+        os.close(slave)
+        said = read_until(master, tmp_path / "waits", run)
+        os.close(master)
+        run.wait(ELSEWHERE_SECONDS)
+    assert (tmp_path / "latest").read_text() == "step-000004\n", said
+    assert (tmp_path / "ended").read_text() == "SIGHUP 129", said
+
+
+NOHUP = """
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+stop = lambda: os.kill(os.getpid(), signal.SIGHUP)
+print(train(tiny_config(store), out, model=call_at_forward(tiny_model(), 3, stop), quiet=True).step)
+"""
+
+
+def test_under_nohup_a_closed_terminal_changes_nothing(store, tmp_path):
+    assert run_elsewhere(NOHUP, tmp_path, store).stdout == "8\n"
