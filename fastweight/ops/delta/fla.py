@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastweight.ops import dispatch
+from fastweight.ops.delta import fla_tuning
 from fastweight.ops.delta.chunked import first, last
 from fastweight.ops.delta.naive import naive
 from fastweight.ops.kernels import why_no_kernels
@@ -36,8 +37,7 @@ def gated_backward_is_wrong() -> bool:
     import triton
 
     release = tuple(int(part) for part in triton.__version__.split(".")[:3])
-    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
-    return hopper and (3, 4, 0) <= release < (3, 7, 1)
+    return fla_tuning.on_hopper() and (3, 4, 0) <= release < (3, 7, 1)
 
 
 def refuses(
@@ -96,4 +96,6 @@ def _kernels(name: str) -> Any:
     """The package's module for one op. What it says of packages that it would also like concerns none of these ops."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return importlib.import_module(f"fla.ops.{name}")
+        module = importlib.import_module(f"fla.ops.{name}")
+    fla_tuning.keep_few(name)
+    return module
