@@ -66,7 +66,7 @@ def count(example: Example, shape: Shape) -> dict[str, Counter[str]]:
     found = {}
     with (
         patch("fastweight.ops.ttt.layout.launch", kernel),
-        patch("fastweight.ops.ttt.faults.launch", kernel),
+        patch("fastweight.ops.faults.launch", kernel),
         patch("fastweight.ops.ttt.triton.why_no_kernels", lambda x: None),
     ):
         for name, run in passes(example, "cpu", shape).items():

@@ -55,6 +55,11 @@ def _keep_one_config():
     Autotuner._takes_the_first = True
 
 
+def _extent(t):
+    """Elements from a tensor's first to its last."""
+    return t.numel() and 1 + sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True))
+
+
 @contextlib.contextmanager
 def within_arguments():
     """Kernels raise here where they read or write a byte that belongs to none of their arguments."""
@@ -66,7 +71,7 @@ def within_arguments():
 
     def note(self, args, kwargs):
         ranges[:] = [
-            (t.data_ptr(), t.data_ptr() + t.numel() * t.element_size(), t.element_size())
+            (t.data_ptr(), t.data_ptr() + _extent(t) * t.element_size(), t.element_size())
             for t in (*args, *kwargs.values())
             if hasattr(t, "data_ptr")
         ]

@@ -6,8 +6,8 @@ from interpreter import interpreted, needs_triton, within_arguments
 from tolerances import GRADIENT, OUTPUT, assert_close, assert_trees_close
 from ttt_cases import CHUNK, DIM, assert_same, inputs, random_state, run, values_and_gradients
 
+from fastweight.ops.faults import account
 from fastweight.ops.ttt import layout
-from fastweight.ops.ttt.faults import account
 from fastweight.ops.ttt.triton import refuses
 from fastweight.state import Faults, map_tensors, tensors
 
@@ -20,8 +20,8 @@ SINGLE = {"output": OUTPUT[torch.float32], "gradient": GRADIENT[torch.float32]}
 
 @pytest.fixture(scope="module", autouse=True)
 def _kernels():
+    from fastweight.ops import kernels_faults
     from fastweight.ops.ttt import (
-        kernels_faults,
         kernels_linear,
         kernels_linear_backward,
         kernels_mlp,

@@ -7,7 +7,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fastweight.ops import dispatch
-from fastweight.ops.sequences import advance, count_faults
+from fastweight.ops.delta.writes import drop_bad_writes
+from fastweight.ops.faults import account
 from fastweight.state import Faults, register_state
 
 
@@ -48,14 +49,13 @@ def delta_rule(
         k, v, beta = k.unsqueeze(2), v.unsqueeze(2), beta.unsqueeze(2)
     _check(q, k, v, beta, log_decay)
     wide = torch.promote_types(q.dtype, state.memory.dtype)
-    decay = q.new_zeros(beta[:, :, 0].shape, dtype=wide) if log_decay is None else log_decay.to(wide)
-    inputs, bad = _drop_bad_writes(k, v, beta.to(wide), decay)
+    backend = dispatch.choose("delta_rule", backend, q, q, k, v)
+    inputs, marks = drop_bad_writes(k, v, beta, log_decay, wide, kernel=backend == "fla")
     y, memory = dispatch.call(
         "delta_rule", backend, q, q, *inputs, state.memory.to(wide), cu_seqlens=cu_seqlens,
         gated=log_decay is not None,
     )  # fmt: skip
-    faults = count_faults(state.faults, bad, state.position, cu_seqlens)
-    return y.to(q.dtype), DeltaState(memory, advance(state.position, q.shape[1], cu_seqlens), faults)
+    return y.to(q.dtype), DeltaState(memory, *account(state.position, state.faults, marks, cu_seqlens))
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None) -> None:
@@ -75,15 +75,6 @@ def _check(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | No
             raise ValueError(
                 f"delta_rule: {name} must be {list(shape)} to fit q {list(q.shape)}, got {list(tensor.shape)}."
             )
-
-
-def _drop_bad_writes(k: Tensor, v: Tensor, beta: Tensor, decay: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Turn writes that are not finite into no-ops; also say which tokens [B, T] had one."""
-    good = k.isfinite().all(-1) & v.isfinite().all(-1) & beta.isfinite() & decay.isfinite().unsqueeze(2)
-    k, v = (torch.where(good[..., None], x, torch.zeros_like(x)) for x in (k, v))
-    beta = torch.where(good, beta, torch.zeros_like(beta))
-    decay = torch.where(good.all(2), decay, torch.zeros_like(decay))
-    return (k, v, beta, decay), ~good.flatten(2).all(-1)
 
 
 from fastweight.ops.delta import chunked, fla, naive  # noqa: E402, F401  # they register themselves

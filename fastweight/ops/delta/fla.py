@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastweight.ops import dispatch
+from fastweight.ops.delta import fla_tuning
 from fastweight.ops.delta.chunked import first, last
 from fastweight.ops.delta.naive import naive
 from fastweight.ops.kernels import why_no_kernels
@@ -36,8 +37,7 @@ def gated_backward_is_wrong() -> bool:
     import triton
 
     release = tuple(int(part) for part in triton.__version__.split(".")[:3])
-    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
-    return hopper and (3, 4, 0) <= release < (3, 7, 1)
+    return fla_tuning.on_hopper() and (3, 4, 0) <= release < (3, 7, 1)
 
 
 def refuses(
@@ -67,19 +67,24 @@ def fla(
     order, group = k.shape[2], q.shape[2] // k.shape[3]
     if order > 1:
         q, decay = last(q, order), first(decay, order)
-    k, v, beta = (x.flatten(1, 2).repeat_interleave(group, 2) for x in (k, v, beta))
+    k, v, beta = (_for_each_query(x.flatten(1, 2), group, 2) for x in (k, v, beta))
     q, k = q.to(v.dtype), k.to(v.dtype)
-    start = memory.float().repeat_interleave(group, 1)
+    start = _for_each_query(memory.float(), group, 1)
     shared = {"scale": 1.0, "initial_state": start, "output_final_state": True}
     if cu_seqlens is not None:
         ends = torch.tensor([0, *sequence_lengths(1, q.shape[1] // order, cu_seqlens)]).cumsum(0) * order
         shared |= {"cu_seqlens": ends.to(q.device), "cu_seqlens_cpu": ends}
     if gated:
-        y, after = _gated(q, k, v, decay.float().repeat_interleave(group, 2), beta.float(), **shared)
+        y, after = _gated(q, k, v, _for_each_query(decay.float(), group, 2), beta.float(), **shared)
     else:
         run = _kernels("delta_rule").chunk_delta_rule
         y, after = run(q, k, v, beta.float(), **shared)
     return (y[:, order - 1 :: order] if order > 1 else y), after[:, ::group].to(memory.dtype)
+
+
+def _for_each_query(x: Tensor, group: int, dim: int) -> Tensor:
+    """Memories repeated for the query heads that share them; x itself where none is shared."""
+    return x if group == 1 else x.repeat_interleave(group, dim)
 
 
 def _gated(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, **shared: Any) -> tuple[Tensor, Tensor]:
@@ -96,4 +101,6 @@ def _kernels(name: str) -> Any:
     """The package's module for one op. What it says of packages that it would also like concerns none of these ops."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return importlib.import_module(f"fla.ops.{name}")
+        module = importlib.import_module(f"fla.ops.{name}")
+    fla_tuning.keep_few(name)
+    return module

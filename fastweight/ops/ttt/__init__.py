@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fastweight.ops import dispatch
-from fastweight.ops.ttt.faults import account
+from fastweight.ops.faults import account
 from fastweight.state import Faults, register_state
 
 

@@ -15,13 +15,11 @@ def account(position: Tensor, faults: Faults, marks: Tensor, cu_seqlens: Tensor 
     if marks.dim() == 2 or torch.compiler.is_compiling():
         bad = marks if marks.dim() == 2 else (marks > 0).any(-1)
         return advance(position, marks.shape[1], cu_seqlens), count_faults(faults, bad, position, cu_seqlens)
-    from fastweight.ops.ttt.kernels_faults import count_marks
+    from fastweight.ops.kernels_faults import count_marks
 
     if len(devices := {t.device for t in (marks, position, *faults)}) > 1:
         found = ", ".join(sorted(map(str, devices)))
-        raise ValueError(
-            f"ttt: the state's position and faults must be on the device of q, got {found}. Move them there."
-        )
+        raise ValueError(f"the state's position and faults must be on the device of q, got {found}. Move them there.")
     _, length, heads = marks.shape
     given = [t.contiguous() for t in (position, *faults)]
     after, count, first = results = [torch.empty_like(t) for t in given]
