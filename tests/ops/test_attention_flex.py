@@ -42,6 +42,8 @@ def plain_kernel(q, k, v, seen_from, seen_until, lists, scale, softcap, options)
     """What the kernels do: partly seen blocks by the intervals, fully seen ones without a look, others not at all."""
     num_queries, num_keys = len(q), len(k)
     partly, fully = pairs(lists[0], num_keys), pairs(lists[1], num_keys)
+    assert lists[0].blocks.shape == lists[1].blocks.shape  # kernels step through both by the width of one
+    assert lists[2].blocks.shape == lists[3].blocks.shape
     assert torch.equal(partly, pairs(lists[2], num_queries).T)  # the backward pass walks the same pairs
     assert torch.equal(fully, pairs(lists[3], num_queries).T)
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
@@ -226,11 +228,11 @@ def test_what_the_kernels_cannot_do_is_refused_with_a_way_out():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("settings", [{"window": 37}, {"window": 200, "num_sinks": 3}, {"softcap": 2.0}])
-@pytest.mark.parametrize("cu_seqlens", [None, [0, 100, 101, 300]])
+@pytest.mark.parametrize("settings", [{"window": 37}, {"window": 400, "num_sinks": 3}, {"softcap": 2.0}])
+@pytest.mark.parametrize("cu_seqlens", [None, [0, 100, 101, 900]])  # long enough for blocks that are fully seen
 def test_the_kernels_equal_the_definition_on_a_gpu(dtype, settings, cu_seqlens):
     ends = None if cu_seqlens is None else torch.tensor(cu_seqlens, dtype=torch.int32)
-    inputs = [x.to(dtype) for x in make_inputs(2 if ends is None else 1, 300, dim=64)]
+    inputs = [x.to(dtype) for x in make_inputs(2 if ends is None else 1, 900, dim=64)]
     results = []
     for device, kind, backend in (("cuda", dtype, "flex"), ("cpu", torch.float64, "naive")):
         leaves = [x.to(device, kind).requires_grad_() for x in inputs]
@@ -246,3 +248,9 @@ def test_the_kernels_equal_the_definition_on_a_gpu(dtype, settings, cu_seqlens):
         results.append([t.detach().double().cpu() for t in (y, *grads)])
     for got, want, tolerance in zip(*results, [OUTPUT[dtype], *[GRADIENT[dtype]] * 3], strict=True):
         assert float((got - want).norm() / want.norm()) < tolerance
+
+
+@pytest.mark.parametrize("settings", [{"softcap": 2.0}, {"window": 300}, {"window": 300, "num_sinks": 3}])
+def test_kept_keys_stand_beside_blocks_that_are_fully_seen(on_the_cpu, settings):
+    state = make_state([3, 1], 3, settings.get("num_sinks", 0))
+    assert_equals_the_definition(make_inputs(2, 450), state, **settings)

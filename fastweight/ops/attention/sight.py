@@ -107,9 +107,10 @@ def look(layout: Layout) -> Sight:
     partly, fully = _pairs(torch.cat((kept_from, seen_from)), torch.cat((kept_until, seen_until)), num_kept)
     num_queries, num_keys = len(seen_from) // BLOCK, num_kept + len(seen_from) // BLOCK
     reach = torch.tensor(FAR if layout.window is None else layout.window, dtype=torch.int32)
+    keys, full_keys = _lists([(query, key) for key, query in (partly, fully)], num_queries)
+    queries, full_queries = _lists([partly, fully], num_keys)
     return Sight(
-        keys=_list(partly[1], partly[0], num_queries), full_keys=_list(fully[1], fully[0], num_queries),
-        queries=_list(*partly, num_keys), full_queries=_list(*fully, num_keys),
+        keys=keys, full_keys=full_keys, queries=queries, full_queries=full_queries,
         seen_from=seen_from.int(), seen_until=seen_until.int(), reach=reach, starts=starts, ends=ends,
     )  # fmt: skip
 
@@ -142,15 +143,23 @@ def _pairs(seen_from: Tensor, seen_until: Tensor, num_kept: int) -> list[tuple[T
     return [(chosen.nonzero()[:, 0], query[chosen]) for chosen in (meet & ~full, full)]
 
 
-def _list(rows: Tensor, blocks: Tensor, num_rows: int) -> Lists:
-    """The pairs by row, each row's blocks in the order they come in; two at least have room."""
-    order = rows.argsort(stable=True)
-    rows, blocks = rows[order], blocks[order]
-    count = rows.bincount(minlength=num_rows)
-    place = torch.arange(len(rows)) - (count.cumsum(0) - count)[rows]
-    lists = torch.zeros(num_rows, max(int(count.max()), 2), dtype=torch.int32)
-    lists[rows, place] = blocks.int()
-    return Lists(count.int()[None, None], lists[None, None])
+def _lists(pairs: list[tuple[Tensor, Tensor]], num_rows: int) -> list[Lists]:
+    """Pairs (row, block) by row, each row's blocks in the order they come in.
+
+    All lists are of one width, two at least: the kernels of PyTorch 2.11 step through a list of full blocks by the
+    width of the other one.
+    """
+    counts = [rows.bincount(minlength=num_rows) for rows, _ in pairs]
+    width = max(2, *(int(count.max()) for count in counts))
+    found = []
+    for (rows, blocks), count in zip(pairs, counts, strict=True):
+        order = rows.argsort(stable=True)
+        rows, blocks = rows[order], blocks[order]
+        place = torch.arange(len(rows)) - (count.cumsum(0) - count)[rows]
+        table = torch.zeros(num_rows, width, dtype=torch.int32)
+        table[rows, place] = blocks.int()
+        found.append(Lists(count.int()[None, None], table[None, None]))
+    return found
 
 
 def _whole(length: int) -> int:
