@@ -165,7 +165,7 @@ def kernels() -> list[Job]:
     # Each process compiles for itself, without a pool of compilers of its own.
     check = f"env TORCHINDUCTOR_COMPILE_THREADS=1 {PYTHON} pytest -n 16 --dist loadgroup -p no:benchmark -q --tb=short"
     laws = f"{check} tests/laws/test_laws.py --device cuda --timeout 250"
-    model = f"{PYTHON} benchmarks.model --seconds 5 --json $JSON"
+    model = f"{PYTHON} benchmarks.model --seconds 5 --profile --json $JSON"
     return [
         Job("tests", (f'{check} {tests} -k "cuda or gpu or device or recorded or replayed"',), limit=300),
         Job("laws", (f'{laws} -k "triton or fla or varlen or (flex and bfloat16) or kernels_are"',), limit=500),

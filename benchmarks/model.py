@@ -51,6 +51,7 @@ def main(
     compile: bool | None = None,
     activation_checkpointing: bool = False,
     feed_forward_checkpointing: bool = False,
+    profile: bool = False,
     seconds: float = 10.0,
     json: Path | None = None,
 ) -> None:
@@ -64,6 +65,7 @@ def main(
         compile: Compile each block; on a GPU the default.
         activation_checkpointing: Compute whole blocks again in the backward pass.
         feed_forward_checkpointing: Compute the feed-forwards alone again.
+        profile: Also say where the time of a training step goes, kernel by kernel; on a GPU.
         seconds: Time per measurement.
         json: Also write the numbers to this file.
     """
@@ -74,6 +76,7 @@ def main(
         seq_len=seq_len or (32768 if cuda else 512), batch_size=1, device=where, seconds=seconds,
         precision="bfloat16" if cuda else "float32", compile=cuda if compile is None else compile,
         activation_checkpointing=activation_checkpointing, feed_forward_checkpointing=feed_forward_checkpointing,
+        profile=profile,
     )  # fmt: skip
     trained = training(presets, options)
     about = machine(where)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import tyro
 
+from benchmarks.profile import lines, profiled
 from benchmarks.timing import machine, measure, print_table, write_json
 from fastweight.data import ByteTokenizer, Store, StoreWriter
 from fastweight.effort import forward_flops
@@ -32,7 +33,7 @@ COLUMNS = ["preset", "optimizer", "median ms/step", "quartiles", "tokens/s", "TF
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """presets: which models. seq_len, batch_size: tokens of one step."""
+    """presets: which models. seq_len, batch_size: tokens of one step. profile: of one more step, on a GPU."""
 
     presets: tuple[str, ...] = ("tiny-delta", "tiny-gated-delta", "tiny-hybrid", "tiny-attention", "tiny-ttt-linear")
     seq_len: int = 512
@@ -42,6 +43,7 @@ class Options:
     compile: bool = False
     activation_checkpointing: bool = False
     feed_forward_checkpointing: bool = False
+    profile: bool = False
     seconds: float = 5.0
     json: Path | None = None
 
@@ -55,8 +57,8 @@ def random_store(folder: Path, num_tokens: int) -> Store:
     return Store.open(folder)
 
 
-def time_steps(preset: str, optimizer: str, options: Options, folder: Path) -> dict[str, float]:
-    """Milliseconds of one step: median and quartiles."""
+def time_steps(preset: str, optimizer: str, options: Options, folder: Path) -> dict[str, Any]:
+    """Milliseconds of one step: median and quartiles; and where they go, if that is asked for."""
     store = random_store(folder / "store", 64 * options.seq_len * options.batch_size)
     config = TrainConfig(
         model=ModelSource(preset=preset),
@@ -75,7 +77,11 @@ def time_steps(preset: str, optimizer: str, options: Options, folder: Path) -> d
     trainer = Trainer(config, folder, model, store, Tally(), Report(config, quiet=True), metrics)
     steps = step_batches(store.split("train"), config.data, seed=0, start_step=0)
     with prepared(model, config):
-        result = measure(lambda: trainer.step(next(steps)), options.device, seconds=options.seconds)
+        run = lambda: trainer.step(next(steps))  # noqa: E731
+        result: dict[str, Any] = measure(run, options.device, seconds=options.seconds)
+        if options.profile:
+            result["profile"] = profiled(run)
+            print("\n".join(lines(result["profile"])), flush=True)
     metrics.close()
     operations = 3 * forward_flops(model) * options.seq_len * options.batch_size
     return result | {"parameters": model.num_parameters, "tflops": operations / result["median_ms"] / 1e9}

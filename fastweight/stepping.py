@@ -18,7 +18,7 @@ class Stepper:
     """`logits = stepper(tokens)` reads one token per sequence; `stepper.state` is what it has read so far.
 
     static: keep the state in place, and on a GPU replay a recorded step. On a CPU a static state changes nothing but
-    where the numbers lie. Recording was never run on a GPU so far, so it is for those who ask for it.
+    where the numbers lie. A recording holds memory of its own, so it is for those who ask for it.
     Raises ValueError if static is asked for and the state grows with the text (a layer attends to all of the past).
     """
 

@@ -11,12 +11,8 @@ from fastweight.configs import near_names
 # Fastest first; `naive` is the definition and the last resort.
 PREFERENCE = ("triton", "fla", "flex", "varlen", "chunked", "naive")
 KERNELS = PREFERENCE[:4]  # made for GPUs
-# Right in Triton's interpreter or with a stand-in for the GPU's kernel, but never run on a GPU so far: `auto` leaves
-# them to those who name them.
-UNTRIED = {
-    ("attention", "flex"), ("attention", "varlen"), ("delta_rule", "fla"), ("lact", "triton"), ("ttt_linear", "triton"),
-    ("ttt_mlp", "triton"),
-}  # fmt: skip
+# Ran on a GPU, but not yet with all laws and gradients held there: `auto` leaves them to those who name them.
+UNTRIED: set[tuple[str, str]] = {("delta_rule", "fla")}
 
 
 class Implementation(NamedTuple):
@@ -87,7 +83,7 @@ def may_yield(op: str, backend: str) -> bool:
 def choose(op: str, backend: str, x: Tensor, *args: Any, **kwargs: Any) -> str:
     """The backend that will run. Raises ValueError if a named backend does not exist or refuses such inputs."""
     if backend == "auto":
-        return next(name for name, reason in explain(op, x, *args, **kwargs) if reason is None)
+        return next(name for name in backends(op) if _why_not(op, name, x, *args, **kwargs) is None)
     if backend not in _OPS[op]:
         raise ValueError(f'{op}: no backend "{backend}".{near_names(backend, [*_OPS[op], "auto"])}')
     reason = _OPS[op][backend].refuses(x, *args, **kwargs)
@@ -119,6 +115,6 @@ def _why_not(op: str, name: str, x: Tensor, *args: Any, **kwargs: Any) -> str | 
     if name in KERNELS and not x.is_cuda:
         return f"needs CUDA tensors, got {x.device.type}."
     if (op, name) in UNTRIED:
-        return f'was never run on a GPU so far; to try it, name it: backend="{name}".'
+        return f'was not held to all laws on a GPU so far; to use it, name it: backend="{name}".'
     backend = _OPS[op][name]
     return backend.refuses(x, *args, **kwargs) or backend.yields(x, *args, **kwargs)

@@ -24,12 +24,12 @@ from fastweight.ops.sequences import sequence_lengths
 SMALLEST_HEAD, LARGEST_HEAD = 16, 256  # what the kernels' products take; smaller heads are filled up with zeros
 # Tiles of the kernels by (compute capability, head_dim) for 16-bit inputs; where there are none, torch has its own.
 # Forward: M queries × N keys. Backward: gradients of N1 keys × M1 queries, of M2 queries × N2 keys. All divide BLOCK.
-# To be tried on a GPU by `python -m benchmarks.tune_flex`.
+# The fastest that `python -m benchmarks.tune_flex` found on an H200, torch 2.11.
 TILES: dict[tuple[tuple[int, int], int], dict[str, int]] = {
     ((9, 0), 64): {
         "fwd_BLOCK_M": 128, "fwd_BLOCK_N": 128, "fwd_num_stages": 3, "fwd_num_warps": 4,
-        "bwd_BLOCK_M1": 64, "bwd_BLOCK_N1": 128, "bwd_BLOCK_M2": 128, "bwd_BLOCK_N2": 64,
-        "bwd_num_stages": 3, "bwd_num_warps": 8,
+        "bwd_BLOCK_M1": 64, "bwd_BLOCK_N1": 64, "bwd_BLOCK_M2": 64, "bwd_BLOCK_N2": 64,
+        "bwd_num_stages": 3, "bwd_num_warps": 4,
     },
 }  # fmt: skip
 # Each table of intervals that a kernel reads takes 1 KiB of what its stages share: with two, three stages of 128 × 128
