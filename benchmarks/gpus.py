@@ -142,7 +142,8 @@ def conversion(options: Options) -> list[Job]:
         return []
     stages = (
         "--stages.view windows --stages.seq-len 8192 --stages.batch-size 4 --stages.micro-batch-size 4 "
-        "--stages.no-activation-checkpointing --stages.heldout-tokens 131072 --stages.checkpoint-every 1000 "
+        "--stages.no-activation-checkpointing --stages.compile --stages.heldout-tokens 131072 "
+        "--stages.checkpoint-every 1000 "
         "--stages.transfer.max-seconds 160 --stages.distill.max-seconds 260 --stages.tune.max-seconds 340 "
         "--report.documents 16"
     )

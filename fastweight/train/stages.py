@@ -105,6 +105,9 @@ class StagesConfig:
     seed: int = 0
     precision: Precision = "float32"
     activation_checkpointing: bool = False
+    compile: bool = False
+    """Compile each block in B and C (A trains its layers one by one): a minute or two at their start, then fewer
+    launches."""
     device: str = "auto"
     heldout_tokens: int = 8192
     """Of the losses before and after each stage."""
@@ -238,6 +241,7 @@ def stage_config(config: StagesConfig, name: str) -> TrainConfig:
         seed=config.seed,
         precision=config.precision,
         activation_checkpointing=config.activation_checkpointing,
+        compile=config.compile and name != TRANSFER,
         device=config.device,
     )  # fmt: skip
 

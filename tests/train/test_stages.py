@@ -245,3 +245,20 @@ def test_memories_and_their_weights_learn_at_their_own_rates():
     assert run.optimizer.lr_factors == {"*.mag": 7.0, "*.memory.*": 3.0}
     scheduled = titanize(attention_model(d_model=32), mag_weight=0.1)
     assert _with_rates(stage_config(config, TUNE), config, scheduled).optimizer.lr_factors == {"*.memory.*": 3.0}
+
+
+def test_compiled_stages_learn_what_plain_ones_do(pretrained, config, tmp_path, monkeypatch):
+    def traced(block):  # all but the code generation, which takes minutes
+        block._compiled_call_impl = torch.compile(block._call_impl, backend="aot_eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", traced)
+    short = replace(
+        config, transfer=replace(config.transfer, steps=3), distill=replace(config.distill, steps=3),
+        tune=replace(config.tune, steps=3),
+    )  # fmt: skip
+    found = []
+    for name, compiled in (("plain", False), ("compiled", True)):
+        model = titanize(pretrained, **OPTIONS)
+        result = convert_stages(model, tmp_path / name, replace(short, compile=compiled), quiet=True)
+        found.append([stage["after"].get("loss", stage["after"]["loss_nats"]) for stage in result.stages.values()])
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
