@@ -145,7 +145,7 @@ def conversion(options: Options) -> list[Job]:
         "--stages.no-activation-checkpointing --stages.compile --stages.heldout-tokens 131072 "
         "--stages.checkpoint-every 1000 "
         "--stages.transfer.max-seconds 160 --stages.distill.max-seconds 260 --stages.tune.max-seconds 340 "
-        "--report.documents 16"
+        "--report.documents 16 --report.precision bfloat16"
     )
     model = str(Path(options.model).absolute()) if Path(options.model).exists() else options.model
     convert = f"{PYTHON} fastweight convert {model} --data $WORK/store-model --out $WORK/converted"

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from fastweight import cli
-from fastweight.conversion import InPlaceRecipe, convert, load_conversion, request_bytes
+from fastweight.conversion import InPlaceRecipe, convert, load_conversion, make_report, request_bytes
 from fastweight.model import load
 from fastweight.train.stages import StageConfig
 
@@ -125,6 +126,18 @@ def test_data_of_another_tokenizer_is_refused_before_anything_is_trained(place, 
     with pytest.raises(ValueError, match="was made with tokenizer 'bytes'"):
         convert(settings(place, data=str(tmp_path / "store")), tmp_path / "out", say=lambda line: None)
     assert not (tmp_path / "out" / "stages").exists()
+
+
+def test_a_report_in_bfloat16_is_one_of_rounded_weights(place, converted, tmp_path):
+    shutil.copytree(place / "out", tmp_path / "out")
+    record = json.loads((tmp_path / "out" / "conversion.json").read_text())
+    record["settings"]["report"] |= {"precision": "bfloat16", "passkey_lengths": [], "pairs": []}
+    (tmp_path / "out" / "conversion.json").write_text(json.dumps(record))
+    report = make_report(tmp_path / "out", quiet=True, say=lambda line: None).to_dict()
+    for name, found in report["models"].items():
+        assert found["speed"][0]["state_bytes"] < converted["report"]["models"][name]["speed"][0]["state_bytes"], name
+        plain = converted["report"]["models"][name]["lengths"][0]["perplexity"]
+        assert found["lengths"][0]["perplexity"] == pytest.approx(plain, rel=2e-2)
 
 
 def test_the_report_command_prints_the_saved_report(place, converted, capsys):

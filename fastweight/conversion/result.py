@@ -64,14 +64,18 @@ def make_report(out: str | Path, *, say: Say = print, quiet: bool = False) -> Re
     )
     store = Store.open(store_path(config, out))
     settings = fitted_report(config, load(out / "backbone"), store, say)
+
+    def opened(folder: Path) -> Model:
+        return load(folder).to(torch.bfloat16) if settings.precision == "bfloat16" else load(folder)
+
     models: dict[str, Callable[[], Model]] = {
-        BACKBONE: lambda: load(out / "backbone"),
-        CONVERTED: lambda: load(out / "model"),
+        BACKBONE: lambda: opened(out / "backbone"),
+        CONVERTED: lambda: opened(out / "model"),
     }
     if config.has_control:
-        models[CONTROL] = lambda: load(plain)
+        models[CONTROL] = lambda: opened(plain)
     length = max((*settings.lengths, *settings.speed_lengths))
-    models[WINDOW] = lambda: _windowed(load(plain), load(out / "model"), length)
+    models[WINDOW] = lambda: _windowed(opened(plain), opened(out / "model"), length)
     return compare(
         models, backbone=BACKBONE, converted=CONVERTED, tokenizer=store.tokenizer, documents=store.split("heldout"),
         settings=settings, folder=out / "report", quiet=quiet,

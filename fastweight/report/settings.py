@@ -1,7 +1,7 @@
 """What a report measures, and how much of it."""
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from fastweight.configs import check_types, require
 from fastweight.evaluate.grow import PHASE_TOKENS
@@ -20,6 +20,7 @@ class ReportSettings:
     pairs, pair_trials: numbers of key-value pairs, and prompts of each.
     speed_lengths, prefill_tokens, decode_tokens, repeats, read_tokens: as in `measure_speed`.
     batch_size: texts read side by side; piece_tokens: tokens of each read at a time. seed: of prompts and random text.
+    precision: bfloat16 turns the weights of every model of a conversion to it, as a GPU serves them; kept: as they are.
     """
 
     lengths: tuple[int, ...] = (512, 2048, 8192)
@@ -41,6 +42,7 @@ class ReportSettings:
     piece_tokens: int = 1024
     seed: int = 0
     device: str = "auto"
+    precision: Literal["kept", "bfloat16"] = "kept"
 
     def __post_init__(self) -> None:
         check_types(self, "report")
