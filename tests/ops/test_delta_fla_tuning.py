@@ -18,7 +18,7 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("fla") is None, reason="fla-core is not installed"),
 ]
 TESTS = Path(__file__).parents[1]
-MOST = 12  # configurations on the way of one call with gradients
+MOST = 14  # configurations on the way of one call with gradients
 # Bytes of local memory per thread. These two hold more than registers can: no configuration of the package spills less.
 SPILLS = {"chunk_kda_bwd_kernel_wy_dqkg_fused": 1600, "prepare_wy_repr_bwd_kernel": 700}
 
