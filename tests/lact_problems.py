@@ -4,7 +4,10 @@ import torch
 from tolerances import assert_close, assert_trees_close
 from torch import Tensor
 
-from fastweight.ops.lact import LactState, init_lact, lact
+from fastweight.ops.lact import LactPending, LactState, Rule, init_lact, lact
+from fastweight.ops.lact.grid import Memory, Tokens
+from fastweight.ops.lact.layout import lay_out, pack, tokens_on_grid
+from fastweight.ops.lact.unit import Settings
 from fastweight.state import tensors, zip_tensors
 
 HEADS, DIM, HIDDEN, CHUNK = 2, 5, 6, 16
@@ -83,3 +86,16 @@ def started(problem: Problem, phases: tuple[int, ...]) -> LactState:
         other.x |= {key: problem.x[key] for key in ("w0", "w1", "w2")}
         states.append(other.read(other.init(1), backend="naive")[1] if phase else other.init(1))
     return zip_tensors(lambda *t: torch.cat(t), *states)
+
+
+def call_of(name: str, seed: int) -> tuple[Tokens, Memory, Settings]:
+    """What the unit gets of two sequences of three whole chunks each."""
+    problem = Problem(RULES[name], 3 * CHUNK, dtype=torch.float32, seed=seed)
+    state, x = problem.init(2), {key: t.detach() for key, t in problem.x.items()}
+    layout = lay_out(state.position, [3 * CHUNK] * 2, [0, 0], CHUNK)
+    lr = x["lr"] if x["lr"].dim() == 5 else x["lr"][..., None]
+    grid = tokens_on_grid(LactPending(x["k"], x["v"], lr, x.get("momentum")), state.pending, layout)
+    memory = Memory(*(None if t is None else t.detach() for t in pack(state.memory, layout)))
+    rule = Rule(**problem.rule)
+    settings = Settings([], rule.muon, rule.muon_dtype, rule.prenorm, rule.update, True, False, save=True)
+    return Tokens(layout.gather(x["q"], state.pending.k), *grid, layout.due), memory, settings

@@ -112,6 +112,8 @@ class ChunkPlan(NamedTuple):
         """
         if self.dense and pending is None:
             batch, length = tokens.shape[:2]
+            if batch == 1:
+                return tokens.reshape(-1, self.chunk_size, *tokens.shape[2:])
             grid = tokens.reshape(batch, length // self.chunk_size, self.chunk_size, *tokens.shape[2:])
             return grid.transpose(0, 1).flatten(0, 1)
         rows = [tokens.flatten(0, 1)] + ([] if pending is None else [pending.flatten(0, 1).to(tokens.dtype)])
@@ -121,6 +123,8 @@ class ChunkPlan(NamedTuple):
 
     def scatter(self, chunks: Tensor, batch: int) -> Tensor:
         """[chunks, chunk_size, ...] → [batch, T, ...]: the tokens back in their places."""
+        if self.dense and batch == 1:
+            return chunks.reshape(1, -1, *chunks.shape[2:])
         if self.dense:
             grid = chunks.unflatten(0, (-1, batch)).transpose(0, 1)
             return grid.reshape(batch, -1, *chunks.shape[2:])

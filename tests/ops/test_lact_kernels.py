@@ -144,8 +144,8 @@ def test_whole_chunks_from_the_start_need_no_look_at_the_device(name, known):
     end = [t if t.numel() else None for t in done[2:4]]
     unpack(memory._replace(weights=done[1], momentum=end[0], accumulator=end[1]), state.memory, layout)
     last_chunks(grid, layout)
-    count(state.faults, layout.due & ~done[4], layout)
-    tokens = layout.gather(x["q"], state.pending.k), *grid, layout.due
+    count(state.faults, done[4], layout)
+    tokens = layout.gather(x["q"], state.pending.k), *grid
     call = done[0], done[1], *end, memory.norms, done[4], *tokens, done[5:], *settings[:-1]
     done, told = lact_chunks_gradient._init_fn(*call), lact_chunks_gradient(*call)
     assert [(t.shape, t.dtype) for t in done] == [(t.shape, t.dtype) for t in told]
@@ -228,9 +228,30 @@ def hidden_jobs(width: int) -> list[dict]:
              "constants": constants}]  # fmt: skip
 
 
+def token_jobs(dim: int) -> list[dict]:
+    """What looks at tokens and lays them; of one number a head, and of a row."""
+    from fastweight.ops.lact.fused import FINITE_TILE, SWAP_TILE
+    from fastweight.ops.lact.fused_muon import power
+
+    jobs = []
+    for width, kind in ((1, "*fp32"), (dim, "*bf16")):
+        columns = min(power(width), SWAP_TILE[1])
+        swap = dict.fromkeys(("source", "target"), kind) | {"good": "*u8"}
+        swap |= dict.fromkeys(("first", "second", "count", "row_stride", "first_stride", "second_stride"), "i32")
+        finite = {"values": kind, "good": "*u8"}
+        finite |= dict.fromkeys(("rows", "heads", "chunk_stride", "token_stride", "head_stride"), "i32")
+        for name, signature, constants in (
+            ("swap", swap, {"D": width, "MASKED": True, "ROWS": SWAP_TILE[0] // columns, "BLOCK": columns}),
+            ("keep_finite", finite, {"D": width, "ROWS": FINITE_TILE // power(width), "BLOCK": power(width)}),
+        ):
+            jobs.append({"kernel": f"fastweight.ops.lact.kernels_pieces:{name}", "constants": constants,
+                         "signature": signature | dict.fromkeys(constants, "constexpr")})  # fmt: skip
+    return jobs
+
+
 @needs_triton
 def test_the_kernels_fit_an_h100_without_spills():
-    for found in compile_for(90, [*muon_jobs(384, 2), muon_jobs(384, 4)[0], *hidden_jobs(384)]):
+    for found in compile_for(90, [*muon_jobs(384, 2), muon_jobs(384, 4)[0], *hidden_jobs(384), *token_jobs(384)]):
         assert found["shared"] <= SHARED_LIMIT, found
         assert found["spills"] == 0, found
         assert found["wgmma"] == (found["kernel"] == "step"), found

@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from lact_problems import CHUNK, RULES, Problem
+from lact_problems import RULES, call_of
 
-from fastweight.ops.lact import LactPending, Rule, recorded
+from fastweight.ops.lact import recorded
 from fastweight.ops.lact.grid import Memory, Tokens
-from fastweight.ops.lact.layout import lay_out, pack, tokens_on_grid
-from fastweight.ops.lact.unit import Settings, backward_pass, forward_pass
+from fastweight.ops.lact.unit import backward_pass, forward_pass
 from fastweight.state import tensors, zip_tensors
 
 
@@ -21,18 +20,6 @@ class AgainOnTheCpu:
     def __call__(self):
         zip_tensors(lambda old, new: old.copy_(new), self._results, self._run())
         return self._results
-
-
-def call_of(name: str, seed: int) -> tuple[Tokens, Memory, Settings]:
-    problem = Problem(RULES[name], 3 * CHUNK, dtype=torch.float32, seed=seed)
-    state, x = problem.init(2), {key: t.detach() for key, t in problem.x.items()}
-    layout = lay_out(state.position, [3 * CHUNK] * 2, [0, 0], CHUNK)
-    lr = x["lr"] if x["lr"].dim() == 5 else x["lr"][..., None]
-    grid = tokens_on_grid(LactPending(x["k"], x["v"], lr, x.get("momentum")), state.pending, layout)
-    memory = Memory(*(None if t is None else t.detach() for t in pack(state.memory, layout)))
-    rule = Rule(**problem.rule)
-    settings = Settings([], rule.muon, rule.muon_dtype, rule.prenorm, rule.update, True, False, save=True)
-    return Tokens(layout.gather(x["q"], state.pending.k), *grid, layout.due), memory, settings
 
 
 def written(name: str, t: torch.Tensor) -> torch.Tensor:

@@ -143,16 +143,19 @@ def init_lact(
     through the weights, their row norms and the accumulator.
     """
 
+    def shared(t: Tensor) -> Tensor:  # unlike with `repeat`, gradients of a single sequence are not summed
+        return t[None].expand(num_sequences, *t.shape)
+
     def per_sequence(t: Tensor) -> Tensor:
-        return t.repeat(num_sequences, *[1] * t.dim())
+        return shared(t).clone(memory_format=torch.contiguous_format)
 
     dtype, (heads, dim) = w1.dtype, w1.shape[:2]
     weights = LactWeights(*(per_sequence(w) for w in (w0, w1, w2)))
     chosen = (w0, w1, w2) if update == "all" else (w1,)
     memory = LactMemory(
         weights,
-        tuple(per_sequence(torch.linalg.vector_norm(w, dim=-1)) for w in chosen),
-        tuple(torch.zeros_like(per_sequence(w)) for w in chosen) if momentum else None,
+        tuple(shared(torch.linalg.vector_norm(w, dim=-1)).contiguous() for w in chosen),
+        tuple(w.new_zeros(num_sequences, *w.shape) for w in chosen) if momentum else None,
         tuple(per_sequence(w) for w in chosen) if prenorm else None,
     )
 

@@ -61,7 +61,8 @@ def _read_chunks(
 ) -> tuple[Tensor, LactState]:  # fmt: skip
     layout = lay_out(state.position, lengths, at, rule.chunk_size)
     grid = tokens_on_grid(tokens, state.pending, layout)
-    queries = layout.gather(q, state.pending.k.new_zeros(()).expand_as(state.pending.k))
+    before = state.pending.k.new_zeros(()).expand_as(state.pending.k) if layout.pending else None
+    queries = layout.gather(q, before)
     pending, position = last_chunks(grid, layout), state.position + layout.length
     if not rule.learn:
         dtype = state.memory.weights.w1.dtype if precise else state.pending.k.dtype
@@ -74,7 +75,7 @@ def _read_chunks(
         rule.update, precise, fused, save=torch.is_grad_enabled() and any(t.requires_grad for t in leaves),
     )  # fmt: skip
     y, end, good = unit.run(queries, *grid, layout.due, memory, settings)
-    faults = count(state.faults, layout.due & ~good, layout)
+    faults = count(state.faults, good, layout)
     after = LactState(unpack(end, state.memory, layout), pending, position, faults)
     return layout.plan.scatter(y, q.shape[0]), after
 

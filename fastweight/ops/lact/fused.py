@@ -9,13 +9,16 @@ from fastweight.ops.lact import kernels_pieces
 from fastweight.ops.lact.fused_muon import iterates, orthogonalise, orthogonalise_gradient, parts_of, power
 from fastweight.ops.lact.grid import Carry, Shape
 from fastweight.ops.lact.pieces import TORCH, Pieces
+from fastweight.ops.launch import launch
 
 # Kernels as the launcher sees them: tensors and numbers in, which their own signatures do not say.
 _PIECES: Any = kernels_pieces
 
+# Some kernels are started by `launch`, which spares the host: those that no recorded graph starts.
 # What is measured and chosen on a GPU stands here and in FUSED: to time a piece without its kernel, put TORCH's there.
 HIDDEN_TILE = (8, 128)  # rows and columns of the hidden layer
-SWAP_TILE = (16, 128)  # rows and columns that change places
+SWAP_TILE = (2048, 128)  # elements that change places, and columns at most
+FINITE_TILE = 4096  # elements, whole rows
 ROWS = 4  # of a matrix, in what needs their norms
 FLAT = 1024  # elements
 
@@ -25,11 +28,25 @@ def swap(t: Tensor, dtype: torch.dtype, good: Tensor | None = None, out: Tensor 
     out = t.new_empty(rows, second, first, dim, dtype=dtype) if out is None else out
     t = t if t.stride(-1) == 1 else t.contiguous()
     count, masked = rows * first * second, good is not None
-    _PIECES.swap[(parts_of(count, SWAP_TILE[0]), parts_of(dim, SWAP_TILE[1]))](
-        t, out, good.view(torch.uint8) if good is not None else t, first, second, count, *t.stride()[:3],
-        D=dim, MASKED=masked, ROWS=SWAP_TILE[0], BLOCK=SWAP_TILE[1],
+    columns = min(power(dim), SWAP_TILE[1])
+    tile = SWAP_TILE[0] // columns
+    launch(
+        _PIECES.swap, (parts_of(count, tile), parts_of(dim, columns)),
+        (t, out, good.view(torch.uint8) if good is not None else t), (first, second, count, *t.stride()[:3]),
+        {"D": dim, "MASKED": masked, "ROWS": tile, "BLOCK": columns}, {},
     )  # fmt: skip
     return out
+
+
+def keep_finite(t: Tensor, good: Tensor) -> None:
+    chunks, tokens, heads, dim = t.shape
+    t = t if t.stride(-1) == 1 else t.contiguous()
+    columns = power(dim)
+    tile = max(1, FINITE_TILE // columns)
+    launch(
+        _PIECES.keep_finite, (chunks * parts_of(tokens * heads, tile),), (t, good.view(torch.uint8)),
+        (tokens * heads, heads, *t.stride()[:3]), {"D": dim, "ROWS": tile, "BLOCK": columns}, {},
+    )  # fmt: skip
 
 
 def swiglu(both: Tensor, lr: Tensor | None = None) -> Tensor:
@@ -170,5 +187,5 @@ def _matrices(flat: Tensor, shape: Shape) -> list[tuple[int, int, int, int]]:
 
 FUSED = Pieces(
     swiglu, swiglu_gradient, swiglu_second, hidden_second, move, add_rows, settle, unsettle, unmove, orthogonalise,
-    iterates, orthogonalise_gradient, swap,
+    iterates, orthogonalise_gradient, swap, keep_finite,
 )  # fmt: skip

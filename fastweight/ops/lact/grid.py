@@ -25,10 +25,10 @@ class Tokens(NamedTuple):
 
 
 class Grid(NamedTuple):
-    """Tokens by chunk, heads first, in the compute dtype, zero where not finite. R chunks as a `ChunkPlan` lays them.
+    """Tokens by chunk, heads first, in the compute dtype. R chunks as a `ChunkPlan` lays them.
 
     q, k, v: [R, H, C, D]. lr: [R, H, 3, C, 1], or [R, H, 3, C, D] with rates per channel. beta: [R, H] or None, the
-    mean momentum coefficient. due: [R] bool, whether the chunk's update may happen.
+    mean momentum coefficient. due: [R] bool, whether the chunk may be learned: all but q of other chunks is zero.
     """
 
     q: Tensor
@@ -128,29 +128,29 @@ class Carry(NamedTuple):
         return map_tensors(lambda t: t[part], self)
 
 
-def make_grid(tokens: Tokens, dtype: torch.dtype, p: "Pieces", into: Grid | None = None) -> Grid:
-    """The tokens heads first, in `dtype`; chunks that hold what is not finite are blank and not learned.
+def learnable(tokens: Tokens, p: "Pieces", out: Tensor | None = None) -> Tensor:
+    """[R] bool: the chunks that are due and hold nothing but finite numbers. out: a tensor to fill."""
+    good = tokens.due.clone() if out is None else out.copy_(tokens.due)
+    p.keep_finite(tokens.k, good)
+    p.keep_finite(tokens.v, good)
+    p.keep_finite(tokens.lr.flatten(2, 3), good)
+    if tokens.beta is not None:
+        p.keep_finite(tokens.beta[..., None], good)
+    return good
 
-    into: tensors to fill.
+
+def make_grid(tokens: Tokens, good: Tensor, dtype: torch.dtype, p: "Pieces", into: Grid | None = None) -> Grid:
+    """The tokens heads first, in `dtype`; of chunks that are not good [R] only q. into: tensors to fill but for `due`.
+
+    The forward pass learns from chunks that are `learnable`. For the backward pass those are good whose update
+    happened: a gradient comes from no other.
     """
-    q, k, v, lr, beta, due = tokens
+    q, k, v, lr, beta, _ = tokens
     at = Grid(*[None] * 6) if into is None else into  # type: ignore[arg-type]  # made below where there are none
-    ok = due.clone()
-    for t in (k, v, lr, beta):
-        if t is not None:
-            ok &= torch.stack(t.flatten(1).aminmax(dim=1)).isfinite().all(0)
-    rates = _blank(ok, lr).permute(0, 2, 3, 1, 4)
-    grid = Grid(
-        p.swap(q, dtype, out=at.q), p.swap(k, dtype, ok, out=at.k), p.swap(v, dtype, ok, out=at.v),
-        rates.contiguous(), None if beta is None else _blank(ok, beta).mean(1), ok,
+    rates = p.swap(lr.flatten(2, 3), lr.dtype, good, out=None if at.lr is None else at.lr.flatten(1, 2))
+    if beta is not None:
+        beta = torch.mean(beta, 1, out=at.beta).masked_fill_(~good[:, None], 0)
+    return Grid(
+        p.swap(q, dtype, out=at.q), p.swap(k, dtype, good, out=at.k), p.swap(v, dtype, good, out=at.v),
+        rates.unflatten(1, lr.shape[2:4]), beta, good,
     )  # fmt: skip
-    if into is None:
-        return grid
-    for new, old in zip(grid[3:], into[3:], strict=True):
-        if old is not None and new is not None:
-            old.copy_(new)
-    return into
-
-
-def _blank(good: Tensor, t: Tensor) -> Tensor:
-    return t.masked_fill(~good.view(-1, *[1] * (t.dim() - 1)), 0)

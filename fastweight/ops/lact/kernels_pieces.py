@@ -10,7 +10,7 @@ import triton.language as tl
 EPS: tl.constexpr = tl.constexpr(1e-5)  # of the row norms, as in the op
 
 
-@triton.jit(do_not_specialize=["first", "second", "row_stride", "first_stride", "second_stride"])
+@triton.jit(do_not_specialize=["first", "second", "count"])
 def swap(
     source, target, good, first, second, count, row_stride, first_stride, second_stride,
     D: tl.constexpr, MASKED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -31,6 +31,27 @@ def swap(
     value = tl.load(at, mask=wanted[:, None] & (column < D)[None, :], other=0.0)
     to = target + place[:, None] * D + column[None, :]
     tl.store(to, value.to(target.dtype.element_ty), mask=known[:, None] & (column < D)[None, :])
+
+
+@triton.jit(do_not_specialize=["rows", "heads"])
+def keep_finite(
+    values, good, rows, heads, chunk_stride, token_stride, head_stride,
+    D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Clear good [R] where values [R, tokens, heads, D], the last dimension without gaps, are not all finite.
+
+    rows: tokens times heads of a chunk. Programs go through a chunk's rows, then to the next chunk; those that find
+    something all write the same, so their order does not matter."""
+    blocks = tl.cdiv(rows, ROWS)
+    r = (tl.program_id(0) // blocks).to(tl.int64)
+    row = (tl.program_id(0) % blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)
+    at = values + (r * chunk_stride + row // heads * token_stride + row % heads * head_stride)[:, None]
+    real = (row < rows)[:, None] & (column < D)[None, :]
+    value = tl.load(at + column[None, :], mask=real, other=0.0).to(tl.float32)
+    finite = (tl.abs(value) < float("inf")).to(tl.int32)
+    if tl.min(tl.min(finite, 1), 0) == 0:
+        tl.store(good + r, 0)
 
 
 @triton.jit(do_not_specialize=["count", "C"])

@@ -1,5 +1,6 @@
 """From the op's tokens and states to the unit's grid of chunks and flat memory, and back."""
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -11,12 +12,14 @@ from fastweight.ops.lact.forward import Memory
 from fastweight.ops.sequences import ChunkPlan, plan_chunks
 from fastweight.state import Faults, map_tensors, zip_tensors
 
+DENSE_LAYOUTS = 64  # whose tensors are kept: those of a batch serve all its layers
+
 
 class Layout(NamedTuple):
     """plan: where the tokens stand. pending: whether tokens of the state are on the grid, too. started: [N], position
-    of the first slot. length: new tokens of each sequence, [N] or one number. due: [R] bool, whether another chunk of
-    the same sequence follows chunk r. row, number: [R], whose chunk it is (in the plan's order), and which. last: [N],
-    the chunk that holds each sequence's last token.
+    of the first slot; 0 in a dense plan. length: new tokens of each sequence, [N] or one number. due: [R] bool, whether
+    another chunk of the same sequence follows chunk r. row, number: [R], whose chunk it is (in the plan's order), and
+    which. last: [N], the chunk that holds each sequence's last token.
     """
 
     plan: ChunkPlan
@@ -38,7 +41,7 @@ def lay_out(position: Tensor, lengths: Sequence[int], at: Sequence[int] | None, 
     if at is None:
         return _unknown(position, len(lengths), lengths[0], chunk_size)
     if not any(at) and len(set(lengths)) == 1 and lengths[0] % chunk_size == 0:
-        return _dense(position, len(lengths), lengths[0], chunk_size)
+        return _dense(position.device, len(lengths), lengths[0], chunk_size)
     held, device = [(p - 1) % chunk_size + 1 if p > 0 else 0 for p in at], position.device
     plan = plan_chunks(lengths, held, chunk_size, device, with_pending=any(held))
     active = torch.tensor(plan.active)
@@ -53,18 +56,20 @@ def lay_out(position: Tensor, lengths: Sequence[int], at: Sequence[int] | None, 
     return Layout(plan, any(held), started, length, *(t.to(device) for t in (due, row, number, last)))
 
 
-def _dense(position: Tensor, sequences: int, length: int, chunk_size: int) -> Layout:
-    """Whole chunks from position 0: the grid is a view of the input."""
+@functools.lru_cache(DENSE_LAYOUTS)
+def _dense(device: torch.device, sequences: int, length: int, chunk_size: int) -> Layout:
+    """Whole chunks from position 0: the grid is a view of the input. Fit for later calls, with gradients or without."""
     chunks = length // chunk_size
-    order = torch.arange(sequences, device=position.device)
-    nothing = order[:0]
-    plan = ChunkPlan(
-        chunk_size, order, order, [sequences] * chunks, [None] * chunks, nothing, nothing, sequences * length, True
-    )
-    index = torch.arange(chunks * sequences, device=position.device)
-    number = index // sequences
-    last = order + (chunks - 1) * sequences
-    return Layout(plan, False, torch.zeros_like(position), length, number < chunks - 1, index % sequences, number, last)
+    with torch.inference_mode(False):
+        order, index = (torch.arange(n, device=device) for n in (sequences, chunks * sequences))
+        nothing = order[:0]
+        plan = ChunkPlan(
+            chunk_size, order, order, [sequences] * chunks, [None] * chunks, nothing, nothing, sequences * length, True
+        )
+        number = index // sequences
+        last = order + (chunks - 1) * sequences
+        due, started = number < chunks - 1, torch.zeros_like(order)
+        return Layout(plan, False, started, length, due, index % sequences, number, last)
 
 
 def _unknown(position: Tensor, sequences: int, length: int, chunk_size: int) -> Layout:
@@ -115,8 +120,12 @@ def unpack(flat: Memory, like: LactMemory, layout: Layout) -> LactMemory:
     return LactMemory(weights, like.norms, parts(flat.momentum), parts(flat.accumulator))
 
 
-def count(faults: Faults, bad: Tensor, layout: Layout) -> Faults:
-    """Add the updates `bad` [R] that did not happen though they were due."""
+def count(faults: Faults, good: Tensor, layout: Layout) -> Faults:
+    """Add the updates that were due, but are not among those that happened, `good` [R]."""
+    bad = layout.due > good
+    if layout.plan.dense:
+        by_chunk = bad.unflatten(0, (-1, len(layout.last)))  # [chunks, sequences]
+        return faults.add(by_chunk.sum(0), by_chunk.view(torch.uint8).argmax(0) * layout.plan.chunk_size)
     sequence = layout.plan.order[layout.row]
     where = layout.started[sequence] + layout.number * layout.plan.chunk_size
     where = torch.where(bad, where, torch.iinfo(torch.int64).max)

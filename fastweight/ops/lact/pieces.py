@@ -32,6 +32,7 @@ class Pieces(NamedTuple):
     iterates: Callable[..., list[Iterates]]
     orthogonalise_gradient: Callable[..., Tensor]
     swap: Callable[..., Tensor]
+    keep_finite: Callable[..., None]
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -267,6 +268,11 @@ def swap(t: Tensor, dtype: torch.dtype, good: Tensor | None = None, out: Tensor 
     return torch.where(good.view(-1, 1, 1, 1), t.to(dtype).transpose(1, 2), out.new_zeros(()), out=out)
 
 
+def keep_finite(t: Tensor, good: Tensor) -> None:
+    """Clear good [R], bool, where t [R, a, b, D] holds anything that is not finite."""
+    good &= torch.stack(t.flatten(1).aminmax(dim=1)).isfinite().all(0)
+
+
 def only(good: Tensor, t: Tensor) -> Tensor:
     """t [rows, …], zero in rows that are not good [rows]."""
     return t.masked_fill(~good.view(-1, *[1] * (t.dim() - 1)), 0)
@@ -284,5 +290,5 @@ def _up(t: Tensor) -> Tensor:
 
 TORCH = Pieces(
     swiglu, swiglu_gradient, swiglu_second, hidden_second, move, add_rows, settle, unsettle, unmove, orthogonalise,
-    iterates, orthogonalise_gradient, swap,
+    iterates, orthogonalise_gradient, swap, keep_finite,
 )  # fmt: skip

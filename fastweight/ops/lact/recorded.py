@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastweight.ops.lact import backward, forward
 from fastweight.ops.lact.backward import Gradients
-from fastweight.ops.lact.grid import Memory, Tokens, Trail, make_grid
+from fastweight.ops.lact.grid import Memory, Tokens, Trail, learnable, make_grid
 from fastweight.state import map_tensors, zip_tensors
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class Desk:
         self._settings, self._pieces = settings, settings.pieces()
         self._dtype, self._rule = settings.dtype(tokens, memory), settings.rule(tokens.q.shape[1])
         self._rows = settings.rows(len(tokens.q), len(memory.norms))
-        self._grid = make_grid(tokens, self._dtype, self._pieces)
+        self._grid = make_grid(tokens, tokens.due.clone(), self._dtype, self._pieces)
         self._memory = map_tensors(torch.clone, memory)
         self._y = torch.empty_like(self._grid.q)
         self._trail = forward.empty_trail(self._grid.q, memory, self._rule, save=True)
@@ -74,7 +74,8 @@ class Desk:
 
     def forward(self, tokens: Tokens, memory: Memory) -> tuple[Tensor, Memory, Tensor, Trail]:
         """As `unit.forward_pass`."""
-        make_grid(tokens, self._dtype, self._pieces, into=self._grid)
+        good = learnable(tokens, self._pieces, out=self._grid.due)
+        make_grid(tokens, good, self._dtype, self._pieces, into=self._grid)
         zip_tensors(lambda own, given: own.copy_(given), self._memory, memory)
         self._forward = self._forward or _Replay(
             partial(forward.run, save=True),
@@ -86,7 +87,7 @@ class Desk:
             trail=self._trail,
         )
         y, end, good, trail = self._forward()
-        end = map_tensors(torch.clone, end)._replace(norms=memory.norms)
+        end = map_tensors(torch.clone, end._replace(norms=None))._replace(norms=memory.norms)
         return self._pieces.swap(y, y.dtype), end, good.clone(), map_tensors(torch.clone, trail)
 
     def backward(self, tokens: Tokens, trail: Trail, good: Tensor, y: Tensor, end: Memory) -> Gradients:
@@ -96,7 +97,7 @@ class Desk:
         if not self._warm:
             self._warm = True
             return backward_pass(tokens, trail, good, y, end, settings=self._settings)
-        make_grid(tokens, self._dtype, self._pieces, into=self._grid)
+        make_grid(tokens, good, self._dtype, self._pieces, into=self._grid)
         self._pieces.swap(y, self._dtype, out=self._y)
         given = (trail, good, end)
         zip_tensors(lambda own, new: own.copy_(new), (self._trail, self._good, self._memory), given)

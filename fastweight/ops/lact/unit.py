@@ -14,7 +14,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fastweight.ops.lact import Rule, backward, forward
 from fastweight.ops.lact.backward import Gradients
-from fastweight.ops.lact.grid import Memory, Tokens, Trail, make_grid
+from fastweight.ops.lact.grid import Memory, Tokens, Trail, learnable, make_grid
 from fastweight.ops.lact.newton_schulz import COEFFICIENTS
 from fastweight.ops.lact.pieces import TORCH, Pieces
 
@@ -124,12 +124,12 @@ def _operations(
 @torch.library.custom_op("fastweight::lact_chunks_gradient", mutates_args=())
 def lact_chunks_gradient(
     y: Tensor, weights: Tensor, momentum: Tensor | None, accumulator: Tensor | None, norms: Tensor, good: Tensor,
-    q: Tensor, k: Tensor, v: Tensor, lr: Tensor, beta: Tensor | None, due: Tensor, kept: Sequence[Tensor],
+    q: Tensor, k: Tensor, v: Tensor, lr: Tensor, beta: Tensor | None, kept: Sequence[Tensor],
     active: Sequence[int], muon: str, muon_dtype: str, prenorm: bool, update: str, precise: bool, fused: bool,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of q, k, v, lr, beta, weights, norms, momentum and accumulator from those of y and of the memory."""
     settings = Settings(list(active), muon, muon_dtype, prenorm, update, precise, fused, save=True)
-    tokens, end = Tokens(q, k, v, lr, beta, due), Memory(weights, norms, momentum, accumulator)
+    tokens, end = Tokens(q, k, v, lr, beta, good), Memory(weights, norms, momentum, accumulator)
     trail = Trail._make(kept)
     desk = recorded.find(tokens, end, settings, again=True)
     passed = partial(backward_pass, settings=settings) if desk is None else desk.backward
@@ -140,7 +140,7 @@ def lact_chunks_gradient(
 @lact_chunks_gradient.register_fake
 def _(
     y: Tensor, weights: Tensor, momentum: Tensor | None, accumulator: Tensor | None, norms: Tensor, good: Tensor,
-    q: Tensor, k: Tensor, v: Tensor, lr: Tensor, beta: Tensor | None, due: Tensor, kept: Sequence[Tensor],
+    q: Tensor, k: Tensor, v: Tensor, lr: Tensor, beta: Tensor | None, kept: Sequence[Tensor],
     active: Sequence[int], muon: str, muon_dtype: str, prenorm: bool, update: str, precise: bool, fused: bool,
 ) -> list[Tensor]:  # fmt: skip
     dtype = norms.dtype if precise else k.dtype
@@ -154,7 +154,7 @@ def _(
 def forward_pass(tokens: Tokens, memory: Memory, settings: Settings) -> tuple[Tensor, Memory, Tensor, Trail]:
     """y [R, C, H, D], the memory at the end, which updates happened, the trail."""
     p = settings.pieces()
-    grid = make_grid(tokens, settings.dtype(tokens, memory), p)
+    grid = make_grid(tokens, learnable(tokens, p), settings.dtype(tokens, memory), p)
     rows = settings.rows(len(tokens.q), len(memory.weights))
     rule = settings.rule(tokens.q.shape[1])
     y, end, good, trail = forward.run(grid, memory, rule, rows, p, save=settings.save)
@@ -166,7 +166,7 @@ def backward_pass(
 ) -> Gradients:
     """Gradients of the tokens, as they are laid out, and of the memory at the start."""
     p = settings.pieces()
-    grid = make_grid(tokens, settings.dtype(tokens, end), p)
+    grid = make_grid(tokens, good, settings.dtype(tokens, end), p)
     rows = settings.rows(len(tokens.q), len(end.norms))
     low = p.swap(y, grid.q.dtype)
     found = backward.run(grid, trail, end.norms, good, low, end, settings.rule(y.shape[1]), rows, p)
@@ -186,23 +186,24 @@ def _save(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
     ctx.settings = Settings(*inputs[10:])
     ctx.given = [t is not None for t in inputs[:10]]
     ctx.memory = [(t.shape, t.dtype, t.device) for t in output[1:4]]
-    ctx.save_for_backward(*inputs[:6], inputs[7], *output[4:])
+    ctx.save_for_backward(*inputs[:5], inputs[7], *output[4:])
     ctx.set_materialize_grads(False)
 
 
 def _gradient(ctx: Any, grads: list[Tensor | None]) -> tuple:
     saved = ctx.saved_tensors  # read once: where activations are computed again, a second look is refused
-    *tokens, norms, good = saved[:8]
+    *tokens, norms, good = saved[:7]
     y, *memory = grads[:4]
     if y is None:
         y = torch.zeros_like(tokens[0])
     given, end = [True, *ctx.given[8:10]], []
     for grad, (shape, dtype, device), there in zip(memory, ctx.memory, given, strict=True):
-        grad = torch.zeros(shape, dtype=dtype, device=device) if grad is None else grad.contiguous()
+        if there:
+            grad = torch.zeros(shape, dtype=dtype, device=device) if grad is None else grad.contiguous()
         end.append(grad if there else None)
     s = ctx.settings
-    found = lact_chunks_gradient(y, *end, norms, good, *tokens, list(saved[8:]), *s[:-1])
-    of_tokens = [None if t is None else g.to(t.dtype) for g, t in zip(found[:5], tokens[:5], strict=True)]
+    found = lact_chunks_gradient(y, *end, norms, good, *tokens, list(saved[7:]), *s[:-1])
+    of_tokens = [None if t is None else g.to(t.dtype) for g, t in zip(found[:5], tokens, strict=True)]
     state = [t if there else None for t, there in zip(found[5:], ctx.given[6:], strict=True)]
     return *of_tokens, None, *state, None if s.active else [], *[None] * 7
 
