@@ -11,8 +11,9 @@ from fastweight.configs import near_names
 # Fastest first; `naive` is the definition and the last resort.
 PREFERENCE = ("triton", "fla", "flex", "varlen", "chunked", "naive")
 KERNELS = PREFERENCE[:4]  # made for GPUs
-# Ran on a GPU, but not yet with all laws and gradients held there: `auto` leaves them to those who name them.
-UNTRIED: set[tuple[str, str]] = {("delta_rule", "fla")}
+# Ran on a GPU, but not with all laws and gradients held there as they stand now: `auto` leaves them to those who name
+# them.
+UNTRIED: set[tuple[str, str]] = {("delta_rule", "fla"), ("lact", "triton")}
 
 
 class Implementation(NamedTuple):
