@@ -97,7 +97,8 @@ def _lact() -> Iterator[Change]:
     yield from (Change(work, (muon, "FLAT"), size) for size in (512, 1024, 2048, 4096))
     yield from (Change(work, (pieces, "FLAT"), size) for size in (512, 1024, 2048, 4096))
     yield from (Change(work, (pieces, "HIDDEN_TILE"), tile) for tile in ((4, 128), (8, 128), (16, 128), (4, 256)))
-    yield from (Change(work, (pieces, "SWAP_TILE"), tile) for tile in ((8, 128), (16, 128), (32, 128), (16, 64)))
+    yield from (Change(work, (pieces, "SWAP_TILE"), tile) for tile in ((1024, 128), (4096, 128), (8192, 128)))
+    yield from (Change(work, (pieces, "FINITE_TILE"), size) for size in (2048, 8192, 16384))
     yield from (Change(work, (pieces, "ROWS"), rows) for rows in (1, 2, 4, 8))
 
 
