@@ -15,7 +15,7 @@ from torch import Tensor
 from fastweight.configs import require
 from fastweight.model import Model
 from fastweight.state import ModelState, load_state
-from fastweight.stepping import Stepper
+from fastweight.stepping import fast_stepper
 
 PREFILL_TOKENS = 1024
 WEIGHTS_FILE = "model.safetensors"
@@ -35,7 +35,7 @@ class Generation:
         seed: int, max_tokens: int | None, stop: frozenset[int],
     ):  # fmt: skip
         self.model, self.last_token, self.seed = model, last_token, seed
-        self._stepper = Stepper(model, state)
+        self._stepper = fast_stepper(model, state)
         self._logits: Tensor | None = None
         self.stopped: int | None = None
         self._choose, self._stop, self._left = choose, stop, max_tokens

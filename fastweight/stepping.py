@@ -18,7 +18,7 @@ class Stepper:
     """`logits = stepper(tokens)` reads one token per sequence; `stepper.state` is what it has read so far.
 
     static: keep the state in place, and on a GPU replay a recorded step. On a CPU a static state changes nothing but
-    where the numbers lie. A recording holds memory of its own, so it is for those who ask for it.
+    where the numbers lie. A recording holds memory of its own.
     Raises ValueError if static is asked for and the state grows with the text (a layer attends to all of the past).
     """
 
@@ -39,6 +39,11 @@ class Stepper:
         self._logits: Tensor | None = None
 
     @property
+    def recorded(self) -> bool:
+        """Whether steps are replayed."""
+        return self._static and self._tokens.is_cuda
+
+    @property
     def state(self) -> ModelState:
         """The state after the tokens read so far, to keep or to fork: later steps leave it as it is."""
         return self._state.fork() if self._static else self._state
@@ -50,7 +55,7 @@ class Stepper:
             logits, self._state = self.model(tokens, self._state)
             return logits
         self._tokens.copy_(tokens)
-        if self._tokens.is_cuda and not self._acts():
+        if self.recorded and not self._acts():
             self._graph = self._graph or self._record()
             self._graph.replay()
             assert self._logits is not None
@@ -84,6 +89,11 @@ class Stepper:
         with torch.cuda.graph(graph):
             self._logits = self._step(self._state)
         return graph
+
+
+def fast_stepper(model: Model, state: ModelState) -> Stepper:
+    """For many steps: recorded on a GPU where the state has a constant size, plain elsewhere."""
+    return Stepper(model, state, static=model.device.type == "cuda" and model.settled(state) is not None)
 
 
 def _overwrite(old: ModelState, new: ModelState) -> None:

@@ -6,11 +6,12 @@ from laws.cases import CASES
 from laws.laws import D_MODEL
 
 from fastweight import InPlaceConfig, Model
+from fastweight.generate import generate
 from fastweight.layers import FeedForwardConfig
 from fastweight.model import BlockConfig, ModelConfig
 from fastweight.ops.in_place import chunked as in_place
 from fastweight.state import tensors
-from fastweight.stepping import Stepper
+from fastweight.stepping import Stepper, fast_stepper
 
 MEMORY = FeedForwardConfig(hidden=16, memory=InPlaceConfig(chunk_size=7, inner_lr=0.5))
 
@@ -112,3 +113,14 @@ def test_a_recorded_step_equals_steps_that_make_new_states(case):
     for token in torch.randint(50, (60, 2, 1), device="cuda"):
         want, plain = model(token, plain)
         torch.testing.assert_close(stepper(token), want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", ["attention-window", "attention-full", "delta-gated", "lact-muon"])
+def test_generated_text_is_that_of_plain_steps(case, monkeypatch):
+    model = model_of(case)
+    model = model.cuda() if torch.cuda.is_available() else model
+    found = list(generate(model, [1, 2, 3], max_tokens=30, seed=5))
+    monkeypatch.setattr("fastweight.generate.fast_stepper", Stepper)
+    assert list(generate(model, [1, 2, 3], max_tokens=30, seed=5)) == found
+    grows = model.settled(model.init_state(1)) is None
+    assert fast_stepper(model, model.init_state(1)).recorded == (torch.cuda.is_available() and not grows)

@@ -17,6 +17,7 @@ from fastweight.evaluate.grow import PHASE_TOKENS, first_length, grow, grows_by_
 from fastweight.evaluate.long_texts import read
 from fastweight.model import Model
 from fastweight.state import ModelState
+from fastweight.stepping import Stepper, fast_stepper
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,19 +110,21 @@ def _time_prefill(model: Model, text: Tensor, state: ModelState, repeats: int) -
 
 
 def _time_decode(model: Model, state: ModelState, steps: int, repeats: int) -> list[float]:
-    """Seconds of each greedy step, repeats · steps of them."""
+    """Seconds of each greedy step, repeats · steps of them, taken as `generate` takes them."""
     seconds = []
+    stepper = fast_stepper(model, state)
     for repeat in range(-1, repeats):
-        token, here = torch.zeros(1, 1, dtype=torch.int64, device=model.device), state  # each starts at one length
+        # A state that grows starts each time at one length; a recorded one has a constant size and goes on.
+        stepper = stepper if stepper.recorded else Stepper(model, state)
+        token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
         for _ in range(steps):
-            taken, (token, here) = _timed(model, partial(_step, model, token, here))
+            taken, token = _timed(model, partial(_step, stepper, token))
             seconds += [taken] if repeat >= 0 else []
     return seconds
 
 
-def _step(model: Model, token: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
-    logits, state = model(token, state)
-    return logits[:, -1:].argmax(-1), state
+def _step(stepper: Stepper, token: Tensor) -> Tensor:
+    return stepper(token)[:, -1:].argmax(-1)
 
 
 def _timed(model: Model, run: Callable[[], Any]) -> tuple[float, Any]:
