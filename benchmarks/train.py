@@ -77,7 +77,10 @@ def time_steps(preset: str, optimizer: str, options: Options, folder: Path) -> d
     trainer = Trainer(config, folder, model, store, Tally(), Report(config, quiet=True), metrics)
     steps = step_batches(store.split("train"), config.data, seed=0, start_step=0)
     with prepared(model, config):
-        run = lambda: trainer.step(next(steps))  # noqa: E731
+
+        def run() -> object:
+            return trainer.step(next(steps))
+
         result: dict[str, Any] = measure(run, options.device, seconds=options.seconds)
         if options.profile:
             result["profile"] = profiled(run)

@@ -148,7 +148,7 @@ class Model(nn.Module):
     def init_state(self, num_sequences: int) -> ModelState:
         """The state before the first token of `num_sequences` sequences."""
         require(num_sequences > 0, f"init_state: num_sequences must be positive, got {num_sequences}.")
-        visits = tuple(self.blocks[i].init_state(num_sequences) for i in self.visits)  # type: ignore[operator]
+        visits = tuple(self.blocks[i].init_state(num_sequences) for i in self.visits)  # type: ignore[operator]  # untyped
         position = torch.zeros(num_sequences, dtype=torch.int64, device=self.device)
         last = None if self.smear is None else self.embedding.weight.new_zeros(num_sequences, 1, self.config.d_model)
         return ModelState(visits, position, self.signature, last=last)
@@ -156,7 +156,7 @@ class Model(nn.Module):
     def settled(self, state: ModelState) -> ModelState | None:
         """The same state in tensors that no later token makes larger; None if it grows with the text."""
         visits = tuple(
-            self.blocks[i].settled(part)  # type: ignore[operator]
+            self.blocks[i].settled(part)  # type: ignore[operator]  # untyped
             for i, part in zip(self.visits, state.visits, strict=True)
         )
         known = None if None in visits else visits
