@@ -69,6 +69,7 @@ def weigh(arguments: list[str]) -> None:
             batch_size=args.batch_size, made_by=made_by, progress=update,
         )  # fmt: skip
     split = Store.open(args.store).split("train", weights=args.name)
+    # The split was opened with weights, so it has them.
     counts = (int((split.weights(a, b) > 0).sum()) for a, b in _blocks(split.num_tokens))  # type: ignore[operator]
     kept, targets = sum(counts), split.num_tokens - split.num_documents
     say(f"kept      {kept:,} of {targets:,} tokens")
