@@ -231,6 +231,14 @@ def state_dtype(weight: Tensor) -> torch.dtype:
     return torch.promote_types(weight.dtype, torch.float32)
 
 
+def token_dtype(weight: Tensor) -> torch.dtype:
+    """Dtype of what a layer with such a weight makes of its input: autocast's where that is on."""
+    device_type = weight.device.type
+    if weight.dtype == torch.float64 or device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return weight.dtype
+    return torch.get_autocast_dtype(device_type)
+
+
 def keep_wide(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
     """fn(tensor), the move or conversion of a module's tensor, but never to fewer digits than float32 has."""
     moved = fn(tensor)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastweight.configs import near_names, require
-from fastweight.layers import RMSNorm, state_dtype
+from fastweight.layers import RMSNorm, state_dtype, token_dtype
 from fastweight.mixers.attention import settle_cache
 from fastweight.mixers.base import Mixer, MixerConfig, register
 from fastweight.ops.attention import AttentionState, attention
@@ -151,7 +151,7 @@ class Lact(Mixer):
         w0, w1, w2 = (w() if isinstance(w, LowRank) else w.to(state_dtype(w)) for w in (self.w0, self.w1, self.w2))
         fast = init_lact(
             w0, w1, w2, num_sequences, chunk_size=c.chunk_size, momentum=c.momentum, prenorm=c.prenorm,
-            update=c.update, lr_dim=c.lr_dim, token_dtype=weight.dtype,
+            update=c.update, lr_dim=c.lr_dim, token_dtype=token_dtype(weight),
         )  # fmt: skip
         window = AttentionState.empty(
             num_sequences, c.num_heads, self.head_dim, dtype=weight.dtype, device=weight.device

@@ -52,6 +52,17 @@ def tokens(length: int, batch: int = 2, seed: int = 5) -> torch.Tensor:
     return torch.randn(batch, length, D_MODEL, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
+def test_under_autocast_the_buffers_hold_tokens_as_they_come_and_the_memory_stays_wide():
+    torch.manual_seed(0)
+    mixer, x = Lact(D_MODEL, CASES["momentum"]), tokens(20).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        state = mixer.init_state(2)
+        _, after = mixer(x, state)
+    assert {t.dtype for s in (state, after) for t in (s.fast.pending.k, s.fast.pending.v)} == {torch.bfloat16}
+    assert {t.dtype for s in (state, after) for t in s.fast.memory.weights} == {torch.float32}
+    assert mixer.init_state(2).fast.pending.k.dtype == torch.float32
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_every_earlier_token_influences_the_last_output(name):
     mixer, x = mixer_of(name), tokens(40, 1).requires_grad_()

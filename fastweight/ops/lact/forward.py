@@ -109,13 +109,14 @@ def _update(
     """The carried rows after one update, written to the trail's rows `there`; [rows] bool: whether it happened."""
     saved = trail.raw.numel() > 0
     moved = trail.moved[there] if trail.moved.numel() else torch.empty_like(carry.weights)
-    energy = p.move(direction, carry.momentum, part.beta, moved)
-    stepped = moved
-    if rule.muon != "none":
-        stepped = p.orthogonalise(moved, rule, shape)
     raw = trail.raw[there] if saved else torch.empty_like(carry.weights)
     norm = trail.norm[there] if saved else torch.empty_like(norms)
-    p.add_rows(stepped, carry.weights if carry.accumulator is None else carry.accumulator, raw, norm, shape)
+    base = carry.weights if carry.accumulator is None else carry.accumulator
+    if rule.muon == "none":
+        energy = p.move_rows(direction, carry.momentum, part.beta, moved, base, raw, norm, shape)
+    else:
+        energy = p.move(direction, carry.momentum, part.beta, moved)
+        p.add_rows(p.orthogonalise(moved, rule, shape), base, raw, norm, shape)
     low = shape.learned(trail.weights[there], rule)
     weights, good = p.settle(carry, moved, energy, raw, norm, norms, part.due, low, shape)
     return Carry(weights, None if carry.momentum is None else moved, None if carry.accumulator is None else raw), good

@@ -116,6 +116,29 @@ def move(
     return energy
 
 
+def move_rows(
+    direction: tuple[Tensor | None, Tensor], momentum: Tensor | None, beta: Tensor | None, moved: Tensor, base: Tensor,
+    raw: Tensor, norm: Tensor, shape: Shape,
+) -> Tensor:  # fmt: skip
+    """As in `pieces`, but the sum of squares comes in parts: [rows, H, parts]."""
+    inner, outer = direction
+    rows, heads, size = raw.shape
+    first = outer if inner is None else inner
+    found = [(*matrix, parts_of(matrix[-1], ROWS)) for matrix in _matrices(raw, shape)]
+    energy = raw.new_empty(rows, heads, sum(programs for *_, programs in found))
+    done = 0
+    for offset, length, first_row, number, programs in found:
+        _PIECES.move_rows[(programs, rows * heads)](
+            first, outer, moved if momentum is None else momentum, moved if beta is None else beta, base, moved, raw,
+            norm, energy, 0 if momentum is None else momentum.stride(1), first.stride(1), outer.stride(1),
+            base.stride(1), CUT=size - outer[0, 0].numel(), SIZE=size, OFFSET=offset, LENGTH=length, FIRST=first_row,
+            NUMBER=number, ALL=norm.shape[-1], PART=done, PARTS=energy.shape[-1], MOMENTUM=momentum is not None,
+            ROWS=ROWS, BLOCK=power(length),
+        )  # fmt: skip
+        done += programs
+    return energy
+
+
 def add_rows(stepped: Tensor, base: Tensor, raw: Tensor, norm: Tensor, shape: Shape) -> None:
     rows, heads, size = raw.shape
     for offset, length, first, number in _matrices(raw, shape):
@@ -159,19 +182,18 @@ def unsettle(
 
 
 def unmove(
-    moved: Tensor, momentum: Tensor | None, beta: Tensor | None, before: Tensor, good: Tensor
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    moved: Tensor, momentum: Tensor | None, beta: Tensor | None, before: Tensor, good: Tensor, direction: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
     rows, heads, size = moved.shape
     parts = parts_of(size, FLAT)
-    direction = torch.empty_like(before)
     after = None if momentum is None else torch.empty_like(before)
     of_beta = before.new_empty(rows, heads, parts)
     _PIECES.unmove[(parts, rows * heads)](
         moved, moved if momentum is None else momentum, before if beta is None else beta, before,
-        good.view(torch.uint8), direction, direction if after is None else after, of_beta,
+        good.view(torch.uint8), direction, before if after is None else after, of_beta,
         0 if momentum is None else momentum.stride(1), heads, SIZE=size, MOMENTUM=momentum is not None, BLOCK=FLAT,
     )  # fmt: skip
-    return direction, after, None if momentum is None else of_beta.sum(-1)
+    return after, None if momentum is None else of_beta.sum(-1)
 
 
 def _matrices(flat: Tensor, shape: Shape) -> list[tuple[int, int, int, int]]:
@@ -186,6 +208,6 @@ def _matrices(flat: Tensor, shape: Shape) -> list[tuple[int, int, int, int]]:
 
 
 FUSED = Pieces(
-    swiglu, swiglu_gradient, swiglu_second, hidden_second, move, add_rows, settle, unsettle, unmove, orthogonalise,
-    iterates, orthogonalise_gradient, swap, keep_finite,
+    swiglu, swiglu_gradient, swiglu_second, hidden_second, move, move_rows, add_rows, settle, unsettle, unmove,
+    orthogonalise, iterates, orthogonalise_gradient, swap, keep_finite,
 )  # fmt: skip

@@ -111,6 +111,11 @@ class Shape(NamedTuple):
         """Grid rows of chunk i."""
         return slice(self.offset[i], self.offset[i + 1])
 
+    def unlearned(self) -> list[slice]:
+        """Grid rows of the chunks that nothing is learned from: the last ones."""
+        pairs = zip(self.offset, self.offset[1:], [*self.active[1:], 0], strict=False)
+        return [slice(a + learned, b) for a, b, learned in pairs]
+
     def updates(self) -> list[tuple[slice, slice]]:
         """(grid rows learned from, grid rows that they make) of each update, in order."""
         pairs = zip(self.offset[:-2], self.offset[1:-1], self.active[1:], strict=True)

@@ -191,6 +191,31 @@ def move(
 
 
 @triton.jit
+def move_rows(
+    inner, outer, momentum, beta, base, moved, raw, norm, energy, momentum_batch, inner_batch, outer_batch, base_batch,
+    CUT: tl.constexpr, SIZE: tl.constexpr, OFFSET: tl.constexpr, LENGTH: tl.constexpr, FIRST: tl.constexpr,
+    NUMBER: tl.constexpr, ALL: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr, MOMENTUM: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """`move` and `add_rows` in one pass over NUMBER rows; energy [batch, PARTS], from the PART-th on."""
+    z = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)
+    real = (row < NUMBER)[:, None] & (column < LENGTH)[None, :]
+    at = OFFSET + row[:, None] * LENGTH + column[None, :]
+    out = tl.load(outer + z * outer_batch + at - CUT, mask=real & (at >= CUT), other=0.0).to(tl.float32)
+    if CUT:
+        out += tl.load(inner + z * inner_batch + at, mask=real & (at < CUT), other=0.0).to(tl.float32)
+    if MOMENTUM:
+        out += tl.load(beta + z) * tl.load(momentum + z * momentum_batch + at, mask=real, other=0.0)
+    tl.store(moved + z * SIZE + at, out, mask=real)
+    tl.store(energy + z * PARTS + PART + tl.program_id(0), tl.sum(out * out))
+    total = out + tl.load(base + z * base_batch + at, mask=real, other=0.0)
+    tl.store(raw + z * SIZE + at, total, mask=real)
+    tl.store(norm + z * ALL + FIRST + row, tl.sqrt(tl.sum(total * total, 1)), mask=row < NUMBER)
+
+
+@triton.jit
 def add_rows(
     stepped, base, raw, norm, base_batch, SIZE: tl.constexpr, OFFSET: tl.constexpr, LENGTH: tl.constexpr,
     FIRST: tl.constexpr, NUMBER: tl.constexpr, ALL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -244,7 +269,8 @@ def settle(
     scale = tl.load(target + z * ALL + row, mask=real, other=0.0)
     scale = scale / (tl.load(norm + z * ALL + row, mask=real, other=1.0) + EPS)
     new = tl.load(raw + z * SIZE + i, mask=real, other=0.0) * scale
-    new = tl.where(happens, new, tl.load(old + z * old_batch + i, mask=real, other=0.0))
+    if not happens:
+        new = tl.load(old + z * old_batch + i, mask=real, other=0.0)
     tl.store(weights + z * SIZE + i, new, mask=real)
     tl.store(low + z * low_batch + i, new.to(low.dtype.element_ty), mask=real)
     if not happens:
@@ -298,7 +324,8 @@ def unmove(
     grad, momentum, beta, before, good, direction, after, of_beta, momentum_batch, heads,
     SIZE: tl.constexpr, MOMENTUM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the direction, of the momentum before (after) and, in parts [batch, programs], of beta."""
+    """Gradients of the direction, of the momentum before (after) and, in parts [batch, programs], of beta. Only the
+    first is rounded to the dtype of its tensor."""
     z = tl.program_id(1).to(tl.int64)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     real = i < SIZE
@@ -310,4 +337,4 @@ def unmove(
         tl.store(after + z * SIZE + i, tl.where(happened, tl.load(beta + z) * total, passed), mask=real)
         part = total * tl.load(before + z * SIZE + i, mask=real, other=0.0)
         tl.store(of_beta + z * tl.num_programs(0) + tl.program_id(0), tl.sum(part))
-    tl.store(direction + z * SIZE + i, tl.where(happened, total, 0.0), mask=real)
+    tl.store(direction + z * SIZE + i, tl.where(happened, total, 0.0).to(direction.dtype.element_ty), mask=real)

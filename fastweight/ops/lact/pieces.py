@@ -24,10 +24,11 @@ class Pieces(NamedTuple):
     swiglu_second: Callable[..., tuple[Tensor, Tensor]]
     hidden_second: Callable[..., tuple[Tensor, Tensor, Tensor]]
     move: Callable[..., Tensor]
+    move_rows: Callable[..., Tensor]
     add_rows: Callable[..., None]
     settle: Callable[..., tuple[Tensor, Tensor]]
     unsettle: Callable[..., tuple[Tensor, Tensor | None]]
-    unmove: Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]
+    unmove: Callable[..., tuple[Tensor | None, Tensor | None]]
     orthogonalise: Callable[..., Tensor]
     iterates: Callable[..., list[Iterates]]
     orthogonalise_gradient: Callable[..., Tensor]
@@ -185,6 +186,16 @@ def move(
     return moved.square().sum((1, 2))
 
 
+def move_rows(
+    direction: tuple[Tensor | None, Tensor], momentum: Tensor | None, beta: Tensor | None, moved: Tensor, base: Tensor,
+    raw: Tensor, norm: Tensor, shape: Shape,
+) -> Tensor:  # fmt: skip
+    """`move`, then `add_rows` of what was moved."""
+    energy = move(direction, momentum, beta, moved)
+    add_rows(moved, base, raw, norm, shape)
+    return energy
+
+
 def add_rows(stepped: Tensor, base: Tensor, raw: Tensor, norm: Tensor, shape: Shape) -> None:
     """Fill raw = stepped + base [rows, H, L] and the norms of its rows."""
     torch.add(stepped, base, out=raw)
@@ -237,16 +248,18 @@ def unsettle(
 
 
 def unmove(
-    moved: Tensor, momentum: Tensor | None, beta: Tensor | None, before: Tensor, good: Tensor
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients of the direction, of the momentum before and of beta, from those of moved and of the momentum after.
+    moved: Tensor, momentum: Tensor | None, beta: Tensor | None, before: Tensor, good: Tensor, direction: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of the momentum before and of beta, from those of moved and of the momentum after.
 
-    before: [rows, H, L], the momentum before.
+    before: [rows, H, L], the momentum before. Fills direction, rounded, with the gradient of the direction.
     """
     if momentum is None or beta is None:
-        return only(good, moved), None, None
-    direction = only(good, moved + momentum)
-    return direction, where(good, direction * beta[..., None], momentum), (direction * before).sum(-1)
+        direction.copy_(only(good, moved))
+        return None, None
+    total = only(good, moved + momentum)
+    direction.copy_(total)
+    return where(good, total * beta[..., None], momentum), (total * before).sum(-1)
 
 
 def _rescale_gradient(raw: Tensor, norm: Tensor, target: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -289,6 +302,6 @@ def _up(t: Tensor) -> Tensor:
 
 
 TORCH = Pieces(
-    swiglu, swiglu_gradient, swiglu_second, hidden_second, move, add_rows, settle, unsettle, unmove, orthogonalise,
-    iterates, orthogonalise_gradient, swap, keep_finite,
+    swiglu, swiglu_gradient, swiglu_second, hidden_second, move, move_rows, add_rows, settle, unsettle, unmove,
+    orthogonalise, iterates, orthogonalise_gradient, swap, keep_finite,
 )  # fmt: skip

@@ -1,15 +1,17 @@
 """One LaCT call on a grid of chunks as one differentiable operator, forward and backward written by hand.
 
-It is registered with PyTorch (`fastweight::lact_chunks`), so that torch.compile takes it as it is; it has no second
-derivatives. The weights' recurrence is sequential, all else is one batched product over the chunks.
+It is registered with PyTorch (`fastweight::lact_chunks`), so that torch.compile takes it as it is; what is not traced
+goes a shorter way (`_Eager`) in half of the host's time. There are no second derivatives. The weights' recurrence is
+sequential, all else is one batched product over the chunks.
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
 
 from fastweight.ops.lact import Rule, backward, forward
@@ -60,8 +62,14 @@ def run(
     q, k, v: [R, C, H, D], chunks as a `ChunkPlan` lays them, and memory's rows in its order. lr: [R, C, H, 3, 1 or D].
     beta: [R, C, H] or None, momentum coefficients. due: [R], which chunks an update may follow.
     """
-    found = lact_chunks(q, k, v, lr, beta, due, *memory, *settings)
-    y, weights, momentum, accumulator, good = found[:5]
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():  # traced, or counted
+        found = lact_chunks(q, k, v, lr, beta, due, *memory, *settings)[:5]
+    elif settings.save:
+        found = _Eager.apply(settings, q, k, v, lr, beta, due, *memory)
+    else:
+        y, end, good, _ = _forward(Tokens(q, k, v, lr, beta, due), memory, settings)
+        found = y, end.weights, end.momentum, end.accumulator, good
+    y, weights, momentum, accumulator, good = found
     end = Memory(
         weights, memory.norms, None if memory.momentum is None else momentum,
         None if memory.accumulator is None else accumulator,
@@ -78,8 +86,7 @@ def lact_chunks(
     """[y, weights, momentum, accumulator, which updates happened, *Trail]; empty tensors where there is none."""
     settings = Settings(list(active), muon, muon_dtype, prenorm, update, precise, fused, save)
     tokens, memory = Tokens(q, k, v, lr, beta, due), Memory(weights, norms, momentum, accumulator)
-    desk = recorded.find(tokens, memory, settings)
-    y, end, good, trail = forward_pass(tokens, memory, settings) if desk is None else desk.forward(tokens, memory)
+    y, end, good, trail = _forward(tokens, memory, settings)
     results = [y, end.weights, *end[2:], good, *(trail if save else [])]
     return [weights.new_empty(0) if t is None else t for t in results]
 
@@ -130,10 +137,7 @@ def lact_chunks_gradient(
     """Gradients of q, k, v, lr, beta, weights, norms, momentum and accumulator from those of y and of the memory."""
     settings = Settings(list(active), muon, muon_dtype, prenorm, update, precise, fused, save=True)
     tokens, end = Tokens(q, k, v, lr, beta, good), Memory(weights, norms, momentum, accumulator)
-    trail = Trail._make(kept)
-    desk = recorded.find(tokens, end, settings, again=True)
-    passed = partial(backward_pass, settings=settings) if desk is None else desk.backward
-    found = passed(tokens, trail, good, y, end)
+    found = _backward(tokens, Trail._make(kept), good, y, end, settings)
     return [norms.new_empty(0) if t is None else t for t in (*found[:5], *found.memory)]
 
 
@@ -149,6 +153,20 @@ def _(
     memory = [none if t is None else torch.empty_like(t) for t in (momentum, accumulator)]
     of_beta = none if beta is None else beta.new_empty(beta.shape)
     return [*tokens, lr.new_empty(lr.shape), of_beta, torch.empty_like(weights), torch.empty_like(norms), *memory]
+
+
+def _forward(tokens: Tokens, memory: Memory, settings: Settings) -> tuple[Tensor, Memory, Tensor, Trail]:
+    """`forward_pass`, replayed where it is recorded."""
+    desk = recorded.find(tokens, memory, settings)
+    return forward_pass(tokens, memory, settings) if desk is None else desk.forward(tokens, memory)
+
+
+def _backward(tokens: Tokens, trail: Trail, good: Tensor, y: Tensor, end: Memory, settings: Settings) -> Gradients:
+    """`backward_pass`, replayed where it is recorded."""
+    desk = recorded.find(tokens, end, settings, again=True)
+    if desk is None:
+        return backward_pass(tokens, trail, good, y, end, settings=settings)
+    return desk.backward(tokens, trail, good, y, end)
 
 
 def forward_pass(tokens: Tokens, memory: Memory, settings: Settings) -> tuple[Tensor, Memory, Tensor, Trail]:
@@ -193,19 +211,59 @@ def _save(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
 def _gradient(ctx: Any, grads: list[Tensor | None]) -> tuple:
     saved = ctx.saved_tensors  # read once: where activations are computed again, a second look is refused
     *tokens, norms, good = saved[:7]
-    y, *memory = grads[:4]
-    if y is None:
-        y = torch.zeros_like(tokens[0])
-    given, end = [True, *ctx.given[8:10]], []
-    for grad, (shape, dtype, device), there in zip(memory, ctx.memory, given, strict=True):
-        if there:
-            grad = torch.zeros(shape, dtype=dtype, device=device) if grad is None else grad.contiguous()
-        end.append(grad if there else None)
+    y, end = _asked(grads, tokens[0], [True, *ctx.given[8:10]], ctx.memory)
     s = ctx.settings
     found = lact_chunks_gradient(y, *end, norms, good, *tokens, list(saved[7:]), *s[:-1])
     of_tokens = [None if t is None else g.to(t.dtype) for g, t in zip(found[:5], tokens, strict=True)]
     state = [t if there else None for t, there in zip(found[5:], ctx.given[6:], strict=True)]
     return *of_tokens, None, *state, None if s.active else [], *[None] * 7
+
+
+def _asked(
+    grads: Sequence[Tensor | None], q: Tensor, given: Sequence[bool], memory: Sequence[tuple]
+) -> tuple[Tensor, list[Tensor | None]]:
+    """The gradients of y and of (weights, momentum, accumulator), zeros where nobody asked; None for what there is not.
+
+    memory: shape, dtype and device of each of the three.
+    """
+    y, *others = grads[:4]
+    end = []
+    for grad, (shape, dtype, device), there in zip(others, memory, given, strict=True):
+        if there:
+            grad = torch.zeros(shape, dtype=dtype, device=device) if grad is None else grad.contiguous()
+        end.append(grad if there else None)
+    return torch.zeros_like(q) if y is None else y, end
+
+
+class _Eager(torch.autograd.Function):
+    """The same as `lact_chunks`, without what torch.compile needs."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, settings: Settings, q: Tensor, k: Tensor, v: Tensor, lr: Tensor, beta: Tensor | None, due: Tensor,
+        weights: Tensor, norms: Tensor, momentum: Tensor | None, accumulator: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:  # fmt: skip
+        tokens, memory = Tokens(q, k, v, lr, beta, due), Memory(weights, norms, momentum, accumulator)
+        y, end, good, trail = _forward(tokens, memory, settings)
+        ctx.settings, ctx.memory = settings, [None if t is None else (t.shape, t.dtype, t.device) for t in memory]
+        ctx.save_for_backward(*tokens[:5], norms, good, *trail)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(good)
+        return y, end.weights, end.momentum, end.accumulator, good
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        *tokens, norms, good = saved[:7]
+        about = [ctx.memory[0], *ctx.memory[2:]]
+        given = [t is not None for t in about]
+        y, (weights, momentum, accumulator) = _asked(grads, tokens[0], given, [t or (None, None, None) for t in about])
+        assert weights is not None
+        end = Memory(weights, norms, momentum, accumulator)
+        found = _backward(Tokens(*tokens, good), Trail._make(saved[7:]), good, y, end, ctx.settings)
+        of_tokens = [None if t is None else g.to(t.dtype) for g, t in zip(found[:5], tokens, strict=True)]
+        return None, *of_tokens, None, *found.memory
 
 
 lact_chunks.register_autograd(_gradient, setup_context=_save)
