@@ -249,9 +249,35 @@ def token_jobs(dim: int) -> list[dict]:
     return jobs
 
 
+def update_jobs(dim: int) -> list[dict]:
+    """What makes weights of directions, and back."""
+    from fastweight.ops.lact.fused import FLAT, ROWS
+    from fastweight.ops.lact.fused_muon import power
+
+    size, rows = 3 * dim * dim, {"OFFSET": 0, "LENGTH": dim, "FIRST": 0, "NUMBER": 3 * dim, "ALL": 3 * dim,
+                                 "ROWS": ROWS, "BLOCK": power(dim)}  # fmt: skip
+    flat, strides = {"SIZE": size, "BLOCK": FLAT}, ("momentum_batch", "inner_batch", "outer_batch", "base_batch")
+    jobs = []
+    for name, wide, other, numbers, constants in (
+        ("move_rows", ("inner", "outer", "momentum", "beta", "base", "moved", "raw", "norm", "energy"), {}, strides,
+         rows | {"CUT": 2 * dim * dim, "SIZE": size, "PART": 0, "PARTS": 9, "MOMENTUM": True}),
+        ("settle", ("old", "momentum", "accumulator", "moved", "raw", "energy", "norm", "target", "weights"),
+         {"due": "*u8", "low": "*bf16", "good": "*u8"},
+         ("old_batch", "momentum_batch", "accumulator_batch", "low_batch", "heads", "partial"),
+         flat | {"CUT": 2 * dim * dim, "D": dim, "F": dim, "ALL": 3 * dim, "MOMENTUM": True, "ACCUMULATOR": True}),
+        ("unmove", ("grad", "momentum", "beta", "before", "after", "of_beta"), {"good": "*u8", "direction": "*bf16"},
+         ("momentum_batch", "heads"), flat | {"MOMENTUM": True}),
+    ):  # fmt: skip
+        signature = dict.fromkeys(wide, "*fp32") | other | dict.fromkeys(numbers, "i32")
+        jobs.append({"kernel": f"fastweight.ops.lact.kernels_pieces:{name}", "constants": constants,
+                     "signature": signature | dict.fromkeys(constants, "constexpr")})  # fmt: skip
+    return jobs
+
+
 @needs_triton
 def test_the_kernels_fit_an_h100_without_spills():
-    for found in compile_for(90, [*muon_jobs(384, 2), muon_jobs(384, 4)[0], *hidden_jobs(384), *token_jobs(384)]):
+    small = [*hidden_jobs(384), *token_jobs(384), *update_jobs(384)]
+    for found in compile_for(90, [*muon_jobs(384, 2), muon_jobs(384, 4)[0], *small]):
         assert found["shared"] <= SHARED_LIMIT, found
         assert found["spills"] == 0, found
         assert found["wgmma"] == (found["kernel"] == "step"), found
