@@ -14,6 +14,7 @@ from fastweight.data import Batch, Store
 from fastweight.model import Model
 from fastweight.optim import Optimizer, schedule_factor, weight_decay_factor
 from fastweight.train import TrainConfig
+from fastweight.train.compiling import tracing
 from fastweight.train.loss import count
 from fastweight.train.objectives import make_objective
 from fastweight.train.prepare import set_checkpointing
@@ -73,7 +74,8 @@ class Inner:
         total = torch.zeros((), device=device)
         totals = [value or 1.0 for value in self.objective.totals(batches)]
         for batch in batches:
-            sums, _ = self.objective.learn(batch.to(device, non_blocking=True), None, num_targets, totals)
+            with tracing():
+                sums, _ = self.objective.learn(batch.to(device, non_blocking=True), None, num_targets, totals)
             total = total + sums[0]
         parameters = list(self.optimizer.parameters())
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])

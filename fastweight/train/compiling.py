@@ -21,14 +21,24 @@ PASSES = 2
 def compiled_blocks(model: Model) -> Iterator[None]:
     """Inside, each block is compiled when it is first called; of a cut one what it computes, without the putting
     together of its weights."""
-    import torch._dynamo
-
     for block in model.blocks:
         if is_sharded(block):
             block.forward = torch.compile(block.forward)
         else:
             block.compile()
-    with torch._dynamo.config.patch(recompile_limit=MOST_GRAPHS):
+    with tracing():
+        yield
+
+
+@contextlib.contextmanager
+def tracing() -> Iterator[None]:
+    """Inside, compiled blocks have room for all their graphs, and their derivatives have the precision of what they are
+    derivatives of: torch's own setting would round to bfloat16 in them what autocast was kept away from."""
+    import torch._dynamo
+    import torch._functorch.config
+
+    room = torch._dynamo.config.patch(recompile_limit=MOST_GRAPHS)
+    with room, torch._functorch.config.patch(backward_pass_autocast="off"):
         yield
 
 

@@ -78,6 +78,9 @@ def flex(
         return chunked(
             q, k, v, state, window=window, num_sinks=num_sinks, scale=scale, softcap=softcap, cu_seqlens=cu_seqlens
         )
+    # Cut out of one projection they lie far apart: the kernels then take half as long again (6.2 for 4.8 ms forward and
+    # backward at 32K with v alone so, 7.8 ms with all three, on an H200), a copy takes 0.05 ms.
+    q, k, v = (x.contiguous() for x in (q, k, v))
     lengths = sequence_lengths(q.shape[0], q.shape[1], cu_seqlens)
     state = state._replace(k=state.k.to(k.dtype), v=state.v.to(v.dtype))
     if num_sinks:

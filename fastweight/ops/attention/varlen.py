@@ -6,8 +6,6 @@ caches begin is worked out there. The backward pass adds in whatever order its b
 between runs unless torch.use_deterministic_algorithms(True) is set.
 """
 
-import functools
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -23,15 +21,15 @@ from fastweight.ops.sequences import sequence_lengths
 LARGEST_HEAD = 256
 OTHERWISE = 'Use backend="chunked".'
 
+# A constant: torch.compile traces what refusals ask, and warns of a function with a cache.
+HAS_FLASH = torch.__version__ >= "2.11"  # the first whose variable-length attention knows windows
 
-@functools.cache
-def flash() -> Callable[..., Any] | None:
-    """PyTorch's variable-length attention if it knows windows (torch 2.11 and newer), else None."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    return varlen_attn if "window_size" in inspect.signature(varlen_attn).parameters else None
+
+def flash() -> Callable[..., Any]:
+    """PyTorch's variable-length attention."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn
 
 
 def refuses(
@@ -47,7 +45,7 @@ def refuses(
         return (
             f"needs a GPU of compute capability 8.0 or newer, got {torch.cuda.get_device_name(q.device)}. {OTHERWISE}"
         )
-    if flash() is None:
+    if not HAS_FLASH:
         return f"needs torch.nn.attention.varlen with windows, torch {torch.__version__} has none. {OTHERWISE}"
     if q.shape[-1] > LARGEST_HEAD or q.shape[-1] % 8:
         return f"needs a head_dim that 8 divides, at most {LARGEST_HEAD}, got {q.shape[-1]}. {OTHERWISE}"
@@ -84,11 +82,9 @@ def varlen(
     group = q.shape[2] // k.shape[2]
     if group > 1:  # every release of torch takes equal head counts, not every one shared heads
         keys, values = (x.repeat_interleave(group, 1) for x in (keys, values))
-    call = flash()
-    assert call is not None
     sides = (-1 if window is None else window - 1, 0)
     inputs = (q.flatten(0, 1), keys.to(q.dtype), values.to(q.dtype))
-    y = call(*inputs, ends, key_ends, longest, slots + longest, scale=scale, window_size=sides)
+    y = flash()(*inputs, ends, key_ends, longest, slots + longest, scale=scale, window_size=sides)
     return y.view(q.shape), after(k, v, state, window, longest, cu_seqlens)
 
 

@@ -7,6 +7,7 @@ memory in float32. Under torch.compile each call is a graph break: the package's
 
 import functools
 import importlib
+import importlib.machinery
 import importlib.util
 import warnings
 from typing import Any
@@ -25,10 +26,14 @@ LARGEST_KEY = 256
 OTHERWISE = 'Use backend="chunked".'
 
 
-@functools.cache
 def installed() -> bool:
-    """Whether the package is there; it is imported only when a kernel is about to run (that takes seconds)."""
-    return importlib.util.find_spec("fla") is not None and importlib.util.find_spec("fla.ops") is not None
+    """Whether the package is there. It is only looked for: importing it takes seconds and waits for the first call."""
+    found = importlib.util.find_spec("fla")
+    folders = [] if found is None else found.submodule_search_locations
+    return importlib.machinery.PathFinder.find_spec("fla.ops", folders or []) is not None
+
+
+HAS_FLA = installed()  # a constant: torch.compile traces what refusals ask, and warns of a function with a cache
 
 
 @functools.cache
@@ -50,7 +55,7 @@ def refuses(
     values = q if v is None else v
     if values.dtype not in (torch.float16, torch.bfloat16):
         return f"computes in float16 or bfloat16, got v in {values.dtype}. {OTHERWISE}"
-    if not installed():
+    if not HAS_FLA:
         return f"needs the package fla-core. {OTHERWISE[:-1]}, or install it: pip install fla-core."
     if q.shape[-1] > LARGEST_KEY:
         return f"takes keys of at most {LARGEST_KEY} channels, got {q.shape[-1]}. {OTHERWISE}"
