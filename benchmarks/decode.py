@@ -10,6 +10,7 @@ import argparse
 import json
 import statistics
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from benchmarks.timing import machine, print_table, write_json
 from fastweight import Model, ModelState
 from fastweight.stepping import Stepper
+from fastweight.train.compiling import compiled_blocks
 
 POSITIONS = (1_000, 100_000)
 PRESETS = ("tiny-delta", "tiny-gated-delta", "tiny-ttt-linear", "tiny-ttt-mlp", "tiny-lact", "tiny-window")
@@ -33,10 +35,11 @@ def main() -> None:
     parser.add_argument("--positions", nargs=2, type=int, default=list(POSITIONS), help="tokens read before decoding")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--compile", action="store_true", help="compile each block; minutes at first")
     parser.add_argument("--json", type=Path, help="write the results to this file")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    rows = [measure(preset, args.positions, torch.device(args.device)) for preset in args.presets]
+    rows = [measure(preset, args.positions, torch.device(args.device), args.compile) for preset in args.presets]
     print_table("One decoding step and the state", columns(args.positions), [cells(row) for row in rows])
     write_json(args.json, {"benchmark": "decode", **machine(args.device), "rows": rows})
     print(json.dumps({row["preset"]: row["time_ratio"]["median"] for row in rows}))
@@ -48,8 +51,11 @@ def columns(positions: list[int]) -> list[str]:
     return ["preset", *(f"{place}, ms" for place in at), "late / early (quartiles)", *(f"{p}, bytes" for p in at)]
 
 
-def measure(preset: str, positions: list[int], device: torch.device) -> dict[str, Any]:
-    """One row: milliseconds per step (median and quartiles) and bytes of the state at each position."""
+def measure(preset: str, positions: list[int], device: torch.device, compile: bool = False) -> dict[str, Any]:
+    """One row: milliseconds per step (median and quartiles) and bytes of the state at each position.
+
+    compile: blocks are compiled for the steps, not for reading the text before.
+    """
     torch.manual_seed(0)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = Model.from_preset(preset).to(device, dtype).eval()
@@ -59,16 +65,18 @@ def measure(preset: str, positions: list[int], device: torch.device) -> dict[str
     recorded = device.type == "cuda" and model.settled(states[0]) is not None
     steppers = [Stepper(model, state, static=recorded) for state in states]
     turns: list[list[list[float]]] = [[] for _ in positions]
-    for turn in range(-4, TURNS):
-        for i in range(len(positions)) if turn % 2 else reversed(range(len(positions))):
-            taken = decode(steppers[i])
-            if turn >= 0:  # the first turns warm up
-                turns[i].append(taken)
+    with compiled_blocks(model) if compile else nullcontext():
+        for turn in range(-4, TURNS):
+            for i in range(len(positions)) if turn % 2 else reversed(range(len(positions))):
+                taken = decode(steppers[i])
+                if turn >= 0:  # the first turns warm up
+                    turns[i].append(taken)
     found = [summary(t, position, size) for t, position, size in zip(turns, positions, num_bytes, strict=True)]
     early, late = ([statistics.median(turn) for turn in turns[i]] for i in (0, -1))
     low, median, high = statistics.quantiles([b / a for a, b in zip(early, late, strict=True)], n=4)
     ratio = {"low_quartile": low, "median": median, "high_quartile": high}
-    return {"preset": preset, "parameters": model.num_parameters, "at": found, "time_ratio": ratio}
+    about = {"preset": preset, "parameters": model.num_parameters, "recorded": recorded, "compiled": compile}
+    return about | {"at": found, "time_ratio": ratio}
 
 
 def read(model: Model, text: torch.Tensor) -> ModelState:
@@ -105,7 +113,7 @@ def cells(row: dict[str, Any]) -> list[str]:
     low, median, high = (row["time_ratio"][name] for name in ("low_quartile", "median", "high_quartile"))
     times = [f"{at['median_ms']:.2f}" for at in row["at"]]
     return [
-        row["preset"],
+        row["preset"] + (", compiled" if row.get("compiled") else ""),
         *times,
         f"{median:.2f} ({low:.2f} – {high:.2f})",
         *(f"{at['state_bytes']:,}" for at in row["at"]),

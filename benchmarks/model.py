@@ -84,10 +84,14 @@ def main(
     print_table(title, COLUMNS, [training_row(r) for r in trained])
     write_json(json, {"machine": about, "training": trained})
     at = list(positions) if any(positions) else [2048, 131072] if cuda else [512, 4096]
-    with torch.inference_mode():
-        decoded = [decode.measure(preset, at, torch.device(where)) for preset in presets]
+    decoded = []
+    for compiled in (False, True) if options.compile else (False,):
+        for preset in presets:
+            with torch.inference_mode():
+                decoded.append(decode.measure(preset, at, torch.device(where), compiled))
+            print(f"decoding {' / '.join(decode.cells(decoded[-1]))}", flush=True)
+            write_json(json, {"machine": about, "training": trained, "decoding": decoded})
     print_table("One decoding step and the state", decode.columns(at), [decode.cells(row) for row in decoded])
-    write_json(json, {"machine": about, "training": trained, "decoding": decoded})
 
 
 if __name__ == "__main__":

@@ -31,7 +31,8 @@ class Stepper:
                 "Give its attention a window, or leave static out."
             )
         self._static = settled is not None
-        self._state = state if settled is None else settled.fork()
+        with torch.inference_mode():  # as steps read it: compiled blocks tell tensors by that, too
+            self._state = state if settled is None else settled.fork()
         self._tokens = torch.zeros(state.num_sequences, 1, dtype=torch.int64, device=model.device)
         self._positions = state.position.tolist() if self._static else []
         self._memories = [model.blocks[i].memories() for i in model.visits]  # type: ignore[operator]

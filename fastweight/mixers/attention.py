@@ -11,7 +11,7 @@ from fastweight.configs import later, near_names, require
 from fastweight.layers import check_norm, make_norm
 from fastweight.mixers.base import Mixer, MixerConfig, register
 from fastweight.ops.attention import AttentionState, attention, check_softcap, check_window
-from fastweight.ops.rope import apply_rope, check_scaling, rope_rates, rope_scale
+from fastweight.ops.rope import check_scaling, rope_rates, rope_scale, rope_table, rotate
 from fastweight.ops.sequences import token_positions
 
 QK_NORMS = ("none", "head", "full")
@@ -177,9 +177,8 @@ class AttentionLayer(Mixer):
         self._check_positions(positions)
         if self.rates is None or self.rates.device != q.device:
             self.rates = rope_rates(base, self.rotary_dim, scaling, q.device)
-        options: dict[str, Any] = {"interleaved": self.config.rope_interleaved, "rotary_dim": self.rotary_dim}
-        options |= {"rates": self.rates, "scale": rope_scale(scaling)}
-        return apply_rope(q, positions, **options), apply_rope(k, positions, **options)
+        table, interleaved = rope_table(positions, self.rates, rope_scale(scaling)), self.config.rope_interleaved
+        return rotate(q, table, interleaved=interleaved), rotate(k, table, interleaved=interleaved)
 
     def _check_positions(self, positions: Tensor) -> None:
         """Refuse texts beyond the context that LongRoPE's factors are for: longer ones need others from the start."""

@@ -15,11 +15,12 @@ from fastweight.mixers.base import Mixer, MixerConfig, register
 from fastweight.ops.attention import AttentionState, attention
 from fastweight.ops.lact import MUON, MUON_DTYPES, UPDATES, LactPending, LactState, Rule, init_lact, lact
 from fastweight.ops.lact.losses import chunk_losses
-from fastweight.ops.rope import apply_rope
+from fastweight.ops.rope import plain_rates, rope_table, rotate
 from fastweight.ops.sequences import token_positions
 from fastweight.state import register_state
 
 L2_EPS = 1e-5  # added to the norm, outside the root
+Turns = tuple[Tensor, Tensor]  # as from `rope_table`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +132,7 @@ class Lact(Mixer):
         self.w2 = LowRank(heads, hidden, fast, rank) if rank else nn.Parameter(torch.zeros(heads, hidden, fast))
         self.out_norm = RMSNorm(fast, config.norm_eps)
         self.out = nn.Linear(d_model, d_model, bias=False)
+        self.rates: Tensor | None = None  # of the rotation, made at the first call on the device that asks
         self.reset_parameters(0.02)
 
     def projections(self) -> tuple[list[Tensor], Tensor]:
@@ -164,9 +166,9 @@ class Lact(Mixer):
         # Contiguous: PyTorch rounds twice when it adds a bias to the product of a strided bfloat16 input.
         x = x.contiguous()
         q, k, v = self._qkv(x)
-        positions = token_positions(state.fast.position, x.shape[1], cu_seqlens)
-        seen, window = self._attend(q, k, v, positions, state.window, cu_seqlens)
-        read, tokens = self._fast_tokens(x, q, k, v, positions)
+        turns = self._turns(token_positions(state.fast.position, x.shape[1], cu_seqlens))
+        seen, window = self._attend(q, k, v, turns, state.window, cu_seqlens)
+        read, tokens = self._fast_tokens(x, q, k, v, turns)
         y, fast = lact(
             read, tokens.k, tokens.v, tokens.lr, tokens.momentum, state.fast,
             **self._rule()._asdict(), cu_seqlens=cu_seqlens, backend=self.backend,
@@ -185,9 +187,9 @@ class Lact(Mixer):
 
     def inner_losses(self, x: Tensor, state: LactMixerState) -> dict[str, Tensor]:
         """−⟨f(k), v⟩ of each completed chunk, mean over its tokens, heads and batch: see docs/layers.md."""
-        positions = token_positions(state.fast.position, x.shape[1], None)
+        turns = self._turns(token_positions(state.fast.position, x.shape[1], None))
         with torch.no_grad():
-            _, tokens = self._fast_tokens(x, *self._qkv(x), positions)
+            _, tokens = self._fast_tokens(x, *self._qkv(x), turns)
         return chunk_losses(tokens, state.fast, self._rule())
 
     def _rule(self) -> Rule:
@@ -202,15 +204,15 @@ class Lact(Mixer):
         return q, k, v
 
     def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, state: AttentionState, cu_seqlens: Tensor | None
+        self, q: Tensor, k: Tensor, v: Tensor, turns: Turns, state: AttentionState, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, AttentionState]:
-        q, k = self._rotate(q, positions), self._rotate(k, positions)
+        q, k = self._rotate(q, turns), self._rotate(k, turns)
         v = v.unflatten(-1, (-1, self.head_dim))
         # The mixer's backend names an implementation of the fast network; only the definition is asked of both.
         backend: Any = self.backend if self.backend == "naive" else "auto"
         return attention(q, k, v, state, window=self.config.window, cu_seqlens=cu_seqlens, backend=backend)
 
-    def _fast_tokens(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, LactPending]:
+    def _fast_tokens(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, turns: Turns) -> tuple[Tensor, LactPending]:
         """Queries [B, T, H, D] of the fast network and what it learns from: keys, values, rates, momentum."""
         c, dtype, wide = self.config, q.dtype, state_dtype(q)
         scale, offset = self.qk_scale.to(wide), self.qk_offset.to(wide)
@@ -221,16 +223,22 @@ class Lact(Mixer):
         q, k, v = (z.unflatten(-1, (c.num_fast_heads, self.fast_dim)) for z in (q, k, v))
         q, k = (z / (torch.linalg.vector_norm(z, dim=-1, keepdim=True) + L2_EPS) for z in (q, k))
         if c.fast_rope:
-            q, k = (self._rotate(z.flatten(2), positions).flatten(2).view(z.shape) for z in (q, k))
+            q, k = (self._rotate(z.flatten(2), turns).flatten(2).view(z.shape) for z in (q, k))
         # softplus(x W + b + c0) with softplus(c0) = base_lr; head-major, then matrix, then channel.
         rate = F.softplus(self.rate(x).to(wide) + math.log(math.expm1(c.base_lr)))
         rate = rate.unflatten(-1, (c.num_fast_heads, 3, c.lr_dim))
         momentum = None if self.momentum is None else self.momentum(x).to(wide).sigmoid()
         return q.to(dtype), LactPending(k.to(dtype), v.to(dtype), rate, momentum)
 
-    def _rotate(self, z: Tensor, positions: Tensor) -> Tensor:
+    def _turns(self, positions: Tensor) -> Turns:
+        """How far tokens at positions [B, T] are rotated, in both branches."""
+        if self.rates is None or self.rates.device != positions.device:
+            self.rates = plain_rates(self.config.rope_base, self.head_dim, positions.device)
+        return rope_table(positions, self.rates)
+
+    def _rotate(self, z: Tensor, turns: Turns) -> Tensor:
         """[B, T, d_model] → [B, T, num_heads, head_dim], rotated."""
-        return apply_rope(z.unflatten(-1, (-1, self.head_dim)), positions, base=self.config.rope_base)
+        return rotate(z.unflatten(-1, (-1, self.head_dim)), turns)
 
 
 def _sizes(d_model: int, config: LactConfig) -> tuple[int, int, int]:

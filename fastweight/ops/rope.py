@@ -28,19 +28,33 @@ def apply_rope(
     (2i, 2i+1); otherwise (i, i + rotary_dim/2), the "half-split" layout of GPT-NeoX.
     Angles are computed in float32, as every published implementation does; the result has x's dtype.
     """
-    dim = x.shape[-1] if rotary_dim is None else rotary_dim
     if rates is None:
         assert base is not None
-        rates = base ** (-torch.arange(0, dim, 2, device=x.device, dtype=torch.float32) / dim)
-    angle = positions[..., None, None].float() * rates  # [B, T, 1, dim/2]
+        rates = plain_rates(base, x.shape[-1] if rotary_dim is None else rotary_dim, x.device)
+    return rotate(x, rope_table(positions, rates, scale), interleaved=interleaved)
+
+
+def rope_table(positions: Tensor, rates: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [B, T, 1, dim/2], times scale, of positions [B, T]: one table serves all that rotates so."""
+    angle = positions[..., None, None].float() * rates
     cos, sin = angle.cos(), angle.sin()
-    if scale != 1.0:
-        cos, sin = cos * scale, sin * scale
+    return (cos, sin) if scale == 1.0 else (cos * scale, sin * scale)
+
+
+def rotate(x: Tensor, table: tuple[Tensor, Tensor], *, interleaved: bool = False) -> Tensor:
+    """`apply_rope` with a table: the first channels of x [B, T, H, D], as many as it has angles for, rotate."""
+    cos, sin = table
+    dim = 2 * cos.shape[-1]
     wide = x[..., :dim].to(torch.promote_types(x.dtype, torch.float32))
     a, b = (wide[..., 0::2], wide[..., 1::2]) if interleaved else wide.chunk(2, -1)
     first, second = a * cos - b * sin, a * sin + b * cos
     turned = torch.stack((first, second), -1).flatten(-2) if interleaved else torch.cat((first, second), -1)
     return torch.cat((turned.to(x.dtype), x[..., dim:]), -1) if dim < x.shape[-1] else turned.to(x.dtype)
+
+
+def plain_rates(base: float, dim: int, device: torch.device | str = "cpu") -> Tensor:
+    """base^(-2i/dim), [dim/2] float32: radians per position of each channel pair without scaling."""
+    return base ** (-torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim)
 
 
 def rope_rates(base: float, dim: int, scaling: dict[str, Any] | None, device: torch.device | str = "cpu") -> Tensor:

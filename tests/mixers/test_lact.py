@@ -75,7 +75,7 @@ def test_fast_network_sees_finished_chunks_only():
     x = tokens(40, 1)
     q, k, v = (z.detach().requires_grad_() for z in mixer._qkv(x))
     positions = torch.arange(40)[None]
-    _, given = mixer._fast_tokens(x, q, k, v, positions)
+    _, given = mixer._fast_tokens(x, q, k, v, mixer._turns(positions))
     given = type(given)(*(t.detach().requires_grad_() for t in given if t is not None))
     y, _ = lact(q.unflatten(-1, (2, 8)), *given, mixer.init_state(1).fast, **mixer._rule()._asdict())
     t = 33
@@ -89,11 +89,11 @@ def test_shifting_all_positions_changes_the_fast_network_but_not_attention():
     mixer, x = mixer_of("momentum"), tokens(20)
     q, k, v = mixer._qkv(x)
     moved = torch.arange(20).expand(2, 20)
-    here, _ = mixer._attend(q, k, v, moved, mixer.init_state(2).window, None)
-    there, _ = mixer._attend(q, k, v, moved + 1, mixer.init_state(2).window, None)
+    here, _ = mixer._attend(q, k, v, mixer._turns(moved), mixer.init_state(2).window, None)
+    there, _ = mixer._attend(q, k, v, mixer._turns(moved + 1), mixer.init_state(2).window, None)
     assert_close(there, here, 1e-6)  # angles are float32
-    fast, _ = mixer._fast_tokens(x, q, k, v, moved)
-    shifted, _ = mixer._fast_tokens(x, q, k, v, moved + 1)
+    fast, _ = mixer._fast_tokens(x, q, k, v, mixer._turns(moved))
+    shifted, _ = mixer._fast_tokens(x, q, k, v, mixer._turns(moved + 1))
     weights = mixer.init_state(2).fast.memory.weights
     a, b = (network(weights, z.transpose(1, 2)) for z in (fast, shifted))
     assert (a - b).norm() > 0.01 * a.norm()
@@ -103,7 +103,7 @@ def test_fast_queries_rotate_within_attention_heads():
     # Four attention heads of four channels, two fast heads of eight: a rotation pairs channels i and i + 2 of a block
     # of four, so each such pair keeps its norm at every position, and pairs of a block of eight do not.
     mixer, x = mixer_of("momentum"), tokens(1).expand(2, 6, D_MODEL)
-    q, _ = mixer._fast_tokens(x, *mixer._qkv(x), torch.arange(6).expand(2, 6))
+    q, _ = mixer._fast_tokens(x, *mixer._qkv(x), mixer._turns(torch.arange(6).expand(2, 6)))
     by_four = q.flatten(2).unflatten(-1, (4, 2, 2)).norm(dim=3)
     by_eight = q.unflatten(-1, (2, 4)).norm(dim=3)
     assert_close(by_four, by_four[:, :1].expand_as(by_four), 1e-6)
@@ -126,7 +126,7 @@ def test_a_bias_of_minus_100_freezes_one_matrix_of_one_head(matrix, head):
 def test_fast_heads_do_not_interact():
     mixer, x = mixer_of("momentum"), tokens(30)
     q, k, v = mixer._qkv(x)
-    _, given = mixer._fast_tokens(x, q, k, v, torch.arange(30).expand(2, 30))
+    _, given = mixer._fast_tokens(x, q, k, v, mixer._turns(torch.arange(30).expand(2, 30)))
     changed = given._replace(k=torch.cat([given.k[:, :, :1], -given.k[:, :, 1:]], 2))
     queries = q.unflatten(-1, (2, 8))
     a, b = (lact(queries, *z, mixer.init_state(2).fast, **mixer._rule()._asdict())[0] for z in (given, changed))

@@ -185,6 +185,9 @@ class _Masks:
     def _make(self, query: int, num_queries: int, key: int, num_keys: int, position: Tensor) -> Tensor:
         device = position.device
         start = position[:, None, None, None]
+        if num_queries == 1 and not self.num_sinks and key + num_keys == query + 1 and num_keys <= (self.window or 0):
+            # One token and a cache of a window: all that exists is seen. Fewer steps for who decodes.
+            return start + torch.arange(key, query + 1, device=device)[None] >= 0
         t = start + torch.arange(query, query + num_queries, device=device)[:, None]
         s = start + torch.arange(key, key + num_keys, device=device)
         seen = (s >= 0) & (s <= t)
