@@ -46,6 +46,7 @@ def training_row(r: dict[str, Any]) -> list[str]:
 def main(
     device: str = "auto",
     presets: tuple[str, ...] = (),
+    decoding: tuple[str, ...] | None = None,
     seq_len: int = 0,
     positions: tuple[int, int] = (0, 0),
     compile: bool | None = None,
@@ -60,6 +61,7 @@ def main(
     Args:
         device: Where to run; auto takes the GPU if there is one.
         presets: Which models; by default those named above for the device.
+        decoding: Which of them also decode; all if it is not given.
         seq_len: Tokens of one training step (one sequence); 32,768 on a GPU, 512 on a CPU.
         positions: Tokens read before decoding, early and late; 2,048 and 131,072 on a GPU.
         compile: Compile each block; on a GPU the default.
@@ -86,7 +88,7 @@ def main(
     at = list(positions) if any(positions) else [2048, 131072] if cuda else [512, 4096]
     decoded = []
     for compiled in (False, True) if options.compile else (False,):
-        for preset in presets:
+        for preset in presets if decoding is None else decoding:
             with torch.inference_mode():
                 decoded.append(decode.measure(preset, at, torch.device(where), compiled))
             print(f"decoding {' / '.join(decode.cells(decoded[-1]))}", flush=True)
