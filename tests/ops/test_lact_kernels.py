@@ -170,6 +170,21 @@ def test_a_compiled_call_has_no_break_and_the_same_gradients():
         assert_close(b, a, 1e-6, name)
 
 
+@pytest.mark.parametrize("read", [0, 5])
+def test_a_compiled_call_moves_no_token_where_nothing_was_read_before(read):
+    problem = Problem(RULES["momentum"], 2 * CHUNK, dtype=torch.float32)
+    state = started(problem, (read,) * 2) if read else problem.init(2)
+    counted = []
+
+    def count(graph, inputs):
+        counted.append(sum("index_select" in str(node.target) for node in graph.graph.nodes))
+        return graph
+
+    y, _ = torch.compile(lambda: problem.read(state, backend="chunked"), backend=count, fullgraph=True)()
+    assert_close(y, problem.read(state, backend="chunked")[0], 1e-6)
+    assert (sum(counted) > 0) == (read > 0)
+
+
 def test_positions_are_forgotten_when_somebody_writes_to_them(monkeypatch):
     from fastweight.ops.lact import positions
 

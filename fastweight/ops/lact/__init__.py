@@ -159,8 +159,8 @@ def init_lact(
         tuple(per_sequence(w) for w in chosen) if prenorm else None,
     )
 
-    def buffer(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.zeros(num_sequences, chunk_size, heads, *shape, dtype=dtype, device=w1.device)
+    def buffer(*shape: int, dtype: torch.dtype = dtype) -> Tensor:  # one zero, seen everywhere: see `is_fresh`
+        return torch.zeros((), dtype=dtype, device=w1.device).expand(num_sequences, chunk_size, heads, *shape)
 
     keys = token_dtype or dtype
     pending = LactPending(
@@ -169,6 +169,11 @@ def init_lact(
     position = torch.zeros(num_sequences, dtype=torch.int64, device=w1.device)
     remember(position, [0] * num_sequences)
     return LactState(memory, pending, position, Faults.none(num_sequences, w1.device))
+
+
+def is_fresh(state: LactState) -> bool:
+    """Whether no token was read, as far as that shows without a look at numbers: also while a call is traced."""
+    return not any(state.pending.k.stride())
 
 
 def num_pending(position: Tensor, chunk_size: int) -> Tensor:
@@ -226,4 +231,6 @@ def _check_shapes(
 
 from fastweight.ops.lact import chunked, naive, triton  # noqa: E402, F401  # they register themselves
 
-__all__ = ["LactMemory", "LactPending", "LactState", "LactWeights", "Rule", "init_lact", "lact", "num_pending"]
+__all__ = [
+    "LactMemory", "LactPending", "LactState", "LactWeights", "Rule", "init_lact", "is_fresh", "lact", "num_pending",
+]  # fmt: skip

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from fastweight.configs import require
 from fastweight.ops import dispatch
-from fastweight.ops.lact import LactPending, LactState, Rule, positions, unit
+from fastweight.ops.lact import LactPending, LactState, Rule, is_fresh, positions, unit
 from fastweight.ops.lact.layout import Layout, count, last_chunks, lay_out, pack, tokens_on_grid, unpack
 from fastweight.ops.lact.update import network
 from fastweight.ops.sequences import recording, sequence_lengths
@@ -59,7 +59,7 @@ def _read_chunks(
     q: Tensor, tokens: LactPending, state: LactState, rule: Rule, lengths: Sequence[int], at: Sequence[int] | None,
     *, precise: bool, fused: bool,
 ) -> tuple[Tensor, LactState]:  # fmt: skip
-    layout = lay_out(state.position, lengths, at, rule.chunk_size)
+    layout = lay_out(state.position, lengths, at, rule.chunk_size, fresh=is_fresh(state))
     grid = tokens_on_grid(tokens, state.pending, layout)
     before = state.pending.k.new_zeros(()).expand_as(state.pending.k) if layout.pending else None
     queries = layout.gather(q, before)

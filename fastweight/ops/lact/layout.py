@@ -36,12 +36,18 @@ class Layout(NamedTuple):
         return self.plan.gather(tokens, pending if self.pending else None)
 
 
-def lay_out(position: Tensor, lengths: Sequence[int], at: Sequence[int] | None, chunk_size: int) -> Layout:
-    """position: [N], tokens read before; at: the same where the host knows them, else all lengths must be equal."""
+def lay_out(
+    position: Tensor, lengths: Sequence[int], at: Sequence[int] | None, chunk_size: int, *, fresh: bool = False
+) -> Layout:
+    """position: [N], tokens read before; at: the same where the host knows them, else all lengths must be equal.
+    fresh: all positions are 0, whether the host knows them or not."""
+    whole = len(set(lengths)) == 1 and lengths[0] % chunk_size == 0
+    if whole and (fresh or (at is not None and not any(at))):
+        # What is traced is made anew, by the graph.
+        make = _new_dense if torch.compiler.is_compiling() else _dense
+        return make(position.device, len(lengths), lengths[0], chunk_size)
     if at is None:
         return _unknown(position, len(lengths), lengths[0], chunk_size)
-    if not any(at) and len(set(lengths)) == 1 and lengths[0] % chunk_size == 0:
-        return _dense(position.device, len(lengths), lengths[0], chunk_size)
     held, device = [(p - 1) % chunk_size + 1 if p > 0 else 0 for p in at], position.device
     plan = plan_chunks(lengths, held, chunk_size, device, with_pending=any(held))
     active = torch.tensor(plan.active)
@@ -59,17 +65,21 @@ def lay_out(position: Tensor, lengths: Sequence[int], at: Sequence[int] | None, 
 @functools.lru_cache(DENSE_LAYOUTS)
 def _dense(device: torch.device, sequences: int, length: int, chunk_size: int) -> Layout:
     """Whole chunks from position 0: the grid is a view of the input. Fit for later calls, with gradients or without."""
-    chunks = length // chunk_size
     with torch.inference_mode(False):
-        order, index = (torch.arange(n, device=device) for n in (sequences, chunks * sequences))
-        nothing = order[:0]
-        plan = ChunkPlan(
-            chunk_size, order, order, [sequences] * chunks, [None] * chunks, nothing, nothing, sequences * length, True
-        )
-        number = index // sequences
-        last = order + (chunks - 1) * sequences
-        due, started = number < chunks - 1, torch.zeros_like(order)
-        return Layout(plan, False, started, length, due, index % sequences, number, last)
+        return _new_dense(device, sequences, length, chunk_size)
+
+
+def _new_dense(device: torch.device, sequences: int, length: int, chunk_size: int) -> Layout:
+    chunks = length // chunk_size
+    order, index = (torch.arange(n, device=device) for n in (sequences, chunks * sequences))
+    nothing = order[:0]
+    plan = ChunkPlan(
+        chunk_size, order, order, [sequences] * chunks, [None] * chunks, nothing, nothing, sequences * length, True
+    )
+    number = index // sequences
+    last = order + (chunks - 1) * sequences
+    due, started = number < chunks - 1, torch.zeros_like(order)
+    return Layout(plan, False, started, length, due, index % sequences, number, last)
 
 
 def _unknown(position: Tensor, sequences: int, length: int, chunk_size: int) -> Layout:
