@@ -11,9 +11,6 @@ from fastweight.configs import near_names
 # Fastest first; `naive` is the definition and the last resort.
 PREFERENCE = ("triton", "fla", "flex", "varlen", "chunked", "naive")
 KERNELS = PREFERENCE[:4]  # made for GPUs
-# Ran on a GPU, but not with all laws and gradients held there as they stand now: `auto` leaves them to those who name
-# them.
-UNTRIED: set[tuple[str, str]] = {("delta_rule", "fla"), ("lact", "triton")}
 
 
 class Implementation(NamedTuple):
@@ -115,7 +112,5 @@ def _why_not(op: str, name: str, x: Tensor, *args: Any, **kwargs: Any) -> str | 
     # Triton's interpreter runs kernels on a CPU for tests; nobody wants it unasked.
     if name in KERNELS and not x.is_cuda:
         return f"needs CUDA tensors, got {x.device.type}."
-    if (op, name) in UNTRIED:
-        return f'was not held to all laws on a GPU so far; to use it, name it: backend="{name}".'
     backend = _OPS[op][name]
     return backend.refuses(x, *args, **kwargs) or backend.yields(x, *args, **kwargs)

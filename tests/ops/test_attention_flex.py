@@ -194,7 +194,6 @@ def as_on_a_gpu(monkeypatch, name):
 )
 def test_each_kind_of_call_goes_where_it_is_fastest(monkeypatch, settings, read, expected):
     monkeypatch.setattr(dispatch, "KERNELS", ())
-    monkeypatch.setattr(dispatch, "UNTRIED", set())
     for name in ("flex", "varlen", "chunked"):
         as_on_a_gpu(monkeypatch, name)
     q = torch.zeros(1, 300, 2, 16, dtype=torch.bfloat16)

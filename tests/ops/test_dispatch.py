@@ -22,7 +22,6 @@ class OnAGpu:
 @pytest.mark.parametrize("op", dispatch.ops())
 def test_the_compiler_follows_what_is_asked_on_a_gpu_without_a_warning(op, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *args: (9, 0))
-    monkeypatch.setattr(dispatch, "UNTRIED", set())
     monkeypatch.setattr("torch._dynamo.utils.warn_once_cache", set())  # it says nothing twice
     queries = OnAGpu()
     # A warning is an error here, as everywhere in these tests.

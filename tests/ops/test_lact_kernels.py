@@ -1,6 +1,8 @@
 """The GPU path of LaCT on a machine without one: kernels in the interpreter against `naive`, roundings of bfloat16 in
 plain torch, and what the kernels need of a GPU."""
 
+import shutil
+
 import pytest
 import torch
 from ahead_of_time import SHARED_LIMIT, compile_for
@@ -183,6 +185,29 @@ def test_a_compiled_call_moves_no_token_where_nothing_was_read_before(read):
     y, _ = torch.compile(lambda: problem.read(state, backend="chunked"), backend=count, fullgraph=True)()
     assert_close(y, problem.read(state, backend="chunked")[0], 1e-6)
     assert (sum(counted) > 0) == (read > 0)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="code for a CPU needs a C++ compiler")
+def test_code_is_generated_for_whole_chunks_from_the_start():
+    problem = Problem(RULES["momentum"], 2 * CHUNK, dtype=torch.float32)
+    leaves = list(problem.x.values())
+
+    def run():
+        y, state = problem.read(problem.init(2), backend="chunked")
+        return torch.autograd.grad(y.square().sum() + state.faults.count.sum(), leaves)
+
+    for name, a, b in zip(problem.x, torch.compile(run)(), run()):
+        assert_close(a, b, 1e-5, name)
+
+
+def test_no_product_is_rounded_by_an_autocast_that_holds_around_both_passes():
+    problem = Problem(RULES["momentum"], 2 * CHUNK, dtype=torch.float32)
+    leaves, found = list(problem.x.values()), []
+    for on in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=on):
+            y, _ = problem.read(problem.init(2), backend="chunked")
+            found.append((y, *torch.autograd.grad(y.square().sum(), leaves)))
+    assert all(torch.equal(a, b) for a, b in zip(*found))
 
 
 def test_positions_are_forgotten_when_somebody_writes_to_them(monkeypatch):

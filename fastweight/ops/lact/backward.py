@@ -220,18 +220,14 @@ def _update_gradient(
     """The carried gradients before the update `here` → `there`; fills norms, beta and asked, the gradient of its
     direction, and adds that of the weights to now."""
     keep, rows = good[here], there.stop - there.start
-    given = (
-        carry.weights, trail.raw[there], trail.norm[there], norms[:rows], carry.accumulator, keep, now,
-        out.memory.norms[:rows],
-    )  # fmt: skip
-    before = trail.moved[here] if trail.moved.numel() else trail.raw[here]
-    moving = carry.momentum, None if grid.beta is None else grid.beta[here]
-    if made:
-        stepped, accumulator = p.unsettle(*given, shape)
-        moved = p.orthogonalise_gradient(made, stepped, rule, shape)
-        momentum, of_beta = p.unmove(moved, *moving, before, keep, asked)
-    else:
-        momentum, accumulator, of_beta = p.unmove_rows(*given, *moving, before, asked, shape)
+    kept = trail.raw[there], trail.norm[there]
+    stepped, accumulator = p.unsettle(
+        carry.weights, *kept, norms[:rows], carry.accumulator, keep, now, out.memory.norms[:rows], shape
+    )
+    moved = p.orthogonalise_gradient(made, stepped, rule, shape) if made else stepped
+    beta = None if grid.beta is None else grid.beta[here]
+    before = trail.moved[here] if trail.moved.numel() else stepped
+    momentum, of_beta = p.unmove(moved, carry.momentum, beta, before, keep, asked)
     if out.beta is not None and of_beta is not None:
         out.beta[here] = of_beta
     return Carry(now, momentum, accumulator)

@@ -196,29 +196,6 @@ def unmove(
     return after, None if momentum is None else of_beta.sum(-1)
 
 
-def unmove_rows(
-    weights: Tensor, raw: Tensor, norm: Tensor, target: Tensor, accumulator: Tensor | None, good: Tensor, now: Tensor,
-    of_target: Tensor, momentum: Tensor | None, beta: Tensor | None, before: Tensor, direction: Tensor, shape: Shape,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    rows, heads, size = raw.shape
-    after, passed = (None if t is None else torch.empty_like(raw) for t in (momentum, accumulator))
-    found = [(*matrix, parts_of(matrix[-1], ROWS)) for matrix in _matrices(raw, shape)]
-    of_beta = raw.new_empty(rows, heads, sum(programs for *_, programs in found))
-    done = 0
-    for offset, length, first, number, programs in found:
-        _PIECES.unmove_rows[(programs, rows * heads)](
-            weights, raw, norm, target, raw if accumulator is None else accumulator, good.view(torch.uint8),
-            raw if passed is None else passed, now, of_target, raw if momentum is None else momentum,
-            raw if beta is None else beta, before, direction, raw if after is None else after, of_beta,
-            weights.stride(1), now.stride(1), 0 if momentum is None else momentum.stride(1), heads, SIZE=size,
-            OFFSET=offset, LENGTH=length, FIRST=first, NUMBER=number, ALL=norm.shape[-1], PART=done,
-            PARTS=of_beta.shape[-1], ACCUMULATOR=accumulator is not None, MOMENTUM=momentum is not None, ROWS=ROWS,
-            BLOCK=power(length),
-        )  # fmt: skip
-        done += programs
-    return after, passed, None if momentum is None else of_beta.sum(-1)
-
-
 def _matrices(flat: Tensor, shape: Shape) -> list[tuple[int, int, int, int]]:
     """(offset, row length, first row, rows) of the runs of rows of one length in flat learned weights."""
     dim, hidden, size = shape.dim, shape.hidden, flat.shape[-1]
@@ -232,5 +209,5 @@ def _matrices(flat: Tensor, shape: Shape) -> list[tuple[int, int, int, int]]:
 
 FUSED = Pieces(
     swiglu, swiglu_gradient, swiglu_second, hidden_second, move, move_rows, add_rows, settle, unsettle, unmove,
-    unmove_rows, orthogonalise, iterates, orthogonalise_gradient, swap, keep_finite,
+    orthogonalise, iterates, orthogonalise_gradient, swap, keep_finite,
 )  # fmt: skip

@@ -281,18 +281,6 @@ def settle(
             tl.store(raw + z * SIZE + i, kept, mask=real)
 
 
-@triton.jit
-def _unscaled(g, raw, norm, target, rows, real, known):
-    """(gradient of raw, Σ g raw of each row, 1 / (norm + EPS)) from the gradient g of raw with its rows scaled."""
-    w = tl.load(raw, mask=real, other=0.0)
-    n = tl.load(norm + rows, mask=known, other=1.0)
-    t = tl.load(target + rows, mask=known, other=0.0)
-    along = tl.sum(g * w, 1)
-    inverse = 1 / (n + EPS)
-    radial = tl.where(n > 0, along * t * inverse * inverse / n, 0.0)
-    return g * (t * inverse)[:, None] - w * radial[:, None], along, inverse
-
-
 @triton.jit(do_not_specialize=["heads"])
 def unsettle(
     grad, raw, norm, target, accumulator, good, out, passed, now, of_target, grad_batch, now_batch, heads,
@@ -309,7 +297,13 @@ def unsettle(
     at = OFFSET + row[:, None] * LENGTH + column[None, :]
     happened = tl.load(good + z // heads) != 0
     g = tl.load(grad + z * grad_batch + at, mask=real, other=0.0)
-    result, along, inverse = _unscaled(g, raw + z * SIZE + at, norm, target, z * ALL + FIRST + row, real, known)
+    w = tl.load(raw + z * SIZE + at, mask=real, other=0.0)
+    n = tl.load(norm + z * ALL + FIRST + row, mask=known, other=1.0)
+    t = tl.load(target + z * ALL + FIRST + row, mask=known, other=0.0)
+    along = tl.sum(g * w, 1)
+    inverse = 1 / (n + EPS)
+    radial = tl.where(n > 0, along * t * inverse * inverse / n, 0.0)
+    result = g * (t * inverse)[:, None] - w * radial[:, None]
     kept = g
     if ACCUMULATOR:
         later = tl.load(accumulator + z * SIZE + at, mask=real, other=0.0)
@@ -323,45 +317,6 @@ def unsettle(
     tl.store(now + z * now_batch + at, total + before, mask=real)
     norms = of_target + z * ALL + FIRST + row
     tl.store(norms, tl.load(norms, mask=known, other=0.0) + tl.where(happened, along * inverse, 0.0), mask=known)
-
-
-@triton.jit(do_not_specialize=["heads"])
-def unmove_rows(
-    grad, raw, norm, target, accumulator, good, passed, now, of_target, momentum, beta, before, direction, after,
-    of_beta, grad_batch, now_batch, momentum_batch, heads,
-    SIZE: tl.constexpr, OFFSET: tl.constexpr, LENGTH: tl.constexpr, FIRST: tl.constexpr, NUMBER: tl.constexpr,
-    ALL: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr, ACCUMULATOR: tl.constexpr, MOMENTUM: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """`unsettle` and `unmove` in one pass over NUMBER rows; of_beta [batch, PARTS], from the PART-th on."""
-    z = tl.program_id(1).to(tl.int64)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, BLOCK)
-    known = row < NUMBER
-    real = known[:, None] & (column < LENGTH)[None, :]
-    at = OFFSET + row[:, None] * LENGTH + column[None, :]
-    happened = tl.load(good + z // heads) != 0
-    g = tl.load(grad + z * grad_batch + at, mask=real, other=0.0)
-    result, along, inverse = _unscaled(g, raw + z * SIZE + at, norm, target, z * ALL + FIRST + row, real, known)
-    kept = g
-    if ACCUMULATOR:
-        later = tl.load(accumulator + z * SIZE + at, mask=real, other=0.0)
-        result += later
-        tl.store(passed + z * SIZE + at, tl.where(happened, result, later), mask=real)
-        before_weights = tl.where(happened, 0.0, kept)
-    else:
-        before_weights = tl.where(happened, result, kept)
-    total = tl.load(now + z * now_batch + at, mask=real, other=0.0)
-    tl.store(now + z * now_batch + at, total + before_weights, mask=real)
-    norms = of_target + z * ALL + FIRST + row
-    tl.store(norms, tl.load(norms, mask=known, other=0.0) + tl.where(happened, along * inverse, 0.0), mask=known)
-    if MOMENTUM:
-        more = tl.load(momentum + z * momentum_batch + at, mask=real, other=0.0)
-        result = tl.where(happened, result + more, 0.0)
-        tl.store(after + z * SIZE + at, tl.where(happened, tl.load(beta + z) * result, more), mask=real)
-        part = result * tl.load(before + z * SIZE + at, mask=real, other=0.0)
-        tl.store(of_beta + z * PARTS + PART + tl.program_id(0), tl.sum(part))
-    tl.store(direction + z * SIZE + at, tl.where(happened, result, 0.0).to(direction.dtype.element_ty), mask=real)
 
 
 @triton.jit(do_not_specialize=["heads"])

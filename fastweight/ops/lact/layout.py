@@ -135,7 +135,9 @@ def count(faults: Faults, good: Tensor, layout: Layout) -> Faults:
     bad = layout.due > good
     if layout.plan.dense:
         by_chunk = bad.unflatten(0, (-1, len(layout.last)))  # [chunks, sequences]
-        return faults.add(by_chunk.sum(0), by_chunk.view(torch.uint8).argmax(0) * layout.plan.chunk_size)
+        # The compiler takes a view of booleans for booleans, of which it can find no largest one.
+        flags = by_chunk.to(torch.uint8) if torch.compiler.is_compiling() else by_chunk.view(torch.uint8)
+        return faults.add(by_chunk.sum(0), flags.argmax(0) * layout.plan.chunk_size)
     sequence = layout.plan.order[layout.row]
     where = layout.started[sequence] + layout.number * layout.plan.chunk_size
     where = torch.where(bad, where, torch.iinfo(torch.int64).max)

@@ -29,7 +29,6 @@ class Pieces(NamedTuple):
     settle: Callable[..., tuple[Tensor, Tensor]]
     unsettle: Callable[..., tuple[Tensor, Tensor | None]]
     unmove: Callable[..., tuple[Tensor | None, Tensor | None]]
-    unmove_rows: Callable[..., tuple[Tensor | None, Tensor | None, Tensor | None]]
     orthogonalise: Callable[..., Tensor]
     iterates: Callable[..., list[Iterates]]
     orthogonalise_gradient: Callable[..., Tensor]
@@ -263,16 +262,6 @@ def unmove(
     return where(good, total * beta[..., None], momentum), (total * before).sum(-1)
 
 
-def unmove_rows(
-    weights: Tensor, raw: Tensor, norm: Tensor, target: Tensor, accumulator: Tensor | None, good: Tensor, now: Tensor,
-    of_target: Tensor, momentum: Tensor | None, beta: Tensor | None, before: Tensor, direction: Tensor, shape: Shape,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """`unsettle`, then `unmove` of what was added: the gradients of momentum, accumulator and beta."""
-    stepped, passed = unsettle(weights, raw, norm, target, accumulator, good, now, of_target, shape)
-    after, of_beta = unmove(stepped, momentum, beta, before, good, direction)
-    return after, passed, of_beta
-
-
 def _rescale_gradient(raw: Tensor, norm: Tensor, target: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of raw and target for y = raw · target / (norm + eps), from the gradient of y."""
     along = (grad * raw).sum(-1)
@@ -314,5 +303,5 @@ def _up(t: Tensor) -> Tensor:
 
 TORCH = Pieces(
     swiglu, swiglu_gradient, swiglu_second, hidden_second, move, move_rows, add_rows, settle, unsettle, unmove,
-    unmove_rows, orthogonalise, iterates, orthogonalise_gradient, swap, keep_finite,
+    orthogonalise, iterates, orthogonalise_gradient, swap, keep_finite,
 )  # fmt: skip

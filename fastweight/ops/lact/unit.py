@@ -5,6 +5,7 @@ goes a shorter way (`_Eager`) in half of the host's time. There are no second de
 sequential, all else is one batched product over the chunks.
 """
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -157,16 +158,26 @@ def _(
 
 def _forward(tokens: Tokens, memory: Memory, settings: Settings) -> tuple[Tensor, Memory, Tensor, Trail]:
     """`forward_pass`, replayed where it is recorded."""
-    desk = recorded.find(tokens, memory, settings)
-    return forward_pass(tokens, memory, settings) if desk is None else desk.forward(tokens, memory)
+    with _as_it_is(tokens.q):
+        desk = recorded.find(tokens, memory, settings)
+        return forward_pass(tokens, memory, settings) if desk is None else desk.forward(tokens, memory)
 
 
 def _backward(tokens: Tokens, trail: Trail, good: Tensor, y: Tensor, end: Memory, settings: Settings) -> Gradients:
     """`backward_pass`, replayed where it is recorded."""
-    desk = recorded.find(tokens, end, settings, again=True)
-    if desk is None:
-        return backward_pass(tokens, trail, good, y, end, settings=settings)
-    return desk.backward(tokens, trail, good, y, end)
+    with _as_it_is(tokens.q):
+        desk = recorded.find(tokens, end, settings, again=True)
+        if desk is None:
+            return backward_pass(tokens, trail, good, y, end, settings=settings)
+        return desk.backward(tokens, trail, good, y, end)
+
+
+def _as_it_is(t: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Inside, autocast rounds no product: a compiled graph calls the operators under whatever holds around it."""
+    kind = t.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return contextlib.nullcontext()
+    return torch.autocast(kind, enabled=False)
 
 
 def forward_pass(tokens: Tokens, memory: Memory, settings: Settings) -> tuple[Tensor, Memory, Tensor, Trail]:
@@ -253,7 +264,7 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         saved = ctx.saved_tensors
         *tokens, norms, good = saved[:7]
         about = [ctx.memory[0], *ctx.memory[2:]]
@@ -261,8 +272,8 @@ class _Eager(torch.autograd.Function):
         y, (weights, momentum, accumulator) = _asked(grads, tokens[0], given, [t or (None, None, None) for t in about])
         assert weights is not None
         end = Memory(weights, norms, momentum, accumulator)
-        found = _backward(Tokens(*tokens, good), Trail._make(saved[7:]), good, y, end, ctx.settings)
-        of_tokens = [None if t is None else g.to(t.dtype) for g, t in zip(found[:5], tokens, strict=True)]
+        found = _backward(Tokens._make((*tokens, good)), Trail._make(saved[7:]), good, y, end, ctx.settings)
+        of_tokens = [None if g is None else g.to(t.dtype) for g, t in zip(found[:5], tokens, strict=True)]
         return None, *of_tokens, None, *found.memory
 
 

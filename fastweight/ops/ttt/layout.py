@@ -13,7 +13,7 @@ REPLAY_BYTES = 3 << 29  # most that the replayed states of one part of the backw
 MAX_DIM, MAX_CHUNK = 128, 64
 HIDDEN_BLOCK = 64  # hidden units of a memory in registers at once
 # Where TTT-MLP's memory is between mini-batches, by pass: "held" in registers where it fits, or "streamed" through L2.
-MLP_DESIGN = {"forward": "streamed", "backward": "held"}
+MLP_DESIGN = {"forward": "held", "backward": "held"}
 HELD_DIM, HELD_WIDTH, HELD_CHUNK = 64, 256, 16  # the largest memory and mini-batch of the kernels that hold it,
 HELD_SHARED = 176 << 10  # and the bytes of shared memory that they need then
 
@@ -37,8 +37,8 @@ LAUNCH = {
 }
 
 # The most registers of a thread, by the same width, where more programs on a processor are worth a little local memory:
-# 128 let four programs of four warps run side by side, or two of eight, 168 three of four.
-REGISTERS = {"linear_replay": {64: 168}, "linear_reads": {64: 128}, "mlp_reads_held": {64: 128}}
+# 128 let four programs of four warps run side by side, 168 three of them.
+REGISTERS = {"linear_replay": {64: 168}, "linear_reads": {64: 128}}
 
 
 def block(size: int) -> int:
