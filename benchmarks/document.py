@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import data, decode, memory, model, ops, train
+from benchmarks import data, decode, memory, mesh, model, ops, train, tune
 from benchmarks.timing import table
 from fastweight.files import write_text
 
@@ -25,13 +25,20 @@ def _decoding(found: dict[str, Any]) -> str:
 
 def _whole_models(found: dict[str, Any]) -> str:
     trained = table(model.COLUMNS, [model.training_row(r) for r in found["training"]])
-    return f"{trained}\n\n{_decoding({'rows': found['decoding']})}"
+    return f"{trained}\n\n{_decoding({'rows': found['decoding']})}" if "decoding" in found else trained
+
+
+def _processes(found: dict[str, Any]) -> str:
+    runs = found["runs"]
+    return table(mesh.COLUMNS, [mesh.row(run, runs[0], found["seq_len"]) for run in runs])
 
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "ops": lambda found: table(ops.COLUMNS, [ops.row(r) for r in found["results"]]),
     "decode": _decoding,
     "model": _whole_models,
+    "mesh": _processes,
+    "tune": lambda found: table(tune.COLUMNS, tune.rows(found["results"])),
     "train": lambda found: table(train.COLUMNS, [train.row(r) for r in found["runs"]]),
     "data": lambda found: table(data.COLUMNS, [data.cells(r) for r in found["rows"]]),
     "memory": lambda found: table(memory.columns(found["setting"]["min_tokens"] // 4), memory.report(found["results"])),

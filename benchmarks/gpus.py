@@ -59,6 +59,12 @@ class Options:
     """Begin nothing that could last longer than this from now."""
     training_seconds: int = 600
     """Of each contest run."""
+    stage_seconds: tuple[int, int, int] = (160, 260, 340)
+    """Of the conversion's attention transfer, distillation and fine-tuning."""
+    documents: int = 16
+    """Long texts that its report reads with each model, half a minute each 8 with each."""
+    characters: int = 6 * 10**8
+    """Of source code, at most."""
     model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
     """What is converted, as for `fastweight convert`."""
     tokenizer: str = ""
@@ -80,7 +86,7 @@ def texts(options: Options) -> list[Job]:
             f"--heldout-fraction {fraction} --workers {options.workers} --out $WORK/{name}"
         )
 
-    found = [Job("text", (f"{PYTHON} benchmarks.text --out $WORK",), gpus=0)]
+    found = [Job("text", (f"{PYTHON} benchmarks.text --out $WORK --most {options.characters}",), gpus=0)]
     for vocabulary in (1024, 4096):
         folder = f"$WORK/tokenizer-{vocabulary}"
         train = (
@@ -143,10 +149,10 @@ def conversion(options: Options) -> list[Job]:
     stages = (
         "--stages.view windows --stages.seq-len 8192 --stages.batch-size 4 --stages.micro-batch-size 4 "
         "--stages.no-activation-checkpointing --stages.compile --stages.heldout-tokens 131072 "
-        "--stages.checkpoint-every 1000 "
-        "--stages.transfer.max-seconds 160 --stages.distill.max-seconds 260 --stages.tune.max-seconds 340 "
-        "--report.documents 16 --report.precision bfloat16"
-    )
+        "--stages.checkpoint-every 1000 --report.precision bfloat16 "
+    ) + f"--report.documents {options.documents}"
+    for stage, seconds in zip(("transfer", "distill", "tune"), options.stage_seconds, strict=True):
+        stages += f" --stages.{stage}.max-seconds {seconds}"
     model = str(Path(options.model).absolute()) if Path(options.model).exists() else options.model
     convert = f"{PYTHON} fastweight convert {model} --data $WORK/store-model --out $WORK/converted"
     look = "from pathlib import Path; from fastweight.convert_demo import check_reload; check_reload(Path('converted'))"
@@ -166,7 +172,7 @@ def kernels() -> list[Job]:
     # Each process compiles for itself, without a pool of compilers of its own.
     check = f"env TORCHINDUCTOR_COMPILE_THREADS=1 {PYTHON} pytest -n 16 --dist loadgroup -p no:benchmark -q --tb=short"
     laws = f"{check} tests/laws/test_laws.py --device cuda --timeout 250"
-    model = f"{PYTHON} benchmarks.model --seconds 5 --profile --json $JSON"
+    model = f"{PYTHON} benchmarks.model --seconds 3 --profile --json $JSON"
     return [
         Job("tests", (f'{check} {tests} -k "cuda or gpu or device or recorded or replayed"',), limit=300),
         Job("laws", (f'{laws} -k "triton or fla or varlen or (flex and bfloat16) or kernels_are"',), limit=500),
