@@ -62,7 +62,7 @@ class Options:
     stage_seconds: tuple[int, int, int] = (160, 260, 340)
     """Of the conversion's attention transfer, distillation and fine-tuning."""
     documents: int = 16
-    """Long texts that its report reads with each model, half a minute each 8 with each."""
+    """Long texts that its report reads with each of four models: some 25 s a model for every four texts."""
     characters: int = 6 * 10**8
     """Of source code, at most."""
     model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"

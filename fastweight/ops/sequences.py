@@ -92,7 +92,7 @@ class ChunkPlan(NamedTuple):
     chunk's last slot, as a bool mask [active[i]] or None if all do.
     source: [chunks, chunk_size], flat index of the token in each slot, or of the zero row behind all tokens.
     slot: [total], flat slot of each token. num_sources: number of rows that `source` may point to.
-    dense: the grid is a plain reshape of [B, T].
+    dense: all sequences are as long, whole chunks; the grid is a plain reshape of their tokens.
     """
 
     chunk_size: int
@@ -111,10 +111,10 @@ class ChunkPlan(NamedTuple):
         pending: [N, chunk_size, ...], tokens kept from before, if the plan was made with `with_pending`.
         """
         if self.dense and pending is None:
-            batch, length = tokens.shape[:2]
-            if batch == 1:
+            sequences = len(self.order)  # packed or not: tokens of a sequence follow each other
+            if sequences == 1:
                 return tokens.reshape(-1, self.chunk_size, *tokens.shape[2:])
-            grid = tokens.reshape(batch, length // self.chunk_size, self.chunk_size, *tokens.shape[2:])
+            grid = tokens.reshape(sequences, -1, self.chunk_size, *tokens.shape[2:])
             return grid.transpose(0, 1).flatten(0, 1)
         rows = [tokens.flatten(0, 1)] + ([] if pending is None else [pending.flatten(0, 1).to(tokens.dtype)])
         rows.append(tokens.new_zeros(1, *tokens.shape[2:]))
@@ -123,10 +123,10 @@ class ChunkPlan(NamedTuple):
 
     def scatter(self, chunks: Tensor, batch: int) -> Tensor:
         """[chunks, chunk_size, ...] → [batch, T, ...]: the tokens back in their places."""
-        if self.dense and batch == 1:
+        if self.dense and len(self.order) == 1:
             return chunks.reshape(1, -1, *chunks.shape[2:])
         if self.dense:
-            grid = chunks.unflatten(0, (-1, batch)).transpose(0, 1)
+            grid = chunks.unflatten(0, (-1, len(self.order))).transpose(0, 1)
             return grid.reshape(batch, -1, *chunks.shape[2:])
         flat = chunks.flatten(0, 1).index_select(0, self.slot)
         return flat.unflatten(0, (batch, -1))

@@ -19,6 +19,7 @@ D_MODEL = 16
 LENGTH = 41  # odd, and more than two chunks of every case
 CUTS = (1, 14, 15, 33)  # first token alone, one-token piece, chunk borders and middles
 DOCUMENTS = (1, 7, 16, 2, 19)
+WHOLE = 7 * 16  # whole chunks of every case
 
 
 @dataclass(frozen=True)
@@ -217,6 +218,12 @@ def packed(subject: Subject) -> None:
     before, _ = mixer.parallel(x[:, :total], mixer.init_state(len(DOCUMENTS)), cu_seqlens=ends)
     after, _ = mixer.parallel(changed, mixer.init_state(len(DOCUMENTS)), cu_seqlens=ends)
     assert torch.equal(before[:, 8:], after[:, 8:]), "another document changed what these documents read"
+    equal = subject.tokens(3, WHOLE)
+    packed, _ = mixer.parallel(
+        equal.flatten(0, 1)[None], mixer.init_state(3), cu_seqlens=WHOLE * torch.arange(4, device=subject.device)
+    )
+    wanted = whole(mixer, equal)[0].flatten(0, 1)[None]
+    assert_close(packed, wanted, leeway(subject, mixer) * OUTPUT[subject.dtype], "documents of equal length")
 
 
 def frozen(subject: Subject) -> None:
