@@ -13,7 +13,8 @@ from fastweight import cli
 from fastweight.artifact import PackSpec, pack, write
 from fastweight.data import ByteTokenizer
 
-QUICK = ("--excerpts", "1", "--positions", "2", "--excerpt-tokens", "60", "--seq-len", "24", "--batch-size", "2")
+# Places are drawn anew each time; with two, both lay in the last chunk once in fifty runs, and nothing follows that.
+QUICK = ("--excerpts", "1", "--positions", "6", "--excerpt-tokens", "60", "--seq-len", "24", "--batch-size", "2")
 
 
 @pytest.fixture(scope="module")
