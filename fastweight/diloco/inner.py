@@ -3,6 +3,7 @@
 Both depend on n alone, not on who makes the step or when, so a lease that is given out again is the same work.
 """
 
+import contextlib
 import math
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -73,10 +74,10 @@ class Inner:
         device = self.model.device
         total = torch.zeros((), device=device)
         totals = [value or 1.0 for value in self.objective.totals(batches)]
-        for batch in batches:
-            with tracing():
+        with tracing() if self.config.compile else contextlib.nullcontext():
+            for batch in batches:
                 sums, _ = self.objective.learn(batch.to(device, non_blocking=True), None, num_targets, totals)
-            total = total + sums[0]
+                total = total + sums[0]
         parameters = list(self.optimizer.parameters())
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if self.config.clip_norm:

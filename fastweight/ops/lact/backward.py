@@ -123,11 +123,10 @@ def directions_gradient(
 
 def _begin(grid: Grid, trail: Trail, rule: Rule, shape: Shape) -> Second:
     """What needs no gradient from a later chunk: products of tokens and weights, of all chunks at once."""
-    rows, size = shape.offset[-2], grid.k.shape[1:3]
-    asked = trail.weights.new_empty(rows, *trail.raw.shape[1:])
-    if rule.update == "w1":
-        asked = trail.weights.new_zeros(trail.raw.shape)
-    separate = rule.update == "w1" or grid.lr.shape[-1] > 1
+    late, rows, size = rule.update == "w1", shape.offset[-2], grid.k.shape[1:3]
+    new = trail.weights.new_zeros if late else trail.weights.new_empty
+    asked = new(len(trail.raw) if late else rows, *trail.raw.shape[1:])
+    separate = late or grid.lr.shape[-1] > 1
     left, right = (grid.k.new_empty(0 if separate else rows, *size, parts * shape.hidden) for parts in (4, 2))
     found = Second(asked, left, right)
     for part in shape.unlearned():

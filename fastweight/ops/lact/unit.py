@@ -214,7 +214,7 @@ def as_given(found: Gradients, size: int, p: Pieces) -> Gradients:
 def _save(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
     ctx.settings = Settings(*inputs[10:])
     ctx.given = [t is not None for t in inputs[:10]]
-    ctx.memory = [(t.shape, t.dtype, t.device) for t in output[1:4]]
+    ctx.memory = [_about(t) if there else None for t, there in zip(output[1:4], (True, *ctx.given[8:]), strict=True)]
     ctx.save_for_backward(*inputs[:5], inputs[7], *output[4:])
     ctx.set_materialize_grads(False)
 
@@ -222,7 +222,7 @@ def _save(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
 def _gradient(ctx: Any, grads: list[Tensor | None]) -> tuple:
     saved = ctx.saved_tensors  # read once: where activations are computed again, a second look is refused
     *tokens, norms, good = saved[:7]
-    y, end = _asked(grads, tokens[0], [True, *ctx.given[8:10]], ctx.memory)
+    y, end = _asked(grads, tokens[0], ctx.memory)
     s = ctx.settings
     found = lact_chunks_gradient(y, *end, norms, good, *tokens, list(saved[7:]), *s[:-1])
     of_tokens = [None if t is None else g.to(t.dtype) for g, t in zip(found[:5], tokens, strict=True)]
@@ -231,19 +231,27 @@ def _gradient(ctx: Any, grads: list[Tensor | None]) -> tuple:
 
 
 def _asked(
-    grads: Sequence[Tensor | None], q: Tensor, given: Sequence[bool], memory: Sequence[tuple]
+    grads: Sequence[Tensor | None], q: Tensor, memory: Sequence[tuple | None]
 ) -> tuple[Tensor, list[Tensor | None]]:
     """The gradients of y and of (weights, momentum, accumulator), zeros where nobody asked; None for what there is not.
 
-    memory: shape, dtype and device of each of the three.
+    memory: `_about` each of the three, or None.
     """
     y, *others = grads[:4]
-    end = []
-    for grad, (shape, dtype, device), there in zip(others, memory, given, strict=True):
-        if there:
-            grad = torch.zeros(shape, dtype=dtype, device=device) if grad is None else grad.contiguous()
-        end.append(grad if there else None)
+    end: list[Tensor | None] = []
+    for grad, about in zip(others, memory, strict=True):
+        if about is None:
+            end.append(None)
+        elif grad is None:
+            shape, dtype, device = about
+            end.append(torch.zeros(shape, dtype=dtype, device=device))
+        else:
+            end.append(grad.contiguous())
     return torch.zeros_like(q) if y is None else y, end
+
+
+def _about(t: Tensor) -> tuple:
+    return t.shape, t.dtype, t.device
 
 
 class _Eager(torch.autograd.Function):
@@ -256,7 +264,8 @@ class _Eager(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
         tokens, memory = Tokens(q, k, v, lr, beta, due), Memory(weights, norms, momentum, accumulator)
         y, end, good, trail = _forward(tokens, memory, settings)
-        ctx.settings, ctx.memory = settings, [None if t is None else (t.shape, t.dtype, t.device) for t in memory]
+        ctx.settings = settings
+        ctx.memory = [None if t is None else _about(t) for t in (weights, momentum, accumulator)]
         ctx.save_for_backward(*tokens[:5], norms, good, *trail)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(good)
@@ -267,9 +276,7 @@ class _Eager(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         saved = ctx.saved_tensors
         *tokens, norms, good = saved[:7]
-        about = [ctx.memory[0], *ctx.memory[2:]]
-        given = [t is not None for t in about]
-        y, (weights, momentum, accumulator) = _asked(grads, tokens[0], given, [t or (None, None, None) for t in about])
+        y, (weights, momentum, accumulator) = _asked(grads, tokens[0], ctx.memory)
         assert weights is not None
         end = Memory(weights, norms, momentum, accumulator)
         found = _backward(Tokens._make((*tokens, good)), Trail._make(saved[7:]), good, y, end, ctx.settings)
