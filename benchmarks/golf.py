@@ -92,8 +92,8 @@ def train_one(options: Options, task: tuple[str, int]) -> dict[str, Any]:
     model = model_of(options, Store.open(options.store).tokenizer.vocab_size, variant.loops, seed)
     begun = (out / "latest").is_file()
     result = train(config, out, resume=begun, model=None if begun else model, quiet=True)
-    assert result.raw is not None
-    assert result.after is not None
+    if result.raw is None or result.after is None:
+        raise SystemExit(f"{name}, seed {seed}: ended early ({result.stopped}). Called again, it goes on.")
     values = {
         "asked": asked, "variant": name, "seed": seed, "raw": result.raw["bits_per_byte"],
         "averaged": result.after["bits_per_byte"], "seconds": result.seconds, "steps": result.step,

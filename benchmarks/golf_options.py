@@ -29,10 +29,12 @@ class Variant:
     loops: int = 3
 
 
+ADAMW: Changes = {"name": "adamw", "lr": 3e-3, "muon_rows": "none", "muon_coefficients": "quintic"}
 # The base: MuonEq-R, Polar Express, EMA, three loops from the first step on.
 VARIANTS = {
     BASE: Variant(),
-    "adamw": Variant({"name": "adamw", "lr": 3e-3, "muon_rows": "none", "muon_coefficients": "quintic"}),
+    "adamw": Variant(ADAMW),
+    "adamw, 0.01": Variant(ADAMW | {"lr": 0.01}),
     "muon, quintic": Variant({"muon_rows": "none", "muon_coefficients": "quintic"}),
     "no MuonEq-R": Variant({"muon_rows": "none"}),
     "no polar express": Variant({"muon_coefficients": "quintic"}),

@@ -36,12 +36,12 @@ class FileTokenizer:
         file = path / "tokenizer.json" if path.is_dir() else path
         if not file.is_file():
             raise ValueError(f"tokenizer {str(path)!r}: no {file}. Give a tokenizer.json or the folder with one.")
-        definition = file.read_text(encoding="utf-8")
         try:
+            definition = file.read_text(encoding="utf-8")
             data = json.loads(definition)
             tokenizers.Tokenizer.from_str(definition)
         except Exception as error:  # tokenizers raises plain Exception
-            raise ValueError(f"{file}: not a tokenizer.json ({error}). Copy it again.") from error
+            raise ValueError(f"{file}: not a tokenizer.json ({error}). Copy it again, or give another file.") from error
         self._definition, self._bos = definition, _document_start(file, data)
         self._inner = _configured(data, self._bos)
         bos_id = self._inner.token_to_id(self._bos)

@@ -335,6 +335,9 @@ def test_a_damaged_file_is_named(tmp_path):
     (tmp_path / "tokenizer.json").write_text('{"model": ')
     with pytest.raises(ValueError, match=r"tokenizer\.json: not a tokenizer\.json"):
         load_tokenizer(tmp_path)
+    (tmp_path / "model.gguf").write_bytes(b"GGUF\xc3\x28")
+    with pytest.raises(ValueError, match=r"model\.gguf: not a tokenizer\.json"):
+        load_tokenizer(tmp_path / "model.gguf")
     (tmp_path / "fastweight_tokenizer.json").write_text("[]")
     with pytest.raises(ValueError, match=r"fastweight_tokenizer\.json: damaged"):
         load_tokenizer(tmp_path)
