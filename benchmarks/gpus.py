@@ -192,7 +192,12 @@ def several() -> list[Job]:
     mesh = f"{PYTHON} benchmarks.mesh --preset lact-760m-momentum --device cuda --precision bfloat16 --json $JSON"
     long = f"{mesh} --kind context --seq-len 131072 --activation-checkpointing --processes 1 2 --steps 3"
     shard = f"{mesh} --kind shard --seq-len 32768 --activation-checkpointing --checkpoint --processes 1 2 --compile"
-    return [Job("mesh-shard", (shard,), gpus=2, limit=300), Job("mesh-context", (long,), gpus=2, limit=300)]
+    narrow = shard.replace("--checkpoint", "--gather bfloat16 --profile")
+    return [
+        Job("mesh-shard", (shard,), gpus=2, limit=300),
+        Job("mesh-narrow", (narrow,), gpus=2, limit=300),
+        Job("mesh-context", (long,), gpus=2, limit=300),
+    ]
 
 
 @dataclass

@@ -22,11 +22,12 @@ from typing import Any, Literal
 import torch
 import tyro
 
+from benchmarks.profile import lines, profiled
 from benchmarks.timing import machine, print_table, write_json
 from benchmarks.train import random_store
 from fastweight.data import Store
 from fastweight.devices import pick_device
-from fastweight.distributed.mesh import MeshConfig
+from fastweight.distributed.mesh import Gather, MeshConfig
 from fastweight.distributed.team import Team, joined, local_device
 from fastweight.train import DataConfig, LogConfig, ModelSource, TrainConfig, checkpoint
 from fastweight.train.config import Precision
@@ -49,7 +50,8 @@ PART, FOLDER = "FASTWEIGHT_BENCHMARK_PART", "FASTWEIGHT_BENCHMARK_FOLDER"
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """processes: numbers to try (not under torchrun). seq_len, batch_size: tokens of a step, of each process unless
-    sequences are cut. turns: as in the mesh. checkpoint: also save and restore."""
+    sequences are cut. turns, gather: as in the mesh. checkpoint: also save and restore. profile: also say where the
+    time of a step goes, kernel by kernel; on a GPU."""
 
     kind: Literal["context", "shard", "replicate"] = "context"
     preset: str = "tiny-lact"
@@ -57,12 +59,14 @@ class Options:
     seq_len: int = 4096
     batch_size: int = 1
     turns: int = 1
+    gather: Gather = "own"
     device: str = "cpu"
     precision: Precision = "float32"
     activation_checkpointing: bool = False
     feed_forward_checkpointing: bool = False
     compile: bool = False
     checkpoint: bool = False
+    profile: bool = False
     steps: int = 5
     json: Path | None = None
 
@@ -78,6 +82,7 @@ def settings(options: Options, processes: int) -> TrainConfig:
             turns=turns,
             context=processes if cut else 1,
             replicate=processes if options.kind == "replicate" else 1,
+            gather=options.gather,
         ),
         precision=options.precision,
         activation_checkpointing=options.activation_checkpointing,
@@ -101,24 +106,26 @@ def measured_here(options: Options, team: Team, folder: Path) -> dict[str, Any]:
     store = random_store(folder / f"store-{team.rank}", 2 * options.seq_len * config.data.batch_size)
     torch.manual_seed(0)
     trainer = trainer_of(config, new_start(config, store, None, team), store, team, folder)
-    times = time_steps(trainer, config, options.steps)
-    found = {"processes": team.size, "turns": config.mesh.turns, "sequences": config.data.batch_size, "ms": times}
+    found = {"processes": team.size, "turns": config.mesh.turns, "sequences": config.data.batch_size}
+    found |= time_steps(trainer, config, options)
     found["peak_gib"] = peak(team, device)
     return found | (checkpoint_seconds(trainer, store) if options.checkpoint else {})
 
 
-def time_steps(trainer: Trainer, config: TrainConfig, steps: int) -> list[float]:
+def time_steps(trainer: Trainer, config: TrainConfig, options: Options) -> dict[str, Any]:
+    """ms: of each step after two for warming up; profile: of one more, if it is asked for."""
     team, times = trainer.team, []
     batches = step_batches(trainer.store.split("train"), config.data, 0, 0, team.reader, team.readers)
     with prepared(trainer.model, config):
-        for _ in range(2 + steps):
+        for _ in range(2 + options.steps):
             step = next(batches)
             team.wait()
             began = time.perf_counter()
             trainer.step(step)  # its gradient norm waits for the device
             team.wait()
             times.append(1e3 * (time.perf_counter() - began))
-    return times[2:]
+        seen = profiled(lambda: trainer.step(next(batches))) if options.profile else None
+    return {"ms": times[2:]} | ({} if seen is None else {"profile": seen})
 
 
 def checkpoint_seconds(trainer: Trainer, store: Store) -> dict[str, float]:
@@ -195,6 +202,9 @@ def main(options: Options) -> None:
         records = [record]
     else:
         records = [launched(processes) for processes in options.processes]
+    for record in records:
+        if "profile" in record:
+            print("\n".join([f"{record['processes']} processes", *lines(record["profile"])]))
     where = machine(options.device)
     title = f"{options.preset}, {options.kind}, sequences of {options.seq_len} tokens, {options.precision}, {where}"
     print_table(title, COLUMNS, [row(record, records[0], options.seq_len) for record in records])
