@@ -1,6 +1,7 @@
 """A model's weights cut over processes: each block is put together while it computes, and only then (FSDP2)."""
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -56,6 +57,10 @@ def shard_model(model: Model, mesh: DeviceMesh, gather: Gather = "own") -> None:
         _shard(block, mesh, torch.bfloat16 if gather == "bfloat16" else None)
         block.register_forward_pre_hook(_begin)
         block.register_forward_hook(_open)
+    # The host asks for the next block's weights before it starts what this one computes: launching that takes it about
+    # as long as the device needs, so that otherwise each block waits for its weights.
+    for block, following in itertools.pairwise(dict.fromkeys(model.visits)):
+        model.blocks[block].set_modules_to_forward_prefetch([model.blocks[following]])
     _shard(model, mesh, None)
     for method in ("features", "logits"):
         register_fsdp_forward_method(model, method)
