@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastweight.configs import check_types, from_dict, near_names, require
+from fastweight.ops.elementwise import gated, kernels_run, rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -21,6 +22,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
+        if kernels_run(x, self.weight):
+            return rms_norm(x, self.weight, self.eps)
         return _rms_normalised(x, self.eps).to(x.dtype) * self.weight.to(x.dtype)
 
 
@@ -174,6 +177,8 @@ class FeedForward(nn.Module):
         up = self.up(x)
         if self.gate is not None:
             gate = self.gate(x)
+            if self.kind == "swiglu" and kernels_run(up, gate):
+                return gated(gate, up)
             return (F.silu(gate) if self.kind == "swiglu" else F.gelu(gate, approximate="tanh")) * up
         if self.kind == "relu2":
             return F.relu(up).square()

@@ -13,6 +13,7 @@ from fastweight.layers import RMSNorm, state_dtype, token_dtype
 from fastweight.mixers.attention import settle_cache
 from fastweight.mixers.base import Mixer, MixerConfig, register
 from fastweight.ops.attention import AttentionState, attention
+from fastweight.ops.elementwise import kernels_run, lact_heads, lact_rates, rms_norm
 from fastweight.ops.lact import MUON, MUON_DTYPES, UPDATES, LactPending, LactState, Rule, init_lact, lact
 from fastweight.ops.lact.losses import chunk_losses
 from fastweight.ops.rope import plain_rates, rope_table, rotate
@@ -21,6 +22,21 @@ from fastweight.state import register_state
 
 L2_EPS = 1e-5  # added to the norm, outside the root
 Turns = tuple[Tensor, Tensor]  # as from `rope_table`
+
+
+class Heads(NamedTuple):
+    """[B, T, heads, head dim] each."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+
+class Branches(NamedTuple):
+    """What the two halves of the layer read."""
+
+    attention: Heads
+    fast: Heads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,18 +181,14 @@ class Lact(Mixer):
     ) -> tuple[Tensor, LactMixerState]:
         # Contiguous: PyTorch rounds twice when it adds a bias to the product of a strided bfloat16 input.
         x = x.contiguous()
-        q, k, v = self._qkv(x)
-        turns = self._turns(token_positions(state.fast.position, x.shape[1], cu_seqlens))
-        seen, window = self._attend(q, k, v, turns, state.window, cu_seqlens)
-        read, tokens = self._fast_tokens(x, q, k, v, turns)
+        branches = self._branches(*self._qkv(x), state.fast.position, cu_seqlens)
+        seen, window = self._attend(*branches.attention, state.window, cu_seqlens)
+        rate, momentum = self._rates(x, branches.fast.q)
         y, fast = lact(
-            read, tokens.k, tokens.v, tokens.lr, tokens.momentum, state.fast,
-            **self._rule()._asdict(), cu_seqlens=cu_seqlens, backend=self.backend,
+            *branches.fast, rate, momentum, state.fast, **self._rule()._asdict(), cu_seqlens=cu_seqlens,
+            backend=self.backend,
         )  # fmt: skip
-        y = self.out_norm(y)
-        if self.gate is not None:
-            y = y * F.silu(self.gate(x)).unsqueeze(-1).to(y.dtype)
-        return self.out(seen.flatten(2) + y.flatten(2)), LactMixerState(fast, window)
+        return self.out(self._joined(x, seen, y)), LactMixerState(fast, window)
 
     def settled(self, state: LactMixerState) -> LactMixerState | None:
         window = settle_cache(state.window, self.config.window)
@@ -187,9 +199,9 @@ class Lact(Mixer):
 
     def inner_losses(self, x: Tensor, state: LactMixerState) -> dict[str, Tensor]:
         """−⟨f(k), v⟩ of each completed chunk, mean over its tokens, heads and batch: see docs/layers.md."""
-        turns = self._turns(token_positions(state.fast.position, x.shape[1], None))
         with torch.no_grad():
-            _, tokens = self._fast_tokens(x, *self._qkv(x), turns)
+            _, (q, k, v) = self._branches(*self._qkv(x), state.fast.position, None)
+            tokens = LactPending(k, v, *self._rates(x, q))
         return chunk_losses(tokens, state.fast, self._rule())
 
     def _rule(self) -> Rule:
@@ -203,17 +215,31 @@ class Lact(Mixer):
             q, k = self.q_norm(q), self.k_norm(k)
         return q, k, v
 
+    def _branches(self, q: Tensor, k: Tensor, v: Tensor, position: Tensor, cu_seqlens: Tensor | None) -> Branches:
+        """What both branches make of q, k and v [B, T, d_model] of sequences that go on at `position`."""
+        c, rates = self.config, self._rotation(position.device)
+        if self.fast_dim % self.head_dim == 0 and kernels_run(q, k, v, self.qk_scale, self.qk_offset):
+            at = position if cu_seqlens is None else token_positions(position, q.shape[1], cu_seqlens)
+            rows = lact_heads(
+                q, k, v, self.qk_scale, self.qk_offset, at, rates, num_heads=c.num_fast_heads, eps=L2_EPS,
+                silu=c.qkv_silu, v_silu=c.v_silu, fast_rope=c.fast_rope,
+            )  # fmt: skip
+            seen = (z.unflatten(-1, (c.num_heads, self.head_dim)) for z in (*rows[:2], v))
+            fast = (z.unflatten(-1, (c.num_fast_heads, self.fast_dim)) for z in rows[2:])
+            return Branches(Heads(*seen), Heads(*fast))
+        turns = rope_table(token_positions(position, q.shape[1], cu_seqlens), rates)
+        seen = Heads(self._rotate(q, turns), self._rotate(k, turns), v.unflatten(-1, (-1, self.head_dim)))
+        return Branches(seen, self._fast_heads(q, k, v, turns))
+
     def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, turns: Turns, state: AttentionState, cu_seqlens: Tensor | None
+        self, q: Tensor, k: Tensor, v: Tensor, state: AttentionState, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, AttentionState]:
-        q, k = self._rotate(q, turns), self._rotate(k, turns)
-        v = v.unflatten(-1, (-1, self.head_dim))
         # The mixer's backend names an implementation of the fast network; only the definition is asked of both.
         backend: Any = self.backend if self.backend == "naive" else "auto"
         return attention(q, k, v, state, window=self.config.window, cu_seqlens=cu_seqlens, backend=backend)
 
-    def _fast_tokens(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, turns: Turns) -> tuple[Tensor, LactPending]:
-        """Queries [B, T, H, D] of the fast network and what it learns from: keys, values, rates, momentum."""
+    def _fast_heads(self, q: Tensor, k: Tensor, v: Tensor, turns: Turns) -> Heads:
+        """[B, T, H, D] of the fast network."""
         c, dtype, wide = self.config, q.dtype, state_dtype(q)
         scale, offset = self.qk_scale.to(wide), self.qk_offset.to(wide)
         q, k = (z.to(wide) * scale[:, i] + offset[:, i] for i, z in enumerate((q, k)))
@@ -224,17 +250,36 @@ class Lact(Mixer):
         q, k = (z / (torch.linalg.vector_norm(z, dim=-1, keepdim=True) + L2_EPS) for z in (q, k))
         if c.fast_rope:
             q, k = (self._rotate(z.flatten(2), turns).flatten(2).view(z.shape) for z in (q, k))
-        # softplus(x W + b + c0) with softplus(c0) = base_lr; head-major, then matrix, then channel.
-        rate = F.softplus(self.rate(x).to(wide) + math.log(math.expm1(c.base_lr)))
-        rate = rate.unflatten(-1, (c.num_fast_heads, 3, c.lr_dim))
-        momentum = None if self.momentum is None else self.momentum(x).to(wide).sigmoid()
-        return q.to(dtype), LactPending(k.to(dtype), v.to(dtype), rate, momentum)
+        return Heads(q.to(dtype), k.to(dtype), v.to(dtype))
 
-    def _turns(self, positions: Tensor) -> Turns:
-        """How far tokens at positions [B, T] are rotated, in both branches."""
-        if self.rates is None or self.rates.device != positions.device:
-            self.rates = plain_rates(self.config.rope_base, self.head_dim, positions.device)
-        return rope_table(positions, self.rates)
+    def _rates(self, x: Tensor, like: Tensor) -> tuple[Tensor, Tensor | None]:
+        """How fast the fast network learns from each token, [B, T, H, 3, lr_dim], and its momentum [B, T, H]."""
+        c, wide = self.config, state_dtype(like)
+        # softplus(x W + b + c0) with softplus(c0) = base_lr; head-major, then matrix, then channel.
+        rate, shift = self.rate(x), math.log(math.expm1(c.base_lr))
+        momentum = None if self.momentum is None else self.momentum(x)
+        if kernels_run(rate):
+            rate, momentum = lact_rates(rate, momentum, shift)
+        else:
+            rate = F.softplus(rate.to(wide) + shift)
+            momentum = None if momentum is None else momentum.to(wide).sigmoid()
+        return rate.unflatten(-1, (c.num_fast_heads, 3, c.lr_dim)), momentum
+
+    def _joined(self, x: Tensor, seen: Tensor, y: Tensor) -> Tensor:
+        """The sum of both branches [B, T, d_model]."""
+        norm, gate = self.out_norm, None if self.gate is None else self.gate(x)
+        if seen.dtype == y.dtype and kernels_run(y, seen, norm.weight, *([] if gate is None else [gate])):
+            return rms_norm(y, norm.weight, norm.eps, gate=gate, base=seen).flatten(2)
+        y = norm(y)
+        if gate is not None:
+            y = y * F.silu(gate).unsqueeze(-1).to(y.dtype)
+        return seen.flatten(2) + y.flatten(2)
+
+    def _rotation(self, device: torch.device) -> Tensor:
+        """Radians per position of each pair of channels, in both branches."""
+        if self.rates is None or self.rates.device != device:
+            self.rates = plain_rates(self.config.rope_base, self.head_dim, device)
+        return self.rates
 
     def _rotate(self, z: Tensor, turns: Turns) -> Tensor:
         """[B, T, d_model] → [B, T, num_heads, head_dim], rotated."""

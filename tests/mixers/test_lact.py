@@ -7,7 +7,7 @@ import torch
 from tolerances import assert_close
 
 from fastweight.mixers.lact import Lact, LactConfig
-from fastweight.ops.lact import lact
+from fastweight.ops.lact import LactPending, lact
 from fastweight.ops.lact.update import network
 
 D_MODEL = 16
@@ -70,12 +70,17 @@ def test_every_earlier_token_influences_the_last_output(name):
     assert (gradient[0].abs().amax(-1) > 0).all()
 
 
+def learnt(mixer, x, q, k, v):
+    """What the fast network learns from at the start of the text."""
+    _, fast = mixer._branches(q, k, v, torch.zeros(len(x), dtype=torch.int64), None)
+    return LactPending(fast.k, fast.v, *mixer._rates(x, fast.q))
+
+
 def test_fast_network_sees_finished_chunks_only():
     mixer, chunk = mixer_of("momentum"), CASES["momentum"].chunk_size
     x = tokens(40, 1)
     q, k, v = (z.detach().requires_grad_() for z in mixer._qkv(x))
-    positions = torch.arange(40)[None]
-    _, given = mixer._fast_tokens(x, q, k, v, mixer._turns(positions))
+    given = learnt(mixer, x, q, k, v)
     given = type(given)(*(t.detach().requires_grad_() for t in given if t is not None))
     y, _ = lact(q.unflatten(-1, (2, 8)), *given, mixer.init_state(1).fast, **mixer._rule()._asdict())
     t = 33
@@ -88,14 +93,11 @@ def test_fast_network_sees_finished_chunks_only():
 def test_shifting_all_positions_changes_the_fast_network_but_not_attention():
     mixer, x = mixer_of("momentum"), tokens(20)
     q, k, v = mixer._qkv(x)
-    moved = torch.arange(20).expand(2, 20)
-    here, _ = mixer._attend(q, k, v, mixer._turns(moved), mixer.init_state(2).window, None)
-    there, _ = mixer._attend(q, k, v, mixer._turns(moved + 1), mixer.init_state(2).window, None)
+    branches = [mixer._branches(q, k, v, torch.full((2,), start), None) for start in (0, 1)]
+    here, there = (mixer._attend(*b.attention, mixer.init_state(2).window, None)[0] for b in branches)
     assert_close(there, here, 1e-6)  # angles are float32
-    fast, _ = mixer._fast_tokens(x, q, k, v, mixer._turns(moved))
-    shifted, _ = mixer._fast_tokens(x, q, k, v, mixer._turns(moved + 1))
     weights = mixer.init_state(2).fast.memory.weights
-    a, b = (network(weights, z.transpose(1, 2)) for z in (fast, shifted))
+    a, b = (network(weights, b.fast.q.transpose(1, 2)) for b in branches)
     assert (a - b).norm() > 0.01 * a.norm()
 
 
@@ -103,7 +105,7 @@ def test_fast_queries_rotate_within_attention_heads():
     # Four attention heads of four channels, two fast heads of eight: a rotation pairs channels i and i + 2 of a block
     # of four, so each such pair keeps its norm at every position, and pairs of a block of eight do not.
     mixer, x = mixer_of("momentum"), tokens(1).expand(2, 6, D_MODEL)
-    q, _ = mixer._fast_tokens(x, *mixer._qkv(x), mixer._turns(torch.arange(6).expand(2, 6)))
+    q = mixer._branches(*mixer._qkv(x), torch.zeros(2, dtype=torch.int64), None).fast.q
     by_four = q.flatten(2).unflatten(-1, (4, 2, 2)).norm(dim=3)
     by_eight = q.unflatten(-1, (2, 4)).norm(dim=3)
     assert_close(by_four, by_four[:, :1].expand_as(by_four), 1e-6)
@@ -126,7 +128,7 @@ def test_a_bias_of_minus_100_freezes_one_matrix_of_one_head(matrix, head):
 def test_fast_heads_do_not_interact():
     mixer, x = mixer_of("momentum"), tokens(30)
     q, k, v = mixer._qkv(x)
-    _, given = mixer._fast_tokens(x, q, k, v, mixer._turns(torch.arange(30).expand(2, 30)))
+    given = learnt(mixer, x, q, k, v)
     changed = given._replace(k=torch.cat([given.k[:, :, :1], -given.k[:, :, 1:]], 2))
     queries = q.unflatten(-1, (2, 8))
     a, b = (lact(queries, *z, mixer.init_state(2).fast, **mixer._rule()._asdict())[0] for z in (given, changed))

@@ -1,0 +1,146 @@
+"""The element-wise work of a layer in one launch each, against torch's steps: in the interpreter, or on a GPU."""
+
+import contextlib
+
+import pytest
+import torch
+from ahead_of_time import compile_for
+from interpreter import interpreted, needs_triton, within_arguments
+from tolerances import assert_close
+
+from fastweight.layers import FeedForward, FeedForwardConfig, RMSNorm
+from fastweight.mixers.lact import Lact, LactConfig
+from fastweight.ops.elementwise import FLAT, kernels_run
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+pytestmark = [] if GPU else needs_triton
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if GPU else [])]  # the interpreter has no bfloat16
+# A sum in another order may fall to the other side of a rounding, and then by one place.
+CLOSE = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
+
+
+@pytest.fixture
+def kernels(poisoned_empty, monkeypatch):
+    """Who may use the kernels does, also in the interpreter."""
+    if GPU:
+        return
+    from fastweight.ops import kernels_elementwise
+
+    interpreted(kernels_elementwise)
+    for module in ("fastweight.layers", "fastweight.mixers.lact"):
+        monkeypatch.setattr(f"{module}.kernels_run", lambda *given: not torch.is_grad_enabled())
+
+
+def draw(*shape, dtype):
+    return torch.randn(*shape).to(DEVICE, dtype)
+
+
+def compare(call, dtype):
+    """Without gradients by kernels, with gradients by torch."""
+    with torch.no_grad(), contextlib.nullcontext() if GPU else within_arguments():
+        got = call()
+    for a, b in zip(got, call(), strict=True):
+        assert (a.dtype, a.shape, a.requires_grad) == (b.dtype, b.shape, False)
+        assert_close(a, b, CLOSE[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 3, 7])
+@pytest.mark.parametrize("width", [24, 64, 100, 1536])
+def test_a_norm_in_one_launch_is_the_norm(width, rows, dtype, kernels):
+    norm = RMSNorm(width, 1e-5).to(DEVICE, dtype)
+    torch.nn.init.normal_(norm.weight)
+    x = draw(rows, 2, 3 * width, dtype=dtype)[..., width : 2 * width]  # cut from what a projection gives
+    compare(lambda: [norm(x)], dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "width"), [(1, 24), (3, 100), (7, FLAT + 1)])
+def test_the_inside_of_a_gated_layer_in_one_launch_is_what_it_was(rows, width, dtype, kernels):
+    layer = FeedForward(16, FeedForwardConfig(hidden=width)).to(DEVICE, dtype)
+    x = 3 * draw(rows, 16, dtype=dtype)
+    compare(lambda: [layer.hidden(x)], dtype)
+
+
+LAYERS = {
+    "plain": {},
+    "normed": {"qk_norm": True, "norm_eps": 1e-6},
+    "unmoved": {"fast_rope": False, "v_silu": False, "momentum": False, "output_gate": False},
+    "unbent": {"qkv_silu": False, "lr_dim": 48},
+}
+
+
+def layer_of(name, dtype, d_model=96):
+    layer = Lact(d_model, LactConfig(num_heads=4, num_fast_heads=2, chunk_size=64, window=64, **LAYERS[name]))
+    with torch.no_grad():
+        for p in (layer.qk_scale, layer.qk_offset, layer.out_norm.weight):
+            p.add_(torch.randn_like(p))
+    return layer.to(DEVICE, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 1), (2, 7)])
+@pytest.mark.parametrize("name", LAYERS)
+def test_what_surrounds_the_memory_of_lact_is_what_it_was(name, shape, dtype, kernels):
+    layer, x = layer_of(name, dtype), draw(*shape, 96, dtype=dtype)
+    qkv = 3 * draw(*shape, 3 * 96, dtype=dtype)
+    position = torch.tensor([5, 0, 70000], device=DEVICE)[: shape[0]]
+    compare(lambda: [t for b in layer._branches(*layer._qkv(x), position, None) for t in b], dtype)
+    compare(lambda: [t for b in layer._branches(*qkv.chunk(3, -1), position, None) for t in b], dtype)
+    compare(lambda: [t for t in layer._rates(x, x) if t is not None], dtype)
+    seen, y = draw(*shape, 4, 24, dtype=dtype), draw(*shape, 2, 48, dtype=dtype)
+    compare(lambda: [layer._joined(x, seen, y)], dtype)
+
+
+def test_packed_tokens_rotate_by_their_own_positions(kernels):
+    layer, x = layer_of("plain", torch.float32), draw(1, 9, 96, dtype=torch.float32)
+    ends, position = torch.tensor([0, 4, 9], device=DEVICE), torch.tensor([3, 40], device=DEVICE)
+    compare(lambda: [t for b in layer._branches(*layer._qkv(x), position, ends) for t in b], torch.float32)
+
+
+def test_rates_keep_their_digits_where_they_are_small_and_where_they_are_large(kernels):
+    layer, x = layer_of("plain", torch.float32), torch.zeros(1, 1, 96, device=DEVICE)
+    for bias in (-5.0, 0.0, 7.0, 40.0):
+        torch.nn.init.constant_(layer.rate.bias, bias)
+        compare(lambda: [layer._rates(x, x)[0]], torch.float32)
+
+
+def test_kernels_run_only_where_nobody_asks_for_gradients_or_digits_that_they_do_not_have():
+    x = torch.randn(2, 8, device=DEVICE)
+    assert not kernels_run(x)
+    with torch.no_grad():
+        assert kernels_run(x) == GPU
+        assert not kernels_run(x.double())
+        assert not kernels_run(x, x.double())
+        assert not kernels_run(x[:0])
+
+
+def job(name, kinds, numbers, constants, warps):
+    signature = kinds | numbers | dict.fromkeys(constants, "constexpr")
+    kernel = f"fastweight.ops.kernels_elementwise:{name}"
+    return {"kernel": kernel, "signature": signature, "constants": constants, "num_warps": warps}
+
+
+def jobs():
+    def low(*names):
+        return dict.fromkeys(names, "*bf16")
+
+    width = {"D": 1536, "BLOCK": 2048}
+    yield job("rms_norm", low("x", "weight", "gate", "base", "out"), {"stride": "i32"},
+              {"EPS": 1e-5, "GATED": True, "ADDED": True, **width}, 8)  # fmt: skip
+    yield job("gated", low("gate", "up", "out"), {"count": "i32"}, {"BLOCK": FLAT}, 4)
+    yield job("lact_rates", low("rate", "momentum") | dict.fromkeys(("rate_out", "momentum_out"), "*fp32"),
+              {"count": "i32", "others": "i32", "shift": "fp32"}, {"MOMENTUM": True, "BLOCK": FLAT}, 4)  # fmt: skip
+    yield job("lact_heads", low("q", "k", "v", "scale", "offset") | {"position": "*i64", "rates": "*fp32"}
+              | low("q_turned", "k_turned", "q_fast", "k_fast", "v_fast"),
+              dict.fromkeys(("length", "q_row", "k_row", "v_row"), "i32"),
+              {"EPS": 1e-5, "SILU": True, "V_SILU": True, "FAST_ROPE": True, "HALF": 32, "D": 384, "BLOCK": 512},
+              4)  # fmt: skip
+
+
+def test_the_kernels_compile_for_hopper_and_keep_what_they_hold_in_registers():
+    for found in compile_for(90, list(jobs())):
+        assert found["registers"] < 255
+        # Cosines of large angles take a detour through some bytes of local memory.
+        assert found["spills"] == 0 or found["kernel"] == "lact_heads", found
