@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastweight.model import Model
+from fastweight.ops.sequences import in_place
 from fastweight.state import ModelState, tensors, zip_tensors
 
 WARM_UP_STEPS = 3  # before recording, so that libraries have chosen their kernels
@@ -82,12 +83,12 @@ class Stepper:
         """The step as a graph; the state stays as it is."""
         stream = torch.cuda.Stream(self.model.device)
         stream.wait_stream(torch.cuda.current_stream(self.model.device))
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream), in_place():
             for _ in range(WARM_UP_STEPS):
                 self.model(self._tokens, self._copied())
         torch.cuda.current_stream(self.model.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph), in_place():
             self._logits = self._step(self._state)
         return graph
 

@@ -4,6 +4,8 @@ Who calls asks `kernels_run` first, and has the same in torch's own steps: for g
 float64 and for other devices. What the kernels give differs from that by roundings.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -87,6 +89,22 @@ def lact_rates(rate: Tensor, momentum: Tensor | None, shift: float) -> tuple[Ten
             {"MOMENTUM": momentum is not None, "BLOCK": FLAT}, {"num_warps": 4},
         )  # fmt: skip
     return out[0], None if momentum is None else out[1]
+
+
+def put_tokens(buffers: Sequence[Tensor], tokens: Sequence[Tensor], position: Tensor) -> None:
+    """buffers[i][n, position[n] % slots] = tokens[i][n, 0], in place; three or four of each, [N, slots, ...] without
+    gaps."""
+    from fastweight.ops.kernels_elementwise import put_tokens as kernel
+
+    tokens = [t.contiguous() for t in tokens]
+    sizes = [t[0].numel() for t in tokens]
+    spare = (buffers[0],) if len(buffers) == 3 else ()  # its size is zero
+    constants = dict(zip(("A", "B", "C", "D"), (*sizes, 0), strict=False))
+    with torch.cuda.device_of(position):
+        launch(
+            kernel, (len(position), -(-max(sizes) // FLAT)), (*buffers, *spare, *tokens, *spare, position),
+            (buffers[0].shape[1],), constants | {"BLOCK": FLAT}, {"num_warps": 4},
+        )  # fmt: skip
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -129,3 +129,23 @@ def lact_rates(
     if MOMENTUM:
         x = tl.load(momentum + at, mask=at < others, other=0.0).to(tl.float32)
         tl.store(momentum_out + at, tl.sigmoid(x), mask=at < others)
+
+
+@triton.jit
+def _put(buffer, token, place, n, at, SIZE: tl.constexpr):
+    value = tl.load(token + n * SIZE + at, mask=at < SIZE, other=0.0)
+    tl.store(buffer + place * SIZE + at, value.to(buffer.dtype.element_ty), mask=at < SIZE)
+
+
+@triton.jit(do_not_specialize=["slots"])
+def put_tokens(
+    a_buffer, b_buffer, c_buffer, d_buffer, a, b, c, d, position, slots, A: tl.constexpr, B: tl.constexpr,
+    C: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Grid: sequences, blocks of a token. Each buffer [N, slots, size] gets its token [N, size] at position % slots."""
+    n, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    place = n * slots + tl.load(position + n) % slots
+    _put(a_buffer, a, place, n, at, A)
+    _put(b_buffer, b, place, n, at, B)
+    _put(c_buffer, c, place, n, at, C)
+    _put(d_buffer, d, place, n, at, D)

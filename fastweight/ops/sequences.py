@@ -5,7 +5,9 @@ starts in one flat run of tokens. A chunk plan places them on a grid of chunks, 
 sequence second, longest sequence first, so that the sequences still running at chunk i are a prefix of the rows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -62,6 +64,24 @@ def recording(t: Tensor) -> bool:
     Who records a step has made sure that no memory acts in it beyond taking the token in (fastweight.stepping).
     """
     return t.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+_in_place: ContextVar[bool] = ContextVar("in_place", default=False)
+
+
+@contextmanager
+def in_place() -> Iterator[None]:
+    """States read meanwhile belong to the caller alone, who lets ops write into them what comes after."""
+    token = _in_place.set(True)
+    try:
+        yield
+    finally:
+        _in_place.reset(token)
+
+
+def may_overwrite() -> bool:
+    """Whether an op may return the buffers that it was given, changed; elsewhere a state is a value."""
+    return _in_place.get()
 
 
 def rows_due(due: Tensor) -> Tensor:

@@ -6,11 +6,14 @@ import pytest
 import torch
 from ahead_of_time import compile_for
 from interpreter import interpreted, needs_triton, within_arguments
-from tolerances import assert_close
+from tolerances import assert_close, assert_trees_close
 
 from fastweight.layers import FeedForward, FeedForwardConfig, RMSNorm
 from fastweight.mixers.lact import Lact, LactConfig
+from fastweight.ops.attention import AttentionState, attention
 from fastweight.ops.elementwise import FLAT, kernels_run
+from fastweight.ops.sequences import in_place
+from fastweight.state import map_tensors
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -26,23 +29,24 @@ def kernels(poisoned_empty, monkeypatch):
     if GPU:
         return
     from fastweight.ops import kernels_elementwise
+    from fastweight.ops.attention import kernels_step
 
-    interpreted(kernels_elementwise)
-    for module in ("fastweight.layers", "fastweight.mixers.lact"):
-        monkeypatch.setattr(f"{module}.kernels_run", lambda *given: not torch.is_grad_enabled())
+    interpreted(kernels_elementwise, kernels_step)
+    for module in ("layers", "mixers.lact", "ops.lact.chunked", "ops.attention.step"):
+        monkeypatch.setattr(f"fastweight.{module}.kernels_run", lambda *given: not torch.is_grad_enabled())
 
 
 def draw(*shape, dtype):
     return torch.randn(*shape).to(DEVICE, dtype)
 
 
-def compare(call, dtype):
+def compare(call, dtype, factor=1):
     """Without gradients by kernels, with gradients by torch."""
     with torch.no_grad(), contextlib.nullcontext() if GPU else within_arguments():
         got = call()
     for a, b in zip(got, call(), strict=True):
         assert (a.dtype, a.shape, a.requires_grad) == (b.dtype, b.shape, False)
-        assert_close(a, b, CLOSE[dtype])
+        assert_close(a, b, factor * CLOSE[dtype])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -106,6 +110,39 @@ def test_rates_keep_their_digits_where_they_are_small_and_where_they_are_large(k
         compare(lambda: [layer._rates(x, x)[0]], torch.float32)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(3, 3, 64), (6, 2, 24), (4, 1, 100)])
+@pytest.mark.parametrize("slots", [1, 100, 300])
+def test_a_token_attends_to_its_cache_as_it_did(slots, heads, kv_heads, dim, dtype, kernels):
+    position = torch.tensor([slots // 2, slots, 5 * slots], device=DEVICE)
+    behind = (torch.arange(slots, device=DEVICE) >= slots - position[:, None])[..., None, None]
+    cache = [draw(3, slots, kv_heads, dim, dtype=dtype) * behind for _ in range(2)]
+    q, k, v = (3 * draw(3, 1, n, dim, dtype=dtype) for n in (heads, kv_heads, kv_heads))
+    state = AttentionState(*cache, position)
+    compare(lambda: [attention(q, k, v, state, window=slots + 1, backend="chunked")[0]], dtype, 4)
+
+
+@pytest.mark.parametrize("momentum", [True, False])
+def test_tokens_are_put_in_place_only_where_the_state_is_the_callers_own(momentum, kernels):
+    torch.manual_seed(0)
+    config = LactConfig(num_heads=4, num_fast_heads=2, chunk_size=4, window=4, momentum=momentum)
+    layer = Lact(96, config).to(DEVICE)
+    layer.backend = "chunked"
+    with torch.no_grad():
+        _, state = layer(draw(2, 5, 96, dtype=torch.float32), layer.init_state(2))
+        own = map_tensors(torch.clone, state)
+        for token in draw(2, 2, 1, 96, dtype=torch.float32):
+            before = map_tensors(torch.clone, state)
+            want_y, want = layer(token, state)
+            assert_trees_close(state, before, 0)
+            with in_place():
+                y, after = layer(token, own)
+            assert after.fast.pending.k is own.fast.pending.k
+            assert_close(y, want_y, 1e-6)
+            assert_trees_close(after, want, 1e-6)
+            state, own = want, after
+
+
 def test_kernels_run_only_where_nobody_asks_for_gradients_or_digits_that_they_do_not_have():
     x = torch.randn(2, 8, device=DEVICE)
     assert not kernels_run(x)
@@ -116,9 +153,9 @@ def test_kernels_run_only_where_nobody_asks_for_gradients_or_digits_that_they_do
         assert not kernels_run(x[:0])
 
 
-def job(name, kinds, numbers, constants, warps):
+def job(name, kinds, numbers, constants, warps, module="kernels_elementwise"):
     signature = kinds | numbers | dict.fromkeys(constants, "constexpr")
-    kernel = f"fastweight.ops.kernels_elementwise:{name}"
+    kernel = f"fastweight.ops.{module}:{name}"
     return {"kernel": kernel, "signature": signature, "constants": constants, "num_warps": warps}
 
 
@@ -137,6 +174,17 @@ def jobs():
               dict.fromkeys(("length", "q_row", "k_row", "v_row"), "i32"),
               {"EPS": 1e-5, "SILU": True, "V_SILU": True, "FAST_ROPE": True, "HALF": 32, "D": 384, "BLOCK": 512},
               4)  # fmt: skip
+
+    tokens, buffers = ("a", "b", "c", "d"), ("a_buffer", "b_buffer", "c_buffer", "d_buffer")
+    kinds = dict(zip(buffers + tokens, 2 * ("*bf16", "*bf16", "*fp32", "*fp32"), strict=True))
+    yield job("put_tokens", kinds | {"position": "*i64"}, {"slots": "i32"},
+              {"A": 1536, "B": 1536, "C": 12, "D": 4, "BLOCK": FLAT}, 4)  # fmt: skip
+    wide, sizes = dict.fromkeys(("sums", "tops", "totals"), "*fp32"), {"GROUP": 1, "D": 64, "BLOCK_D": 64}
+    yield job("attend_part", low("q", "k", "v") | {"position": "*i64"} | wide,
+              {"slots": "i32", "part": "i32", "scale": "fp32"}, {"HEADS": 24, **sizes, "BLOCK": 64}, 4,
+              "attention.kernels_step")  # fmt: skip
+    yield job("join_parts", low("q", "k", "v") | wide | low("out"), {"scale": "fp32"}, {**sizes, "PARTS": 16}, 2,
+              "attention.kernels_step")  # fmt: skip
 
 
 def test_the_kernels_compile_for_hopper_and_keep_what_they_hold_in_registers():

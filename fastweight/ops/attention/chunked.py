@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastweight.ops import dispatch
-from fastweight.ops.attention import AttentionState
+from fastweight.ops.attention import AttentionState, step
 from fastweight.ops.attention.cache import after, read_sinks
 from fastweight.state import map_tensors
 
@@ -39,7 +39,12 @@ def chunked(
     state = state._replace(k=state.k.to(k.dtype), v=state.v.to(v.dtype))
     if num_sinks:
         state = read_sinks(k, v, state, cu_seqlens)
-    y = _read_batch(q, k, v, state, setting) if lengths is None else _read_packed(q, k, v, state, lengths, setting)
+    if lengths is not None:
+        y = _read_packed(q, k, v, state, lengths, setting)
+    elif step.takes(q, k, v, state, softcap):
+        y = step.attend(q, k, v, state, scale)
+    else:
+        y = _read_batch(q, k, v, state, setting)
     longest = q.shape[1] if lengths is None else max(lengths)
     return y.to(q.dtype), after(k, v, state, window, longest, cu_seqlens)
 

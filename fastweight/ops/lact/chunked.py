@@ -8,10 +8,11 @@ from torch.nn import functional as F
 
 from fastweight.configs import require
 from fastweight.ops import dispatch
+from fastweight.ops.elementwise import kernels_run, put_tokens
 from fastweight.ops.lact import LactPending, LactState, Rule, is_fresh, positions, unit
 from fastweight.ops.lact.layout import Layout, count, last_chunks, lay_out, pack, tokens_on_grid, unpack
 from fastweight.ops.lact.update import network
-from fastweight.ops.sequences import recording, sequence_lengths
+from fastweight.ops.sequences import may_overwrite, recording, sequence_lengths
 from fastweight.state import map_tensors, zip_tensors
 
 
@@ -113,9 +114,19 @@ def _read_tokens(
 def _append(q: Tensor, tokens: LactPending, state: LactState, rule: Rule) -> tuple[Tensor, LactState]:
     """Tokens [N, 1, H, …] that fill no chunk: the weights stay as they are."""
     y = network(state.memory.weights, q.to(state.memory.weights.w1.dtype).transpose(1, 2)).transpose(1, 2)
-    slot = state.position % rule.chunk_size
+    pending, position = _put(state.pending, tokens, state.position), state.position + 1
+    return y, LactState(state.memory, pending, position, state.faults)
+
+
+def _put(pending: LactPending, tokens: LactPending, position: Tensor) -> LactPending:
+    """Tokens [N, 1, ...] in their slots of the buffers [N, chunk size, ...]."""
+    buffers, given = ([t for t in some if t is not None] for some in (pending, tokens))
+    if may_overwrite() and all(t.is_contiguous() for t in buffers) and kernels_run(*buffers, *given):
+        put_tokens(buffers, given, position)
+        return pending
+    slot = position % pending.k.shape[1]
 
     def put(buffer: Tensor, token: Tensor) -> Tensor:
         return buffer.scatter(1, slot.view(-1, *[1] * (token.dim() - 1)).expand_as(token), token)
 
-    return y, LactState(state.memory, zip_tensors(put, state.pending, tokens), state.position + 1, state.faults)
+    return zip_tensors(put, pending, tokens)
