@@ -13,7 +13,7 @@ from fastweight.layers import RMSNorm, state_dtype, token_dtype
 from fastweight.mixers.attention import settle_cache
 from fastweight.mixers.base import Mixer, MixerConfig, register
 from fastweight.ops.attention import AttentionState, attention
-from fastweight.ops.elementwise import kernels_run, lact_heads, lact_rates, rms_norm
+from fastweight.ops.elementwise import few_numbers, kernels_run, lact_heads, lact_rates, lact_scalars, rms_norm
 from fastweight.ops.lact import MUON, MUON_DTYPES, UPDATES, LactPending, LactState, Rule, init_lact, lact
 from fastweight.ops.lact.losses import chunk_losses
 from fastweight.ops.rope import plain_rates, rope_table, rotate
@@ -183,12 +183,12 @@ class Lact(Mixer):
         x = x.contiguous()
         branches = self._branches(*self._qkv(x), state.fast.position, cu_seqlens)
         seen, window = self._attend(*branches.attention, state.window, cu_seqlens)
-        rate, momentum = self._rates(x, branches.fast.q)
+        rate, momentum, gate = self._scalars(x)
         y, fast = lact(
             *branches.fast, rate, momentum, state.fast, **self._rule()._asdict(), cu_seqlens=cu_seqlens,
             backend=self.backend,
         )  # fmt: skip
-        return self.out(self._joined(x, seen, y)), LactMixerState(fast, window)
+        return self.out(self._joined(seen, y, gate)), LactMixerState(fast, window)
 
     def settled(self, state: LactMixerState) -> LactMixerState | None:
         window = settle_cache(state.window, self.config.window)
@@ -201,7 +201,7 @@ class Lact(Mixer):
         """−⟨f(k), v⟩ of each completed chunk, mean over its tokens, heads and batch: see docs/layers.md."""
         with torch.no_grad():
             _, (q, k, v) = self._branches(*self._qkv(x), state.fast.position, None)
-            tokens = LactPending(k, v, *self._rates(x, q))
+            tokens = LactPending(k, v, *self._scalars(x)[:2])
         return chunk_losses(tokens, state.fast, self._rule())
 
     def _rule(self) -> Rule:
@@ -252,22 +252,25 @@ class Lact(Mixer):
             q, k = (self._rotate(z.flatten(2), turns).flatten(2).view(z.shape) for z in (q, k))
         return Heads(q.to(dtype), k.to(dtype), v.to(dtype))
 
-    def _rates(self, x: Tensor, like: Tensor) -> tuple[Tensor, Tensor | None]:
-        """How fast the fast network learns from each token, [B, T, H, 3, lr_dim], and its momentum [B, T, H]."""
-        c, wide = self.config, state_dtype(like)
-        # softplus(x W + b + c0) with softplus(c0) = base_lr; head-major, then matrix, then channel.
-        rate, shift = self.rate(x), math.log(math.expm1(c.base_lr))
-        momentum = None if self.momentum is None else self.momentum(x)
-        if kernels_run(rate):
-            rate, momentum = lact_rates(rate, momentum, shift)
+    def _scalars(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Per token and fast head: rates [B, T, H, 3, lr_dim], momentum [B, T, H], and what the gate is made of."""
+        c, shift = self.config, math.log(math.expm1(self.config.base_lr))
+        if few_numbers(x, self.rate, self.momentum, self.gate):
+            rate, momentum, gate = lact_scalars(x, self.rate, self.momentum, self.gate, shift)
         else:
-            rate = F.softplus(rate.to(wide) + shift)
-            momentum = None if momentum is None else momentum.to(wide).sigmoid()
-        return rate.unflatten(-1, (c.num_fast_heads, 3, c.lr_dim)), momentum
+            rate, momentum = self.rate(x), None if self.momentum is None else self.momentum(x)
+            gate = None if self.gate is None else self.gate(x)
+            if kernels_run(rate):
+                rate, momentum = lact_rates(rate, momentum, shift)
+            else:
+                # softplus(x W + b + c0) with softplus(c0) = base_lr; head-major, then matrix, then channel.
+                rate = F.softplus(rate.to(state_dtype(rate)) + shift)
+                momentum = None if momentum is None else momentum.to(rate.dtype).sigmoid()
+        return rate.unflatten(-1, (c.num_fast_heads, 3, c.lr_dim)), momentum, gate
 
-    def _joined(self, x: Tensor, seen: Tensor, y: Tensor) -> Tensor:
+    def _joined(self, seen: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
         """The sum of both branches [B, T, d_model]."""
-        norm, gate = self.out_norm, None if self.gate is None else self.gate(x)
+        norm = self.out_norm
         if seen.dtype == y.dtype and kernels_run(y, seen, norm.weight, *([] if gate is None else [gate])):
             return rms_norm(y, norm.weight, norm.eps, gate=gate, base=seen).flatten(2)
         y = norm(y)

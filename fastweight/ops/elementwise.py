@@ -14,6 +14,7 @@ from fastweight.ops.launch import launch
 
 LARGEST = 16384  # channels of a row, all of which one program holds in registers
 FLAT = 1024  # elements of a program without rows
+FEW = 16  # tokens, of which each number is a program's own
 
 
 def kernels_run(x: Tensor, *others: Tensor) -> bool:
@@ -89,6 +90,38 @@ def lact_rates(rate: Tensor, momentum: Tensor | None, shift: float) -> tuple[Ten
             {"MOMENTUM": momentum is not None, "BLOCK": FLAT}, {"num_warps": 4},
         )  # fmt: skip
     return out[0], None if momentum is None else out[1]
+
+
+def few_numbers(x: Tensor, *layers: nn.Module | None) -> bool:
+    """Whether `lact_scalars` takes such layers, plain ones that nobody watches, and so few tokens."""
+    there = [layer for layer in layers if layer is not None]
+    if x[..., 0].numel() > FEW or torch.is_autocast_enabled(x.device.type):
+        return False
+    if any(type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks for layer in there):
+        return False
+    tensors = [t for layer in there for t in layer.parameters()]
+    return all(t.dtype == x.dtype for t in tensors) and kernels_run(x, *tensors)
+
+
+def lact_scalars(
+    x: Tensor, rate: nn.Linear, momentum: nn.Linear | None, gate: nn.Linear | None, shift: float
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """softplus(rate(x) + shift) and sigmoid(momentum(x)) in float32, and gate(x); all layers have biases."""
+    from fastweight.ops.kernels_elementwise import lact_scalars as kernel
+
+    layers = (rate, momentum, gate)
+    counts = [0 if layer is None else layer.out_features for layer in layers]
+    kinds = (torch.float32, torch.float32, x.dtype)
+    out = [x.new_empty(*x.shape[:-1], n, dtype=dtype) for n, dtype in zip(counts, kinds, strict=True)]
+    given = [t for layer in layers for t in ((layer or rate).weight, (layer or rate).bias)]
+    x = x.contiguous()
+    constants = dict(zip(("RATES", "MOMENTA", "GATES"), counts, strict=True)) | _width(x.shape[-1])
+    with torch.cuda.device_of(x):
+        launch(
+            kernel, (x[..., 0].numel(), sum(counts)), (x, *given, *(t if t.numel() else x for t in out)), (shift,),
+            constants, {"num_warps": 4},
+        )  # fmt: skip
+    return out[0], out[1] if momentum is not None else None, out[2] if gate is not None else None
 
 
 def put_tokens(buffers: Sequence[Tensor], tokens: Sequence[Tensor], position: Tensor) -> None:

@@ -149,3 +149,31 @@ def put_tokens(
     _put(b_buffer, b, place, n, at, B)
     _put(c_buffer, c, place, n, at, C)
     _put(d_buffer, d, place, n, at, D)
+
+
+@triton.jit
+def _project(x, weight, bias, row, j, d, D: tl.constexpr):
+    """Number j of a linear layer's result, rounded to the layer's dtype."""
+    given = tl.load(x + row * D + d, mask=d < D, other=0.0).to(tl.float32)
+    value = tl.sum(given * tl.load(weight + j * D + d, mask=d < D, other=0.0).to(tl.float32), 0)
+    return (value + tl.load(bias + j).to(tl.float32)).to(x.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["shift"])
+def lact_scalars(
+    x, rate, rate_bias, momentum, momentum_bias, gate, gate_bias, rate_out, momentum_out, gate_out, shift,
+    RATES: tl.constexpr, MOMENTA: tl.constexpr, GATES: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Grid: tokens, numbers per token. Three projections of x [tokens, D], weights [·, D], and what becomes of them."""
+    row, j, d = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, BLOCK)
+    if j < RATES:
+        value = _softplus(_project(x, rate, rate_bias, row, j, d, D) + shift)
+        tl.store(rate_out + row * RATES + j, value)
+    elif j < RATES + MOMENTA:
+        at = j - RATES
+        value = tl.sigmoid(_project(x, momentum, momentum_bias, row, at, d, D))
+        tl.store(momentum_out + row * MOMENTA + at, value)
+    else:
+        at = j - RATES - MOMENTA
+        value = _project(x, gate, gate_bias, row, at, d, D)
+        tl.store(gate_out + row * GATES + at, value.to(gate_out.dtype.element_ty))

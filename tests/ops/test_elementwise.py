@@ -10,6 +10,7 @@ from tolerances import assert_close, assert_trees_close
 
 from fastweight.layers import FeedForward, FeedForwardConfig, RMSNorm
 from fastweight.mixers.lact import Lact, LactConfig
+from fastweight.ops import elementwise
 from fastweight.ops.attention import AttentionState, attention
 from fastweight.ops.elementwise import FLAT, kernels_run
 from fastweight.ops.sequences import in_place
@@ -32,7 +33,7 @@ def kernels(poisoned_empty, monkeypatch):
     from fastweight.ops.attention import kernels_step
 
     interpreted(kernels_elementwise, kernels_step)
-    for module in ("layers", "mixers.lact", "ops.lact.chunked", "ops.attention.step"):
+    for module in ("layers", "mixers.lact", "ops.elementwise", "ops.lact.chunked", "ops.attention.step"):
         monkeypatch.setattr(f"fastweight.{module}.kernels_run", lambda *given: not torch.is_grad_enabled())
 
 
@@ -86,15 +87,19 @@ def layer_of(name, dtype, d_model=96):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 1), (3, 1), (2, 7)])
 @pytest.mark.parametrize("name", LAYERS)
-def test_what_surrounds_the_memory_of_lact_is_what_it_was(name, shape, dtype, kernels):
+def test_what_surrounds_the_memory_of_lact_is_what_it_was(name, shape, dtype, kernels, monkeypatch):
     layer, x = layer_of(name, dtype), draw(*shape, 96, dtype=dtype)
     qkv = 3 * draw(*shape, 3 * 96, dtype=dtype)
     position = torch.tensor([5, 0, 70000], device=DEVICE)[: shape[0]]
     compare(lambda: [t for b in layer._branches(*layer._qkv(x), position, None) for t in b], dtype)
     compare(lambda: [t for b in layer._branches(*qkv.chunk(3, -1), position, None) for t in b], dtype)
-    compare(lambda: [t for t in layer._rates(x, x) if t is not None], dtype)
+    scalars = lambda: [t for t in layer._scalars(x) if t is not None]  # noqa: E731
+    compare(scalars, dtype)
+    monkeypatch.setattr(elementwise, "FEW", 0)
+    compare(scalars, dtype)
     seen, y = draw(*shape, 4, 24, dtype=dtype), draw(*shape, 2, 48, dtype=dtype)
-    compare(lambda: [layer._joined(x, seen, y)], dtype)
+    gate = None if layer.gate is None else draw(*shape, 2, dtype=dtype)
+    compare(lambda: [layer._joined(seen, y, gate)], dtype)
 
 
 def test_packed_tokens_rotate_by_their_own_positions(kernels):
@@ -107,7 +112,7 @@ def test_rates_keep_their_digits_where_they_are_small_and_where_they_are_large(k
     layer, x = layer_of("plain", torch.float32), torch.zeros(1, 1, 96, device=DEVICE)
     for bias in (-5.0, 0.0, 7.0, 40.0):
         torch.nn.init.constant_(layer.rate.bias, bias)
-        compare(lambda: [layer._rates(x, x)[0]], torch.float32)
+        compare(lambda: [layer._scalars(x)[0]], torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -175,6 +180,9 @@ def jobs():
               {"EPS": 1e-5, "SILU": True, "V_SILU": True, "FAST_ROPE": True, "HALF": 32, "D": 384, "BLOCK": 512},
               4)  # fmt: skip
 
+    yield job("lact_scalars", low("x", "rate", "rate_bias", "momentum", "momentum_bias", "gate", "gate_bias")
+              | dict.fromkeys(("rate_out", "momentum_out"), "*fp32") | low("gate_out"), {"shift": "fp32"},
+              {"RATES": 12, "MOMENTA": 4, "GATES": 4, **width}, 4)  # fmt: skip
     tokens, buffers = ("a", "b", "c", "d"), ("a_buffer", "b_buffer", "c_buffer", "d_buffer")
     kinds = dict(zip(buffers + tokens, 2 * ("*bf16", "*bf16", "*fp32", "*fp32"), strict=True))
     yield job("put_tokens", kinds | {"position": "*i64"}, {"slots": "i32"},
