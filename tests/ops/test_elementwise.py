@@ -122,7 +122,7 @@ def test_a_token_attends_to_its_cache_as_it_did(slots, heads, kv_heads, dim, dty
     position = torch.tensor([slots // 2, slots, 5 * slots], device=DEVICE)
     behind = (torch.arange(slots, device=DEVICE) >= slots - position[:, None])[..., None, None]
     cache = [draw(3, slots, kv_heads, dim, dtype=dtype) * behind for _ in range(2)]
-    q, k, v = (3 * draw(3, 1, n, dim, dtype=dtype) for n in (heads, kv_heads, kv_heads))
+    q, k, v = (draw(3, 1, n, dim, dtype=dtype) for n in (heads, kv_heads, kv_heads))
     state = AttentionState(*cache, position)
     compare(lambda: [attention(q, k, v, state, window=slots + 1, backend="chunked")[0]], dtype, 4)
 
