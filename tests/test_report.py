@@ -16,7 +16,7 @@ from fastweight.model import BlockConfig, Model, ModelConfig
 from fastweight.presets import preset
 from fastweight.report import Report, ReportSettings, compare, measure, window_of_same_memory, with_window
 from fastweight.report.parts import FOLDER, Parts, model_fingerprint
-from fastweight.report.verdict import judge
+from fastweight.report.verdict import growth, judge
 
 BYTES = ByteTokenizer()
 SETTINGS = ReportSettings(
@@ -194,6 +194,17 @@ def test_claims_state_their_figures():
         in str(texts)
     )
     assert any(text.startswith("decoding at 100 tokens is faster: 10 tokens/s") for text in texts)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ({512: 5, 1024: 9, 8192: 9}, "is constant from 1,024 tokens on, 9 bytes per request up to 8,192"),
+        ({512: 5, 1024: 9, 8192: 10}, "grows, 5 bytes per request at 512 tokens and 10 at 8,192"),
+    ],
+)
+def test_a_state_that_fills_a_window_grows_no_further(sizes, words):
+    assert growth(sizes) == words
 
 
 def test_more_recall_is_claimed_only_beyond_chance():

@@ -142,17 +142,20 @@ def _bytes(models: dict[str, Any], converted: str, other: str) -> list[Claim]:
     sizes = [state_sizes(models[name]) for name in (converted, other)]
     mine, theirs = sizes[0][max(sizes[0])], sizes[1][max(sizes[1])]
     outcome = OUTCOMES[(theirs > mine) - (theirs < mine)]
-    text = f"its memory {_growth(sizes[0])}; {other}'s {_growth(sizes[1])}"
+    text = f"its memory {growth(sizes[0])}; {other}'s {growth(sizes[1])}"
     return [Claim(topic="bytes", against=other, outcome=outcome, text=text)]
 
 
-def _growth(sizes: dict[int, int]) -> str:
+def growth(sizes: dict[int, int]) -> str:
     """How the bytes of a request go with the length of its text."""
     low, high = min(sizes), max(sizes)
     if low == high:
         return f"takes {sizes[low]:,} bytes per request at {low:,} tokens"
     if sizes[low] == sizes[high]:
         return f"is constant, {sizes[low]:,} bytes per request at {low:,} and at {high:,} tokens"
+    full = min(n for n in sizes if all(sizes[m] == sizes[high] for m in sizes if m >= n))
+    if full < high:
+        return f"is constant from {full:,} tokens on, {sizes[high]:,} bytes per request up to {high:,}"
     return f"grows, {sizes[low]:,} bytes per request at {low:,} tokens and {sizes[high]:,} at {high:,}"
 
 
