@@ -106,9 +106,8 @@ def measured_here(options: Options, team: Team, folder: Path) -> dict[str, Any]:
     store = random_store(folder / f"store-{team.rank}", 2 * options.seq_len * config.data.batch_size)
     torch.manual_seed(0)
     trainer = trainer_of(config, new_start(config, store, None, team), store, team, folder)
-    found = {"processes": team.size, "turns": config.mesh.turns, "sequences": config.data.batch_size}
-    found |= time_steps(trainer, config, options)
-    found["peak_gib"] = peak(team, device)
+    about = {"processes": team.size, "turns": config.mesh.turns, "sequences": config.data.batch_size}
+    found = about | time_steps(trainer, config, options) | {"peak_gib": peak(team, device)}
     return found | (checkpoint_seconds(trainer, store) if options.checkpoint else {})
 
 

@@ -89,7 +89,9 @@ def test_the_backbone_has_no_divergence_and_the_others_have(report):
 
 def test_a_report_survives_saving_and_loading(report, tmp_path):
     report.save(tmp_path)
-    assert Report.load(tmp_path) == report
+    loaded = Report.load(tmp_path)
+    assert loaded == report
+    assert list(loaded.models) == list(report.models)
     assert Report.from_dict(report.to_dict()) == report
 
 

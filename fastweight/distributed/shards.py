@@ -59,8 +59,9 @@ def shard_model(model: Model, mesh: DeviceMesh, gather: Gather = "own") -> None:
         block.register_forward_hook(_open)
     # The host asks for the next block's weights before it starts what this one computes: launching that takes it about
     # as long as the device needs, so that otherwise each block waits for its weights.
-    for block, following in itertools.pairwise(dict.fromkeys(model.visits)):
-        model.blocks[block].set_modules_to_forward_prefetch([model.blocks[following]])
+    order: list[Any] = [model.blocks[i] for i in dict.fromkeys(model.visits)]
+    for block, following in itertools.pairwise(order):
+        block.set_modules_to_forward_prefetch([following])
     _shard(model, mesh, None)
     for method in ("features", "logits"):
         register_fsdp_forward_method(model, method)

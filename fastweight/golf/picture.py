@@ -41,7 +41,7 @@ def _draw_stages(axes: Any, ledger: Ledger) -> None:
     room = max(0.12 * (max(values) - min(values)), 1e-3)
     axes.set_ylim(min(values) - room, max(values) + 2 * room)
     axes.set_xlim(-0.5, len(names) - 0.5)
-    axes.set_xticks(range(len(names)), names, fontsize=9)
+    axes.set_xticks(range(len(names)), names, fontsize=9, rotation=25)
     axes.set_ylabel("bits per byte")
     axes.grid(True, axis="y", color="#dddddd", linewidth=0.8)
 

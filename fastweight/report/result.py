@@ -1,7 +1,7 @@
 """The report as a value: figures of every model and a verdict, to save, load and print."""
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +56,8 @@ class Report:
         for name in (report.backbone, report.converted):
             good = isinstance(report.models, dict) and name in report.models
             require(good, f"it has no figures of {name!r}, which it names.")
+        order = dict.fromkeys((report.backbone, report.converted, *report.models))  # JSON has sorted them
+        report = replace(report, models={name: report.models[name] for name in order})
         try:
             markdown(report)
         except (LookupError, TypeError, ValueError, AttributeError) as error:
