@@ -168,12 +168,18 @@ def conversion(options: Options) -> list[Job]:
 
 def kernels() -> list[Job]:
     tests = "tests/golden tests/ops tests/test_stepping.py tests/train/test_cuda.py tests/test_report.py"
+    # These take the GPU wherever there is one.
+    devices = "tests/ops/test_elementwise.py tests/ops/test_attention.py tests/mixers/test_lact.py"
     # Each process compiles for itself, without a pool of compilers of its own.
     check = f"env TORCHINDUCTOR_COMPILE_THREADS=1 {PYTHON} pytest -n 16 --dist loadgroup -p no:benchmark -q --tb=short"
     laws = f"{check} tests/laws/test_laws.py --device cuda --timeout 250"
     model = f"{PYTHON} benchmarks.model --seconds 3 --profile --json $JSON"
     return [
-        Job("tests", (f'{check} {tests} -k "cuda or gpu or device or recorded or replayed"',), limit=300),
+        Job(
+            "tests",
+            (f'{check} {tests} -k "cuda or gpu or device or recorded or replayed"', f"{check} {devices}"),
+            limit=300,
+        ),
         Job("laws", (f'{laws} -k "triton or fla or varlen or (flex and bfloat16) or kernels_are"',), limit=500),
         Job("ops", (f"{PYTHON} benchmarks.ops --seconds 1 --profile --json $JSON",), limit=500),
         Job("model", (f"{model} --feed-forward-checkpointing",), limit=500),
