@@ -124,7 +124,8 @@ def test_a_token_attends_to_its_cache_as_it_did(slots, heads, kv_heads, dim, dty
     cache = [draw(3, slots, kv_heads, dim, dtype=dtype) * behind for _ in range(2)]
     q, k, v = (draw(3, 1, n, dim, dtype=dtype) for n in (heads, kv_heads, kv_heads))
     state = AttentionState(*cache, position)
-    compare(lambda: [attention(q, k, v, state, window=slots + 1, backend="chunked")[0]], dtype, 4)
+    for window in (slots + 1, max(1, slots // 2)):  # the second is narrower than the one that the cache was kept for
+        compare(lambda window=window: [attention(q, k, v, state, window=window, backend="chunked")[0]], dtype, 4)
 
 
 @pytest.mark.parametrize("momentum", [True, False])

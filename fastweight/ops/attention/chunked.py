@@ -41,7 +41,7 @@ def chunked(
         state = read_sinks(k, v, state, cu_seqlens)
     if lengths is not None:
         y = _read_packed(q, k, v, state, lengths, setting)
-    elif step.takes(q, k, v, state, softcap):
+    elif step.takes(q, k, v, state, window, softcap):
         y = step.attend(q, k, v, state, scale)
     else:
         y = _read_batch(q, k, v, state, setting)

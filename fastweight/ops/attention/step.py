@@ -17,10 +17,13 @@ SLOTS = 128  # of a part, if there are not more than PARTS of them
 PARTS = 32
 
 
-def takes(q: Tensor, k: Tensor, v: Tensor, state: AttentionState, softcap: float | None) -> bool:
-    """Whether `attend` computes this call; sinks and packed rows are not its business."""
-    one = q.shape[1] == 1 and state.k.shape[1] > 0 and state.sink_k is None and softcap is None
-    return one and q.shape[-1] <= LARGEST and kernels_run(q, k, v, state.k, state.v)
+def takes(q: Tensor, k: Tensor, v: Tensor, state: AttentionState, window: int | None, softcap: float | None) -> bool:
+    """Whether `attend` computes this call: not with sinks, packed rows, or a cache from a wider window."""
+    slots = state.k.shape[1]
+    if q.shape[1] > 1 or slots == 0 or state.sink_k is not None or softcap is not None:
+        return False
+    seen = window is None or slots < window
+    return seen and q.shape[-1] <= LARGEST and kernels_run(q, k, v, state.k, state.v)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, state: AttentionState, scale: float) -> Tensor:
