@@ -197,11 +197,10 @@ def several() -> list[Job]:
     """Two GPUs."""
     mesh = f"{PYTHON} benchmarks.mesh --preset lact-760m-momentum --device cuda --precision bfloat16 --json $JSON"
     long = f"{mesh} --kind context --seq-len 131072 --activation-checkpointing --processes 1 2 --steps 3"
-    shard = f"{mesh} --kind shard --seq-len 32768 --activation-checkpointing --checkpoint --processes 1 2 --compile"
-    narrow = shard.replace("--checkpoint", "--gather bfloat16 --profile")
+    shard = f"{mesh} --kind shard --seq-len 32768 --activation-checkpointing --processes 1 2 --compile"
     return [
-        Job("mesh-shard", (shard,), gpus=2, limit=300),
-        Job("mesh-narrow", (narrow,), gpus=2, limit=300),
+        Job("mesh-shard", (f"{shard} --checkpoint",), gpus=2, limit=300),
+        Job("mesh-narrow", (f"{shard} --gather bfloat16 --profile",), gpus=2, limit=300),
         Job("mesh-context", (long,), gpus=2, limit=300),
     ]
 

@@ -100,11 +100,12 @@ def fast_stepper(model: Model, state: ModelState) -> Stepper:
 
 def _overwrite(old: ModelState, new: ModelState) -> None:
     """Copy the numbers of `new` into the tensors of `old`."""
-    grown = [name for (name, a), (_, b) in zip(_parts(old), _parts(new), strict=True) if a.shape != b.shape]
+    parts = list(zip(_parts(old), _parts(new), strict=True))
+    grown = [name for (name, a), (_, b) in parts if a.shape != b.shape]
     if grown:
         raise ValueError(f"Stepper: {', '.join(grown)} of the state changed in size within a step, it must not.")
     pairs: dict[torch.dtype, list[tuple[Tensor, Tensor]]] = {}
-    for (_, a), (_, b) in zip(_parts(old), _parts(new), strict=True):
+    for (_, a), (_, b) in parts:
         if a is not b:
             pairs.setdefault(a.dtype, []).append((a, b))
     for some in pairs.values():  # tensors of one dtype are copied by few kernels

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastweight.ops.kernels import KERNEL_DTYPES, why_no_kernels
-from fastweight.ops.launch import launch
+from fastweight.ops.launch import block, launch
 
 LARGEST = 16384  # channels of a row, all of which one program holds in registers
 FLAT = 1024  # elements of a program without rows
@@ -146,14 +146,10 @@ def _rows(x: Tensor) -> Tensor:
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
-def _block(size: int) -> int:
-    return max(16, 1 << (size - 1).bit_length())
-
-
 def _width(size: int) -> dict[str, int]:
-    return {"D": size, "BLOCK": _block(size)}
+    return {"D": size, "BLOCK": block(size)}
 
 
 def _warps(size: int) -> int:
     """Four elements per thread: where one row is all there is, it waits for its loads."""
-    return min(8, max(1, _block(size) // 128))
+    return min(8, max(1, block(size) // 128))

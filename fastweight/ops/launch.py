@@ -26,6 +26,11 @@ class _Ready(NamedTuple):
 _ready: dict[tuple, _Ready] = {}
 
 
+def block(size: int) -> int:
+    """The tile that holds `size` entries: a power of two, and at least what matrix units take."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
 def launch(
     kernel: Any, grid: Sequence[int], tensors: Sequence[Tensor], numbers: Sequence[float],
     constants: Mapping[str, Any], options: Mapping[str, Any],

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastweight.ops.attention import AttentionState
 from fastweight.ops.elementwise import kernels_run
-from fastweight.ops.launch import launch
+from fastweight.ops.launch import block, launch
 
 LARGEST = 256  # head dim
 TILE = 4096  # numbers of keys that one program looks at together
@@ -31,16 +31,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, state: AttentionState, scale: float)
     from fastweight.ops.attention.kernels_step import attend_part, join_parts
 
     n, _, heads, dim = q.shape
-    slots, group, block = state.k.shape[1], heads // k.shape[2], max(16, 1 << (dim - 1).bit_length())
+    slots, group, wide = state.k.shape[1], heads // k.shape[2], block(dim)
     parts = min(PARTS, 1 << (-(-slots // SLOTS) - 1).bit_length())
     q, k, v, cache_k, cache_v = (t.contiguous() for t in (q, k, v, state.k, state.v))
     sums, out = q.new_empty(n * heads, parts, dim, dtype=torch.float32), torch.empty_like(q)
     tops, totals = (q.new_empty(n * heads, parts, dtype=torch.float32) for _ in range(2))
-    sizes = {"GROUP": group, "D": dim, "BLOCK_D": block}
+    sizes = {"GROUP": group, "D": dim, "BLOCK_D": wide}
     with torch.cuda.device_of(q):
         launch(
             attend_part, (n * heads, parts), (q, cache_k, cache_v, state.position, sums, tops, totals),
-            (slots, -(-slots // parts), scale), {"HEADS": k.shape[2], **sizes, "BLOCK": TILE // block},
+            (slots, -(-slots // parts), scale), {"HEADS": k.shape[2], **sizes, "BLOCK": TILE // wide},
             {"num_warps": 4},
         )  # fmt: skip
         launch(

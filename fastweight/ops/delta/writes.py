@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastweight.ops.launch import launch
+from fastweight.ops.launch import block, launch
 
 ROWS = 32  # heads that one program looks at together
 
@@ -84,7 +84,7 @@ def _launch(k: Tensor, v: Tensor, beta: Tensor, decay: Tensor | None) -> list[Te
     # Without a decay its two places are never looked at.
     given = [*rows, *strengths, *out] if gated else [*rows, beta, beta, *out, beta]
     sizes = {"K": k.shape[-1], "V": v.shape[-1]}
-    blocks = {f"BLOCK_{name}": max(16, 1 << (size - 1).bit_length()) for name, size in sizes.items()}
+    blocks = {f"BLOCK_{name}": block(size) for name, size in sizes.items()}
     with torch.cuda.device_of(k):
         launch(
             keep_finite_writes, (k.shape[0] * k.shape[1],), [*given, marks],

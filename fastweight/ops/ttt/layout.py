@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastweight.ops.launch import launch
+from fastweight.ops.launch import block, launch
 
 KEEP_EVERY = 8  # mini-batches between two kept states
 REPLAY_BYTES = 3 << 29  # most that the replayed states of one part of the backward pass may take
@@ -39,11 +39,6 @@ LAUNCH = {
 # The most registers of a thread, by the same width, where more programs on a processor are worth a little local memory:
 # 128 let four programs of four warps run side by side, 168 three of them.
 REGISTERS = {"linear_replay": {64: 168}, "linear_reads": {64: 128}}
-
-
-def block(size: int) -> int:
-    """The tile that holds `size` entries: a power of two, and at least what matrix units take."""
-    return max(16, 1 << (size - 1).bit_length())
 
 
 def launch_options(kernel: str, dim: int, dtype: torch.dtype) -> dict[str, int]:
