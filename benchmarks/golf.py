@@ -25,7 +25,7 @@ import torch
 import tyro
 
 from benchmarks.golf_learners import compare_learners
-from benchmarks.golf_options import BASE, HEAD_DIM, PARTS, VARIANTS, Options, Variant, narrow, spread
+from benchmarks.golf_options import BASE, HEAD_DIM, LR, PARTS, VARIANTS, Options, Variant, narrow, spread
 from benchmarks.timing import machine, print_table, write_json
 from fastweight.artifact import Hessians, PackSpec, collect_hessians, fit_to_size, unpack
 from fastweight.data import Store, Windows, loader
@@ -50,14 +50,20 @@ def model_of(options: Options, vocab_size: int, loops: int, seed: int) -> Model:
 def run_config(options: Options, variant: Variant, seed: int) -> TrainConfig:
     """The record's recipe by steps instead of seconds."""
     optimizer = OptimizerConfig(
-        name="muon", lr=0.02, muon_lr=0.022, muon_scale="original", weight_decay=0.095, muon_rows="equalised",
+        name="muon", lr=LR, muon_lr=0.022, muon_scale="original", weight_decay=0.095, muon_rows="equalised",
         muon_coefficients="polar-express", muon_momentum=0.97, muon_momentum_first=0.92,
         muon_momentum_steps=options.steps // 4, lr_factors={"embedding.weight": 1.5},
     )  # fmt: skip
     config = TrainConfig(
         data=DataConfig(store=str(options.store), seq_len=options.seq_len, batch_size=options.batch_size),
         optimizer=dataclasses.replace(optimizer, **variant.optimizer),
-        schedule=ScheduleConfig(kind="linear", decay_fraction=0.75, final_ratio=0.1, weight_decay_final_ratio=0.5),
+        schedule=ScheduleConfig(
+            kind="linear",
+            decay_fraction=0.75,
+            final_ratio=0.1,
+            weight_decay_final_ratio=0.5,
+            warmup_steps=round(variant.warmup * options.steps),
+        ),
         averaging=AveragingConfig(kind="ema", decay=0.98),
         log=LogConfig(every=50, checkpoint_every=0, keep_checkpoints=1, heldout_tokens=options.heldout_tokens),
         steps=options.steps,

@@ -17,24 +17,34 @@ from fastweight.train import LoopConfig
 BASE = "base"
 PARTS = ("variants", "rounding", "learners")
 HEAD_DIM = 64
+LR = 0.02  # of all that is no matrix; embeddings 1.5 times that
 Changes = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Variant:
-    """What differs from the base run: fields of the optimiser, of the run, and how often the core is visited."""
+    """What differs from the base run: fields of the optimiser, of the run, how often the core is visited, and the part
+    of the steps in which the rate rises."""
 
     optimizer: Changes = dataclasses.field(default_factory=dict)
     run: Changes = dataclasses.field(default_factory=dict)
     loops: int = 3
+    warmup: float = 0.0
 
 
-ADAMW: Changes = {"name": "adamw", "lr": 3e-3, "muon_rows": "none", "muon_coefficients": "quintic"}
+def adamw(rate: float) -> Variant:
+    """AdamW for the matrices as well, at a rate of their own and with the warm-up that it wants; all else as it is."""
+    optimizer: Changes = {"name": "adamw", "muon_rows": "none", "muon_coefficients": "quintic"}
+    optimizer["lr_factors"] = {"embedding.weight": 1.5, "blocks.*.weight": rate / LR}
+    return Variant(optimizer, warmup=0.1)
+
+
 # The base: MuonEq-R, Polar Express, EMA, three loops from the first step on.
 VARIANTS = {
     BASE: Variant(),
-    "adamw": Variant(ADAMW),
-    "adamw, 0.01": Variant(ADAMW | {"lr": 0.01}),
+    "AdamW, 0.001": adamw(0.001),
+    "AdamW, 0.003": adamw(0.003),
+    "AdamW, 0.01": adamw(0.01),
     "muon, quintic": Variant({"muon_rows": "none", "muon_coefficients": "quintic"}),
     "no MuonEq-R": Variant({"muon_rows": "none"}),
     "no polar express": Variant({"muon_coefficients": "quintic"}),
@@ -47,9 +57,9 @@ VARIANTS = {
     "swa": Variant(run={"averaging": AveragingConfig(kind="swa", every=5, start_factor=0.4)}),
 }
 LEARNERS: dict[str, tuple[type[InPlaceSgd] | type[DocumentLora] | type[GlobalSgd], tuple[float, ...]]] = {
-    "in-place": (InPlaceSgd, (0.03, 0.1, 0.3)),
-    "lora": (DocumentLora, (3e-4, 1e-3, 3e-3)),
-    "sgd": (GlobalSgd, (1e-3, 3e-3, 1e-2)),
+    "in-place": (InPlaceSgd, (0.003, 0.01, 0.03, 0.1, 0.3)),
+    "lora": (DocumentLora, (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)),
+    "sgd": (GlobalSgd, (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)),
 }
 
 

@@ -124,7 +124,10 @@ def contest(options: Options) -> tuple[list[Job], list[Job]]:
         "$OUT/golf-audit.md"
     )
     report = f"{golf} report $WORK/record $WORK/baseline --out $OUT/golf-report"
-    parts = f"{PYTHON} benchmarks.golf --store $WORK/store-1024 --compile --jobs 4 --json $JSON"
+    choices = (
+        f"{PYTHON} benchmarks.golf --parts rounding learners variants --store $WORK/store-1024 --compile --jobs 4 "
+        "--json $JSON --out $WORK/choices"
+    )
     artifact = f"{PYTHON} benchmarks.artifact --device cuda --calibration-tokens 131072 --symbols-millions 36"
     speed = (
         f"{PYTHON} benchmarks.train --presets golf-record-11x512 --device cuda --precision bfloat16 --compile "
@@ -135,8 +138,7 @@ def contest(options: Options) -> tuple[list[Job], list[Job]]:
         Job("golf-record-exact", (exact,), needs=("golf-record-eval",)),
         Job("golf-audit", (audit,), needs=("golf-record-eval",)),
         Job("golf-report", (report,), gpus=0, needs=("golf-record-eval", "golf-baseline-eval")),
-        Job("golf-variants", (f"{parts} --parts variants --out $WORK/variants",), needs=("store-1024",)),
-        Job("golf-choices", (f"{parts} --parts rounding learners --out $WORK/choices",), needs=("store-1024",)),
+        Job("golf-choices", (choices,), limit=1300, needs=("store-1024",)),
         Job("golf-speed", (f"{speed} --json $JSON", f"{artifact} --json $OUT/golf-pack.json"), limit=300),
     ]
 
