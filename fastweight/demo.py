@@ -114,9 +114,7 @@ def _train(name: str, out: Path, model_config: ModelConfig, config: DemoConfig, 
     folder, record = out / name, out / name / "demo.json"
     plan = TrainConfig(
         data=DataConfig(store=str(out / "data"), seq_len=config.seq_len, batch_size=config.batch_size),
-        optimizer=OptimizerConfig(
-            name="muon", lr=2.5e-3, muon_lr=0.0175, muon_scale="original", muon_dtype="bfloat16", weight_decay=0.0
-        ),
+        optimizer=OptimizerConfig(name="muon", lr=2.5e-3, muon_lr=0.0175, muon_scale="original", weight_decay=0.0),
         schedule=ScheduleConfig(kind="linear", warmup_steps=min(30, config.steps // 4), final_ratio=0.0),
         log=LogConfig(every=20, checkpoint_every=100),
         steps=config.steps,

@@ -72,7 +72,7 @@ LAYERS = {
     "plain": {},
     "normed": {"qk_norm": True, "norm_eps": 1e-6},
     "unmoved": {"fast_rope": False, "v_silu": False, "momentum": False, "output_gate": False},
-    "unbent": {"qkv_silu": False, "lr_dim": 48},
+    "unbent": {"qkv_silu": False, "lr_dim": 24},
 }
 
 
@@ -88,8 +88,9 @@ def layer_of(name, dtype, d_model=96):
 @pytest.mark.parametrize("shape", [(1, 1), (3, 1), (2, 3)])
 @pytest.mark.parametrize("name", LAYERS)
 def test_what_surrounds_the_memory_of_lact_is_what_it_was(name, shape, dtype, kernels, monkeypatch):
-    layer, x = layer_of(name, dtype), draw(*shape, 96, dtype=dtype)
-    qkv = 3 * draw(*shape, 3 * 96, dtype=dtype)
+    width = 48 if name == "unbent" else 96  # rates per channel take the interpreter long
+    layer, x = layer_of(name, dtype, width), draw(*shape, width, dtype=dtype)
+    qkv = 3 * draw(*shape, 3 * width, dtype=dtype)
     position = torch.tensor([5, 0, 70000], device=DEVICE)[: shape[0]]
     compare(lambda: [t for b in layer._branches(*layer._qkv(x), position, None) for t in b], dtype)
     compare(lambda: [t for b in layer._branches(*qkv.chunk(3, -1), position, None) for t in b], dtype)
@@ -97,7 +98,7 @@ def test_what_surrounds_the_memory_of_lact_is_what_it_was(name, shape, dtype, ke
     compare(scalars, dtype)
     monkeypatch.setattr(elementwise, "FEW", 0)
     compare(scalars, dtype)
-    seen, y = draw(*shape, 4, 24, dtype=dtype), draw(*shape, 2, 48, dtype=dtype)
+    seen, y = draw(*shape, 4, width // 4, dtype=dtype), draw(*shape, 2, width // 2, dtype=dtype)
     gate = None if layer.gate is None else draw(*shape, 2, dtype=dtype)
     compare(lambda: [layer._joined(seen, y, gate)], dtype)
 

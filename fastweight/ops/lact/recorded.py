@@ -7,7 +7,7 @@ what the backward pass needs is copied away and back. The host looks at nothing 
 """
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from fastweight.ops.lact import backward, forward
 from fastweight.ops.lact.backward import Gradients
 from fastweight.ops.lact.grid import Memory, Tokens, Trail, learnable, make_grid
-from fastweight.state import map_tensors, zip_tensors
+from fastweight.state import map_tensors
 
 if TYPE_CHECKING:
     from fastweight.ops.lact.unit import Settings
@@ -76,7 +76,7 @@ class Desk:
         """As `unit.forward_pass`."""
         good = learnable(tokens, self._pieces, out=self._grid.due)
         make_grid(tokens, good, self._dtype, self._pieces, into=self._grid)
-        zip_tensors(lambda own, given: own.copy_(given), self._memory, memory)
+        _fill(self._memory, memory)
         self._forward = self._forward or _Replay(
             partial(forward.run, save=True),
             self._grid,
@@ -87,8 +87,8 @@ class Desk:
             trail=self._trail,
         )
         y, end, good, trail = self._forward()
-        end = map_tensors(torch.clone, end._replace(norms=None))._replace(norms=memory.norms)
-        return self._pieces.swap(y, y.dtype), end, good.clone(), map_tensors(torch.clone, trail)
+        weights, momentum, accumulator, good, *kept = _copies(end.weights, *end[2:], good, *trail)
+        return self._pieces.swap(y, y.dtype), Memory(weights, memory.norms, momentum, accumulator), good, Trail(*kept)
 
     def backward(self, tokens: Tokens, trail: Trail, good: Tensor, y: Tensor, end: Memory) -> Gradients:
         """As `unit.backward_pass`. The first is not recorded: a kernel that is loaded meanwhile spoils a recording."""
@@ -99,15 +99,27 @@ class Desk:
             return backward_pass(tokens, trail, good, y, end, settings=self._settings)
         make_grid(tokens, good, self._dtype, self._pieces, into=self._grid)
         self._pieces.swap(y, self._dtype, out=self._y)
-        given = (trail, good, end)
-        zip_tensors(lambda own, new: own.copy_(new), (self._trail, self._good, self._memory), given)
+        _fill((*self._trail, self._good, *self._memory), (*trail, good, *end))
         self._backward = self._backward or _Replay(
             backward.run, self._grid, self._trail, self._memory.norms, self._good, self._y, self._memory, self._rule,
             self._rows, self._pieces,
         )  # fmt: skip
         found = self._backward()
         found = as_given(found, tokens.q.shape[1], self._pieces)
-        return found._replace(memory=map_tensors(torch.clone, found.memory))
+        return found._replace(memory=Memory(*_copies(*found.memory)))
+
+
+def _fill(own: Sequence[Tensor | None], given: Sequence[Tensor | None]) -> None:
+    """own ← given; each call of torch costs the host more than most of these copies cost the device."""
+    there = [(a, b) for a, b in zip(own, given, strict=True) if a is not None and b is not None]
+    torch._foreach_copy_([a for a, _ in there], [b for _, b in there])  # pyright: ignore[reportPrivateImportUsage]
+
+
+def _copies(*tensors: Tensor | None) -> list[Any]:
+    """A copy of each; None of None."""
+    copies = [None if t is None else torch.empty_like(t) for t in tensors]
+    _fill(copies, tensors)
+    return copies
 
 
 class _Replay:
