@@ -220,7 +220,7 @@ def main(options: Options) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     where = machine(str(pick_device(options.device)))
-    setting = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(options).items()}
+    setting = json.loads(json.dumps(dataclasses.asdict(options), default=str))
     found: dict[str, Any] = {"machine": where, "setting": setting, "seconds": {}}
     for part in options.parts:
         started = time.perf_counter()
