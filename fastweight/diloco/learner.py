@@ -7,8 +7,9 @@ sends, it writes into the folder; nothing ever connects to it.
 import contextlib
 import math
 import secrets
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import torch
@@ -42,7 +43,8 @@ Did = Literal["waited", "fetched", "stepped", "encoded", "pushed", "finished"]
 class Learner:
     """One worker of a run. `phase`: idle, working (in a lease), ready (a push is to be written).
 
-    key: signs what it writes. beat_seconds: between signs of life. incarnation: names this process.
+    key: signs what it writes. beat_seconds: between signs of life, also while weights are moved; 0: before everything
+    that it does, and not meanwhile. incarnation: names this process.
     """
 
     def __init__(
@@ -133,6 +135,26 @@ class Learner:
             self.say(f"no sign of life could be given: {error}")
             self._beaten = self.clock()
 
+    @contextlib.contextmanager
+    def _beating(self) -> Iterator[None]:
+        """Inside, signs of life go on: to move weights may take longer than a worker may be silent."""
+        if not 0 < self.beat_seconds <= threading.TIMEOUT_MAX:
+            yield
+            return
+        done = threading.Event()
+
+        def beat() -> None:
+            while not done.wait(self.beat_seconds):
+                self._beat_if_possible()
+
+        thread = threading.Thread(target=beat, name=f"beats of {self.name}", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
     # Orders.
 
     def _order(self) -> Order | None:
@@ -209,7 +231,8 @@ class Learner:
         for i in fragments:
             have = (self.versions[i], self.anchors[i]) if self.anchors and self.versions[i] >= 0 else None
             try:
-                found[i] = self.bases.fetch(i, order.versions[i], have)
+                with self._beating():
+                    found[i] = self.bases.fetch(i, order.versions[i], have)
             except FileNotFoundError:
                 return False
         self.anchors = self.anchors or [torch.zeros(size) for size in self.layout.sizes]
@@ -316,7 +339,8 @@ class Learner:
     def _push(self) -> Did:
         assert self.outgoing is not None
         self.beat()
-        write_push(self.storage, self.outgoing, self.key)
+        with self._beating():
+            write_push(self.storage, self.outgoing, self.key)
         e = self.outgoing.envelope
         self.say(f"pushed lease {e.lease}: {e.tokens:,} tokens, loss {e.loss_nats:.4f}, {e.size:,} bytes")
         self._awaited, self.lease, self.phase = self.lease or self._awaited, None, "idle"
@@ -325,5 +349,6 @@ class Learner:
     def _send_again(self, attempt: int) -> Did:
         assert self.outgoing is not None
         self.outgoing = self.outgoing._replace(envelope=self.outgoing.envelope.next_attempt(attempt))
-        write_push(self.storage, self.outgoing, self.key)
+        with self._beating():
+            write_push(self.storage, self.outgoing, self.key)
         return "pushed"

@@ -1,7 +1,9 @@
 """Who is killed, when, and what is then different: nothing."""
 
 import contextlib
+import json
 import random
+import time
 
 import pytest
 import torch
@@ -294,3 +296,31 @@ def test_a_storage_that_fails_now_and_then_changes_no_bit(store, seed):
             return party.weights()[0]
 
     assert torch.equal(play(Shaky), play(lambda url, seed: Storage(url)))
+
+
+class Slow(Storage):
+    """Moves weights so slowly that signs of life are due meanwhile; says whether they came."""
+
+    def __init__(self, url):
+        super().__init__(url)
+        self.came = {}
+
+    def _try(self, what, name, act):
+        weights = name.endswith(".safetensors")
+        if weights:
+            before = self.count()
+            end = time.monotonic() + 10
+            while self.count() == before and time.monotonic() < end:
+                time.sleep(0.005)
+            self.came.setdefault(what, []).append(self.count() > before)
+        return super()._try(what, name, act)
+
+    def count(self):
+        return json.loads(Storage(self.url).read("workers/w0/beat.json"))["count"]
+
+
+def test_a_worker_shows_that_it_lives_while_it_moves_weights(store, folder):
+    party, storage = Party(folder, store, workers=1, steps=4), Slow(folder)
+    party.learners["w0"] = party.new_learner("w0", storage=storage, beat_seconds=0.01)
+    party.until(lambda: party.ledger.merges == 1)
+    assert storage.came == {"read": [True], "write": [True]}
