@@ -23,6 +23,7 @@ from fastweight.diloco.inner import Inner
 from fastweight.diloco.ledger import Lease
 from fastweight.diloco.log import OccupiedError
 from fastweight.diloco.messages import (
+    ORDERS,
     WORKERS,
     Beat,
     Envelope,
@@ -185,11 +186,17 @@ class Learner:
         self.phase, self.lease, self.outgoing, self._awaited = "idle", None, None, None
         self.versions, self.tokens = [-1] * len(self.versions), [0] * len(self.tokens)
 
+    def _is_over(self) -> bool:
+        """Whether the run has ended without this process, as an answer to any worker says: the syncer may be gone."""
+        names = self.storage.names(ORDERS)[:1]
+        orders = [read_order(self.storage, name.removesuffix(".json")) for name in names]
+        return any(order is not None and order.finished for order in orders)
+
     def _idle(self) -> Did:
         order = self._order()
-        if order is None:
+        if order is None and not self._is_over():
             return "waited"
-        if order.finished:
+        if order is None or order.finished:
             self.finished = True
             self.beat()
             return "finished"

@@ -298,6 +298,16 @@ def test_a_storage_that_fails_now_and_then_changes_no_bit(store, seed):
     assert torch.equal(play(Shaky), play(lambda url, seed: Storage(url)))
 
 
+@pytest.mark.parametrize("name", ["w0", "newcomer"])
+def test_a_worker_that_starts_after_the_run_and_its_syncer_have_ended_ends_too(store, folder, name):
+    party = Party(folder, store, steps=16)
+    party.play()
+    party.turn()
+    late = party.new_learner(name, incarnation="late")
+    assert late.advance() == "finished"
+    assert late.finished
+
+
 class Slow(Storage):
     """Moves weights so slowly that signs of life are due meanwhile; says whether they came."""
 
