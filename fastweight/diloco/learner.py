@@ -165,7 +165,9 @@ class Learner:
             if order is not None and self._known:
                 raise OccupiedError(f"another process works as {self.name!r} now; this one ends. Names must differ.")
             return None
-        self._known = True
+        if not self._known:
+            self._known = True
+            self._remove_pushes()  # of a process before this one; what was accepted of them the syncer has
         require(not order.refused, f"the syncer refuses worker {self.name!r}: {order.refused}.")
         return order
 
@@ -181,8 +183,10 @@ class Learner:
     def _drop(self, order: Order) -> None:
         """Forget what was learned in a lease whose samples are given out again."""
         self.say(f"lease {order.answered} was taken back: {order.outcome}")
-        if self.outgoing is not None and self.outgoing.envelope.lease == order.answered:
-            self.feedback[self.outgoing.envelope.fragment].take_back()
+        if self.outgoing is not None:
+            self._remove_pushes(self.outgoing.envelope.lease)
+            if self.outgoing.envelope.lease == order.answered:
+                self.feedback[self.outgoing.envelope.fragment].take_back()
         self.phase, self.lease, self.outgoing, self._awaited = "idle", None, None, None
         self.versions, self.tokens = [-1] * len(self.versions), [0] * len(self.tokens)
 
@@ -261,16 +265,16 @@ class Learner:
         if not self._load(order, range(fragment, fragment + 1)):
             return False
         lease, self._awaited, self.outgoing = self._awaited.id, None, None
-        # What cannot be removed now does no harm.
-        with contextlib.suppress(StorageError):
-            self._remove_push(lease)
+        self._remove_pushes(lease)
         return True
 
-    def _remove_push(self, lease: int) -> None:
-        folder = f"{WORKERS}/{self.name}/push"
-        for name in self.storage.names(folder):
-            if name.startswith(f"{lease:08d}."):
-                self.storage.remove(f"{folder}/{name}")
+    def _remove_pushes(self, lease: int | None = None) -> None:
+        """Remove this worker's push for a lease, or all; what cannot be removed now does no harm."""
+        folder, wanted = f"{WORKERS}/{self.name}/push", "" if lease is None else f"{lease:08d}."
+        with contextlib.suppress(StorageError):
+            for name in self.storage.names(folder):
+                if name.startswith(wanted):
+                    self.storage.remove(f"{folder}/{name}")
 
     # Work.
 

@@ -115,6 +115,26 @@ def test_a_silent_worker_loses_its_lease_to_the_others_and_its_late_push_does_no
     assert late.envelope.lease not in merged
 
 
+def test_pushes_that_did_not_count_do_not_stay_in_the_folder(store, folder):
+    party = Party(folder, store, workers=2, steps=64, dead_seconds=5.0)
+    storage = Storage(folder)
+    late = party.until_push("w0").envelope.lease
+    for _ in range(2):  # silent for long enough to be taken for dead
+        party.clock.now += 6
+        party.turn("w1")
+    party.turn("w0")
+    assert any(name.startswith(f"{late:08d}.") for name in storage.names("workers/w0/push"))
+    for _ in range(4):
+        party.turn()
+    assert not any(name.startswith(f"{late:08d}.") for name in storage.names("workers/w0/push"))
+    died = party.until_push("w0").envelope.lease
+    party.learners["w0"].advance()
+    party.learners["w0"] = party.new_learner("w0", incarnation="second")
+    for _ in range(4):
+        party.turn()
+    assert not any(name.startswith(f"{died:08d}.") for name in storage.names("workers/w0/push"))
+
+
 def test_what_the_codec_lost_of_a_push_that_did_not_count_is_not_sent_later(store, folder):
     party = Party(folder, store, dead_seconds=5.0, up="topk2")
     worker = party.learners["w0"]
