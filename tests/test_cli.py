@@ -14,7 +14,7 @@ from tiny_models import tiny_model
 
 from fastweight import cli
 from fastweight.data import ByteTokenizer
-from fastweight.model import Model
+from fastweight.model import Model, load
 
 TEXTS = {f"text{i}.txt": f"Document number {i}. " * (5 + i) + "Ünïcödé." for i in range(12)}
 
@@ -395,6 +395,21 @@ def test_a_run_whose_store_has_moved_is_resumed_with_the_new_place(fastweight, f
     code, out, err = fastweight(*resume, "--store", tmp_path / "after")
     assert code == 0, err
     assert last_line(out)["loss_nats"] == last_line(whole)["loss_nats"]
+
+
+def test_a_run_starts_from_the_model_of_another_run(fastweight, folder, tmp_path):
+    data = ("--data.store", folder / "store", "--data.seq-len", "32", "--data.batch-size", "2", "--device", "cpu")
+    short = ("--steps", "1", "--schedule.warmup-steps", "0", "--schedule.decay-fraction", "0", *data)
+    assert fastweight("train", "tiny-window", *short, "--out", tmp_path / "first")[0] == 0
+    first = ("--model.preset", "", "--model.folder", tmp_path / "first")
+    code, _, err = fastweight("train", "tiny-window", *first, *short, "--out", tmp_path / "second")
+    assert code == 0, err
+    start = load(tmp_path / "second" / "checkpoints" / "step-000000")
+    assert torch.equal(start.embedding.weight, load(tmp_path / "first" / "model").embedding.weight)
+    of_run = ("--train.model.preset", "", "--train.model.folder", tmp_path / "first")
+    place = ("--folder", tmp_path / "meeting", "--store", folder / "store")
+    code, _, err = fastweight("diloco", "init", "tiny-window", *of_run, *place)
+    assert code == 0, err
 
 
 def test_a_run_that_has_only_checkpoints_is_read_from_the_newest(folder, tmp_path):

@@ -109,6 +109,7 @@ def main(name: str, arguments: list[str]) -> int | None:
 
 
 def _init(arguments: list[str]) -> None:
+    from fastweight.commands.models import with_model_of_run
     from fastweight.data import Store
     from fastweight.diloco import DilocoConfig, Storage, create_run, initial_model
     from fastweight.recipes import recipe, recipe_names
@@ -137,8 +138,9 @@ def _init(arguments: list[str]) -> None:
     Init.__doc__ = inspect.cleandoc(Init.__doc__ or "")
     args = parse(Init, f"diloco init {name}", [example], arguments[1:])
     storage, store = Storage(args.folder), Store.open(args.store)
-    model = initial_model(args.train, store)
-    run = create_run(storage, model, store, args.train, args.diloco, signed=args.signed)
+    train = with_model_of_run(args.train)
+    model = initial_model(train, store)
+    run = create_run(storage, model, store, train, args.diloco, signed=args.signed)
     say(f"run {run.id} in {args.folder}: {model.num_parameters:,} parameters, {run.total_samples:,} samples")
     emit({"folder": args.folder, "run": run.id, "parameters": model.num_parameters, "samples": run.total_samples})
 

@@ -89,6 +89,7 @@ def _train(arguments: list[str]) -> int | None:
 
 def _start(args: Any, name: str) -> int:
     from fastweight import ranks
+    from fastweight.commands.models import with_model_of_run
     from fastweight.golf.folder import RunFolder
     from fastweight.golf.training import calibrate, train_within
     from fastweight.train.signals import exit_code_of
@@ -98,7 +99,7 @@ def _start(args: Any, name: str) -> int:
     alone = "Start it alone, with --train-only, and then `torchrun … -m fastweight golf finish`."
     require(ranks.launched() == 1, f"golf train: training runs in one process, torchrun started several. {alone}")
     folder = RunFolder(args.out)
-    record = train_within(folder, args.config, args.variant or name, args.calibration)
+    record = train_within(folder, with_model_of_run(args.config), args.variant or name, args.calibration)
     if record["stopped"] not in ("", "time"):
         say("stopped; go on with the same command")
         return exit_code_of(record["stopped"]) or 1

@@ -9,7 +9,7 @@ import tyro
 
 from fastweight.commands.base import emit, parse, say
 
-EXAMPLES = ["fastweight grow runs/small runs/deep/model", "fastweight grow runs/small deeper --factor 3"]
+EXAMPLES = ["fastweight grow runs/small deep", "fastweight grow runs/small deeper --factor 3"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,6 @@
 """Finding a model and its tokenizer, and saying what will run."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from fastweight.data.tokenizers import Tokenizer, load_tokenizer
 from fastweight.devices import pick_device
 from fastweight.generate import WEIGHTS_FILE
 from fastweight.model import Model, load
+from fastweight.train.config import TrainConfig
 
 TOKENIZER_FOLDER = "tokenizer"
 
@@ -36,6 +38,14 @@ def find_model(path: str | Path) -> Path:
         f"{path} is no model folder: it needs config.json and {WEIGHTS_FILE} (found: {holds or 'nothing'}). "
         "Train one with `fastweight train`, or bring one with `fastweight import`."
     )
+
+
+def with_model_of_run(config: TrainConfig) -> TrainConfig:
+    """`config` with the model folder that model.folder means, where that is the folder of a run."""
+    folder = config.model.folder
+    if not folder or not (Path(folder) / "latest").is_file():
+        return config
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, folder=str(find_model(folder))))
 
 
 def _refuse_foreign(folder: Path) -> None:

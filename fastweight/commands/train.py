@@ -84,6 +84,7 @@ def _resume(arguments: list[str]) -> int:
 
 
 def _start(name: str, arguments: list[str]) -> int:
+    from fastweight.commands.models import with_model_of_run
     from fastweight.recipes import recipe, recipe_names
     from fastweight.train import TrainConfig, train
 
@@ -106,7 +107,7 @@ def _start(name: str, arguments: list[str]) -> int:
     Run.__doc__ = f"{Run.__doc__}\n\n{inspect.cleandoc(TrainConfig.__doc__ or '')}"
     args = parse(Run, f"train {name}", examples, arguments)
     require(args.config.data.store != "", f"train {name}: name a token store: --data.store DIR. {_MAKE_STORE}")
-    return _finish(train(args.config, args.out, go_on=args.go_on))
+    return _finish(train(with_model_of_run(args.config), args.out, go_on=args.go_on))
 
 
 def _finish(result: Any) -> int:

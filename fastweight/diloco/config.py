@@ -48,7 +48,8 @@ class DilocoConfig:
     snapshot_every: int = 10
     """Merges between snapshots of the syncer's whole state."""
     dead_seconds: float = 60.0
-    """A worker that shows no sign of life for so long loses its lease."""
+    """A worker that shows no sign of life for so long loses its lease. Longer than an inner step: signs come between
+    steps, and while weights are moved."""
     max_rejects: int = 3
     """Faulty pushes in a row after which a worker gets no more leases."""
     outer: OuterConfig = field(default_factory=OuterConfig)

@@ -7,8 +7,9 @@ sends, it writes into the folder; nothing ever connects to it.
 import contextlib
 import math
 import secrets
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import torch
@@ -22,6 +23,7 @@ from fastweight.diloco.inner import Inner
 from fastweight.diloco.ledger import Lease
 from fastweight.diloco.log import OccupiedError
 from fastweight.diloco.messages import (
+    ORDERS,
     WORKERS,
     Beat,
     Envelope,
@@ -42,7 +44,8 @@ Did = Literal["waited", "fetched", "stepped", "encoded", "pushed", "finished"]
 class Learner:
     """One worker of a run. `phase`: idle, working (in a lease), ready (a push is to be written).
 
-    key: signs what it writes. beat_seconds: between signs of life. incarnation: names this process.
+    key: signs what it writes. beat_seconds: between signs of life, also while weights are moved; 0: before everything
+    that it does, and not meanwhile. incarnation: names this process.
     """
 
     def __init__(
@@ -133,6 +136,26 @@ class Learner:
             self.say(f"no sign of life could be given: {error}")
             self._beaten = self.clock()
 
+    @contextlib.contextmanager
+    def _beating(self) -> Iterator[None]:
+        """Inside, signs of life go on: to move weights may take longer than a worker may be silent."""
+        if not 0 < self.beat_seconds <= threading.TIMEOUT_MAX:
+            yield
+            return
+        done = threading.Event()
+
+        def beat() -> None:
+            while not done.wait(self.beat_seconds):
+                self._beat_if_possible()
+
+        thread = threading.Thread(target=beat, name=f"beats of {self.name}", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
     # Orders.
 
     def _order(self) -> Order | None:
@@ -142,7 +165,9 @@ class Learner:
             if order is not None and self._known:
                 raise OccupiedError(f"another process works as {self.name!r} now; this one ends. Names must differ.")
             return None
-        self._known = True
+        if not self._known:
+            self._known = True
+            self._remove_pushes()  # of a process before this one; what was accepted of them the syncer has
         require(not order.refused, f"the syncer refuses worker {self.name!r}: {order.refused}.")
         return order
 
@@ -158,16 +183,24 @@ class Learner:
     def _drop(self, order: Order) -> None:
         """Forget what was learned in a lease whose samples are given out again."""
         self.say(f"lease {order.answered} was taken back: {order.outcome}")
-        if self.outgoing is not None and self.outgoing.envelope.lease == order.answered:
-            self.feedback[self.outgoing.envelope.fragment].take_back()
+        if self.outgoing is not None:
+            self._remove_pushes(self.outgoing.envelope.lease)
+            if self.outgoing.envelope.lease == order.answered:
+                self.feedback[self.outgoing.envelope.fragment].take_back()
         self.phase, self.lease, self.outgoing, self._awaited = "idle", None, None, None
         self.versions, self.tokens = [-1] * len(self.versions), [0] * len(self.tokens)
 
+    def _is_over(self) -> bool:
+        """Whether the run has ended without this process, as an answer to any worker says: the syncer may be gone."""
+        names = self.storage.names(ORDERS)[:1]
+        orders = [read_order(self.storage, name.removesuffix(".json")) for name in names]
+        return any(order is not None and order.finished for order in orders)
+
     def _idle(self) -> Did:
         order = self._order()
-        if order is None:
+        if order is None and not self._is_over():
             return "waited"
-        if order.finished:
+        if order is None or order.finished:
             self.finished = True
             self.beat()
             return "finished"
@@ -209,7 +242,8 @@ class Learner:
         for i in fragments:
             have = (self.versions[i], self.anchors[i]) if self.anchors and self.versions[i] >= 0 else None
             try:
-                found[i] = self.bases.fetch(i, order.versions[i], have)
+                with self._beating():
+                    found[i] = self.bases.fetch(i, order.versions[i], have)
             except FileNotFoundError:
                 return False
         self.anchors = self.anchors or [torch.zeros(size) for size in self.layout.sizes]
@@ -231,16 +265,16 @@ class Learner:
         if not self._load(order, range(fragment, fragment + 1)):
             return False
         lease, self._awaited, self.outgoing = self._awaited.id, None, None
-        # What cannot be removed now does no harm.
-        with contextlib.suppress(StorageError):
-            self._remove_push(lease)
+        self._remove_pushes(lease)
         return True
 
-    def _remove_push(self, lease: int) -> None:
-        folder = f"{WORKERS}/{self.name}/push"
-        for name in self.storage.names(folder):
-            if name.startswith(f"{lease:08d}."):
-                self.storage.remove(f"{folder}/{name}")
+    def _remove_pushes(self, lease: int | None = None) -> None:
+        """Remove this worker's push for a lease, or all; what cannot be removed now does no harm."""
+        folder, wanted = f"{WORKERS}/{self.name}/push", "" if lease is None else f"{lease:08d}."
+        with contextlib.suppress(StorageError):
+            for name in self.storage.names(folder):
+                if name.startswith(wanted):
+                    self.storage.remove(f"{folder}/{name}")
 
     # Work.
 
@@ -316,7 +350,8 @@ class Learner:
     def _push(self) -> Did:
         assert self.outgoing is not None
         self.beat()
-        write_push(self.storage, self.outgoing, self.key)
+        with self._beating():
+            write_push(self.storage, self.outgoing, self.key)
         e = self.outgoing.envelope
         self.say(f"pushed lease {e.lease}: {e.tokens:,} tokens, loss {e.loss_nats:.4f}, {e.size:,} bytes")
         self._awaited, self.lease, self.phase = self.lease or self._awaited, None, "idle"
@@ -325,5 +360,6 @@ class Learner:
     def _send_again(self, attempt: int) -> Did:
         assert self.outgoing is not None
         self.outgoing = self.outgoing._replace(envelope=self.outgoing.envelope.next_attempt(attempt))
-        write_push(self.storage, self.outgoing, self.key)
+        with self._beating():
+            write_push(self.storage, self.outgoing, self.key)
         return "pushed"

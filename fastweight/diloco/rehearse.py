@@ -80,13 +80,16 @@ def small_model(seed: int) -> Model:
         return Model(ModelConfig(vocab_size=257, d_model=64, blocks=blocks, tie_embeddings=True))
 
 
+def _by_speed(plan: Rehearsal, **changes: Any) -> DilocoConfig:
+    """Leases in proportion to speed."""
+    return DilocoConfig(lease_steps=plan.lease_steps, dylu=True, min_steps=min(5, plan.lease_steps), **changes)
+
+
 def _quorum(plan: Rehearsal, **changes: Any) -> DilocoConfig:
     """Half of the workers start a merge, which waits for as long as the fastest needs for a tenth of its lease."""
     speeds = plan.world.speeds
     grace = 0.1 * plan.lease_steps * min(speeds)
-    return DilocoConfig(
-        lease_steps=plan.lease_steps, quorum=max(1, len(speeds) // 2), grace_seconds=grace, dylu=True, **changes
-    )
+    return _by_speed(plan, quorum=max(1, len(speeds) // 2), grace_seconds=grace, **changes)
 
 
 def _naive(plan: Rehearsal) -> DilocoConfig:
@@ -97,7 +100,7 @@ def _naive(plan: Rehearsal) -> DilocoConfig:
 
 def _delayed(plan: Rehearsal) -> DilocoConfig:
     outer = OuterConfig(kind="delayed_nesterov", delay=len(plan.world.speeds))
-    return DilocoConfig(lease_steps=plan.lease_steps, quorum=1, dylu=True, outer=outer)
+    return _by_speed(plan, quorum=1, outer=outer)
 
 
 def _sparse(plan: Rehearsal) -> DilocoConfig:

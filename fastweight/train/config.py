@@ -28,7 +28,7 @@ class ModelSource:
     preset: str = ""
     """Name of a preset (`fastweight presets`)."""
     folder: str = ""
-    """A model folder, taken as it is."""
+    """A model folder, taken as it is; on the command line also the folder of a run."""
     vocab_size: int = 0
     """Size of the preset's vocabulary; 0: that of the data's tokenizer."""
     changes: dict[str, Scalar] = field(default_factory=dict)

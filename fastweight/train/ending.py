@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from fastweight.train.loop import Trainer
 
 RESULT = "result.json"
+# The folders that the end of a run writes.
+FINAL = ("model", "adapter", RAW)
 
 
 def finish(trainer: "Trainer", stopped: str) -> TrainResult:

@@ -17,7 +17,7 @@ from fastweight.distributed.team import Team, joined, local_device
 from fastweight.model import Model
 from fastweight.train import checkpoint, folders, partial
 from fastweight.train.config import TrainConfig
-from fastweight.train.ending import RESULT
+from fastweight.train.ending import FINAL, RESULT
 from fastweight.train.loop import Trainer
 from fastweight.train.metrics import Metrics, NoMetrics
 from fastweight.train.only_run import only_run
@@ -129,6 +129,12 @@ def _new_config(config: TrainConfig | None, out: Path) -> TrainConfig:
     held = folders.latest(out)
     if held is not None:
         raise FileExistsError(f"{out} already holds a run (checkpoint {held}). Resume it, or choose another folder.")
+    others = [name for name in FINAL if (out / name).exists()]
+    if others:
+        raise FileExistsError(
+            f"{out} already holds {' and '.join(f'{name}/' for name in others)} of something else, which the end of "
+            "the run would replace. Choose another folder."
+        )
     return config
 
 

@@ -79,9 +79,10 @@ def test_a_rehearsal_writes_a_picture_and_every_figure(store, tmp_path):
     assert synchronous["steps"] == [12, 12, 12, 12]
 
 
-def test_every_policy_can_be_set_up():
-    plan = Rehearsal(lease_steps=20)
-    assert {name: make(plan).lease_steps for name, make in POLICIES.items()} == dict.fromkeys(POLICIES, 20)
+@pytest.mark.parametrize("steps", [1, 4, 20])
+def test_every_policy_can_be_set_up(steps):
+    plan = Rehearsal(lease_steps=steps)
+    assert {name: make(plan).lease_steps for name, make in POLICIES.items()} == dict.fromkeys(POLICIES, steps)
 
 
 def test_lost_and_doubled_samples_are_counted_from_the_log(folder):

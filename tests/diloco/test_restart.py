@@ -1,7 +1,9 @@
 """Who is killed, when, and what is then different: nothing."""
 
 import contextlib
+import json
 import random
+import time
 
 import pytest
 import torch
@@ -111,6 +113,26 @@ def test_a_silent_worker_loses_its_lease_to_the_others_and_its_late_push_does_no
     assert party.ledger.counted == [[0, party.run.total_samples]]
     merged = [lease for entry in entries(folder) if entry["kind"] == "merge" for lease in entry["leases"]]
     assert late.envelope.lease not in merged
+
+
+def test_pushes_that_did_not_count_do_not_stay_in_the_folder(store, folder):
+    party = Party(folder, store, workers=2, steps=64, dead_seconds=5.0)
+    storage = Storage(folder)
+    late = party.until_push("w0").envelope.lease
+    for _ in range(2):  # silent for long enough to be taken for dead
+        party.clock.now += 6
+        party.turn("w1")
+    party.turn("w0")
+    assert any(name.startswith(f"{late:08d}.") for name in storage.names("workers/w0/push"))
+    for _ in range(4):
+        party.turn()
+    assert not any(name.startswith(f"{late:08d}.") for name in storage.names("workers/w0/push"))
+    died = party.until_push("w0").envelope.lease
+    party.learners["w0"].advance()
+    party.learners["w0"] = party.new_learner("w0", incarnation="second")
+    for _ in range(4):
+        party.turn()
+    assert not any(name.startswith(f"{died:08d}.") for name in storage.names("workers/w0/push"))
 
 
 def test_what_the_codec_lost_of_a_push_that_did_not_count_is_not_sent_later(store, folder):
@@ -294,3 +316,41 @@ def test_a_storage_that_fails_now_and_then_changes_no_bit(store, seed):
             return party.weights()[0]
 
     assert torch.equal(play(Shaky), play(lambda url, seed: Storage(url)))
+
+
+@pytest.mark.parametrize("name", ["w0", "newcomer"])
+def test_a_worker_that_starts_after_the_run_and_its_syncer_have_ended_ends_too(store, folder, name):
+    party = Party(folder, store, steps=16)
+    party.play()
+    party.turn()
+    late = party.new_learner(name, incarnation="late")
+    assert late.advance() == "finished"
+    assert late.finished
+
+
+class Slow(Storage):
+    """Moves weights so slowly that signs of life are due meanwhile; says whether they came."""
+
+    def __init__(self, url):
+        super().__init__(url)
+        self.came = {}
+
+    def _try(self, what, name, act):
+        weights = name.endswith(".safetensors")
+        if weights:
+            before = self.count()
+            end = time.monotonic() + 10
+            while self.count() == before and time.monotonic() < end:
+                time.sleep(0.005)
+            self.came.setdefault(what, []).append(self.count() > before)
+        return super()._try(what, name, act)
+
+    def count(self):
+        return json.loads(Storage(self.url).read("workers/w0/beat.json"))["count"]
+
+
+def test_a_worker_shows_that_it_lives_while_it_moves_weights(store, folder):
+    party, storage = Party(folder, store, workers=1, steps=4), Slow(folder)
+    party.learners["w0"] = party.new_learner("w0", storage=storage, beat_seconds=0.01)
+    party.until(lambda: party.ledger.merges == 1)
+    assert storage.came == {"read": [True], "write": [True]}

@@ -391,6 +391,14 @@ class TestBadInput:
         with pytest.raises(FileExistsError, match="already holds a run .*Resume it, or choose another folder"):
             train(config, tmp_path, model=tiny_model(), quiet=True)
 
+    @pytest.mark.parametrize("go_on", [False, True])
+    def test_a_model_that_lies_where_the_run_would_put_its_own_is_not_overwritten(self, store, tmp_path, go_on):
+        tiny_model(seed=5).save(tmp_path / "model")
+        config = tiny_config(store, steps=1, warmup_steps=0)
+        with pytest.raises(FileExistsError, match="already holds model/ of something else.* Choose another folder"):
+            train(config, tmp_path, model=tiny_model(), go_on=go_on, quiet=True)
+        assert torch.equal(fastweight.load(tmp_path / "model").head.weight, tiny_model(seed=5).head.weight)
+
 
 def test_a_run_can_start_from_the_weights_of_a_model_folder(store, tmp_path):
     tiny_model(seed=5).save(tmp_path / "start")
