@@ -12,6 +12,7 @@ import torch
 
 from fastweight import cli
 from fastweight.conversion import InPlaceRecipe, convert, load_conversion, make_report, request_bytes
+from fastweight.data import load_tokenizer
 from fastweight.model import load
 from fastweight.train.stages import StageConfig
 
@@ -183,6 +184,23 @@ def test_the_tokenizer_of_the_result_is_the_one_of_the_source(place, converted, 
         got = AutoTokenizer.from_pretrained(folder)
         assert (got.bos_token, got.eos_token) == (want.bos_token, want.eos_token) == ("<|begin|>", "<|end|>")
         assert got("three tips, <|end|>")["input_ids"] == want("three tips, <|end|>")["input_ids"]
+
+
+def test_a_special_token_beyond_the_models_ids_stops_neither_conversion_nor_import(place, tmp_path):
+    """Gemma 3's text models come with a tokenizer that has one image token more than the model has ids."""
+    from transformers import AutoTokenizer
+
+    source = tmp_path / "llama"
+    shutil.copytree(place / "llama", source)
+    theirs = AutoTokenizer.from_pretrained(source)
+    theirs.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    theirs.save_pretrained(source)
+    stages = dataclasses.replace(STAGES, transfer=StageConfig(steps=1), tune=StageConfig())
+    chosen = settings(place, source=str(source), stages=stages, report=None)
+    convert(chosen, tmp_path / "out", quiet=True, say=lambda line: None)
+    cli.run(["import", str(source), str(tmp_path / "imported"), "--format", "hf"])
+    for folder in (tmp_path / "out" / "model", tmp_path / "imported"):
+        assert load_tokenizer(folder / "tokenizer").vocab_size == load(folder).config.vocab_size == len(theirs) - 1
 
 
 def test_how_the_source_is_to_be_sampled_goes_with_the_result(place, converted, tmp_path):

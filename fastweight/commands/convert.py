@@ -59,6 +59,7 @@ def import_(name: str, arguments: list[str]) -> None:
     from fastweight.commands.models import TOKENIZER_FOLDER
     from fastweight.convert import import_checkpoint
     from fastweight.convert.pretrained.tokenizer import copy_for_transformers
+    from fastweight.data.tokenizers import FileTokenizer
 
     args = parse(Import, name, [*IMPORT_EXAMPLES, *_formats()], arguments)
     say(f"reading   {args.source} ({args.format})", f"writing   {args.destination}")
@@ -67,6 +68,7 @@ def import_(name: str, arguments: list[str]) -> None:
     if tokenizer is None:
         say("tokenizer none here; name one with --tokenizer when you score or generate")
     else:
+        tokenizer = tokenizer.within(model.config.vocab_size) if isinstance(tokenizer, FileTokenizer) else tokenizer
         need, have = tokenizer.vocab_size, model.config.vocab_size
         require(
             need <= have,

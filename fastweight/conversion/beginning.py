@@ -45,6 +45,8 @@ def _fetch(config: ConversionConfig, before: ConversionConfig | None, out: Path,
         kept = Path(temporary)
         model = load_pretrained(config.source, gguf_file=gguf_file)
         tokenizer = load_pretrained_tokenizer(config.source, gguf_file=gguf_file, keep=kept)
+        tokenizer = tokenizer.within(model.config.vocab_size)
+        tokenizer.save(kept)
         need, have = tokenizer.vocab_size, model.config.vocab_size
         require(need <= have, f"{config.source}: its tokenizer has {need} ids, the model {have}. They do not belong.")
         # In this order a kill never leaves a folder of one source with the settings of another.

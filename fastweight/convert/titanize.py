@@ -65,6 +65,12 @@ def restore_backbone(model: Any) -> Model:
 def read_model(source: Any) -> Model:
     """The Model that `source` is, holds, or names: a model folder, a pretrained folder, or a hub name."""
     if not isinstance(source, (str, Path)):
+        theirs = isinstance(source, nn.Module) and hasattr(source, "save_pretrained")
+        require(
+            not theirs or any(isinstance(part, Model) for part in source.modules()),
+            f"needs a Model, or a folder or hub name of one, got {type(source).__name__}. Give the name that it was "
+            "loaded from, or the folder of its save_pretrained(folder).",
+        )
         return find_model(source)
     config = Path(source) / "config.json"
     if config.is_file() and read_json(config, "the settings of a model").get("format") == MODEL_FORMAT:
@@ -78,10 +84,11 @@ def _attention_layers(config: ModelConfig, layers: Layers) -> tuple[int, ...]:
     """The chosen blocks; refuse those whose mixer is no plain attention."""
     kinds = [block.mixer.kind for block in config.blocks]
     attention = [i for i, kind in enumerate(kinds) if kind == "attention"]
-    require(bool(attention), f"titanize: this model has no attention layer; its layers are {', '.join(kinds)}.")
+    again = " To convert anew, call restore_backbone first." if "liza" in kinds else ""
+    listed = ", ".join(kinds)
+    require(bool(attention), f"titanize: this model has no attention layer; its layers are {listed}.{again}")
     chosen = choose_layers(layers, len(kinds), attention)
     other = [f"{i} ({kinds[i]})" for i in chosen if kinds[i] != "attention"]
-    again = " To convert anew, call restore_backbone first." if "liza" in kinds else ""
     require(not other, f"titanize: layer(s) {', '.join(other)} are no attention. Those that are: {attention}.{again}")
     return chosen
 

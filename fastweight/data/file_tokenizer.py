@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,22 @@ class FileTokenizer:
             return join_bytes(self._table, ids).decode("utf-8", errors="replace")
         return self._inner.decode(ids.tolist(), skip_special_tokens=True)
 
+    def within(self, rows: int) -> "FileTokenizer":
+        """This tokenizer without the special tokens from id `rows` on, for which a model of so many ids has no place.
+
+        Files of Gemma 3 name an image token that its text models do not have. No text encodes to it. Where another kind
+        of token lies beyond, or the document start does, the tokenizer comes back as it is.
+        """
+        beyond = {token for token, i in self._inner.get_vocab(with_added_tokens=True).items() if i >= rows}
+        special = {token.content for token in self._inner.get_added_tokens_decoder().values() if token.special}
+        if not beyond or not beyond <= special - {self._bos}:
+            return self
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary) / self.name.removeprefix("file-")
+            write_text(folder / "tokenizer.json", _without(self._definition, beyond))
+            write_text(folder / MARKER_FILE, json.dumps({"bos_token": self._bos}))
+            return FileTokenizer(folder)
+
     def save(self, folder: str | Path) -> None:
         """Write the tokenizer.json as it was read, and which entry is the document start."""
         folder = Path(folder)
@@ -116,6 +133,18 @@ def _configured(data: dict[str, Any], bos: str) -> tokenizers.Tokenizer:
     )
     inner.encode_special_tokens = True
     return inner
+
+
+def _without(definition: str, tokens: set[str]) -> str:
+    """A tokenizer.json without these tokens, the last ones of its vocabulary."""
+    data = json.loads(definition)
+    data["added_tokens"] = [token for token in data["added_tokens"] if token["content"] not in tokens]
+    vocab = data["model"].get("vocab")
+    if isinstance(vocab, dict):
+        data["model"]["vocab"] = {token: i for token, i in vocab.items() if token not in tokens}
+    elif isinstance(vocab, list):  # [token, score] by id
+        data["model"]["vocab"] = [entry for entry in vocab if entry[0] not in tokens]
+    return json.dumps(data, ensure_ascii=False)
 
 
 def _document_start(file: Path, data: dict[str, Any]) -> str:

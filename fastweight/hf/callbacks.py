@@ -64,7 +64,9 @@ class MagScheduleCallback(TrainerCallback, ExportableState):
         follow_schedule(self.model, self.schedule, state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        values = [value for heads in mag_weights(self.model).values() for value in heads]
+        # Without a model of its own it learns of one when training starts; evaluation may be logged before that.
+        heads = mag_weights(kwargs["model"] if self.model is None else self.model).values()
+        values = [value for row in heads for value in row]
         found = {"mag_weight": sum(values) / len(values)}
         if min(values) != max(values):
             found |= {"mag_weight_min": min(values), "mag_weight_max": max(values)}

@@ -95,11 +95,14 @@ def check_positions(
     else:
         starts = past.to(want.device) - cu_seqlens[:-1]
         want = want + starts.expand(cu_seqlens.numel() - 1).repeat_interleave(cu_seqlens.diff())
-    same = (position_ids == want) | ~tokens
-    require(
-        bool(same.all()),
+    wrong = (position_ids != want) & tokens
+    if not bool(wrong.any()):  # not `require`: its message would list all positions at every call
+        return
+    row, column = wrong.nonzero()[0].tolist()
+    raise ValueError(
         "position_ids must count the tokens of each sequence from 0 on, padding left out, continuing where the cache "
-        f"stands; got {position_ids.tolist()}, need {want.tolist()}. Leave position_ids out: the state counts.",
+        f"stands; row {row} has {int(position_ids.expand(shape)[row, column])} in column {column}, need "
+        f"{int(want[row, column])}. Leave position_ids out: the state counts."
     )
 
 

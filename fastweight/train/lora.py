@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastweight import files
 from fastweight.configs import near_names, require, to_json
+from fastweight.layers import state_dtype
 from fastweight.model import Model
 from fastweight.tensor_files import write_tensors
 from fastweight.train.config import LoraConfig
@@ -26,6 +27,7 @@ FACE_PREFIX = "base_model.model.model."
 def add_adapters(model: Model, config: LoraConfig) -> None:
     """Put an adapter beside every target layer of `model`, which computes the same until the adapter has learned.
 
+    Adapters are float32 or wider whatever the layer's dtype: in bfloat16 most of their updates would round to nothing.
     Raises ValueError for a target that fits no linear layer, and if PEFT is not installed.
     """
     check_adapters(model, config)
@@ -34,6 +36,9 @@ def add_adapters(model: Model, config: LoraConfig) -> None:
     if config.quantize == "nf4":
         quantize_linears(model, targets)
     peft.inject_adapter_in_model(peft.LoraConfig(**_settings(config), target_modules=targets), model)
+    for name, parameter in model.named_parameters():
+        if is_adapter(name):
+            parameter.data = parameter.data.to(state_dtype(parameter))
 
 
 def target_layers(model: Model, config: LoraConfig) -> list[str]:

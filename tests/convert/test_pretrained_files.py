@@ -76,6 +76,20 @@ def test_weights_that_were_trained_in_a_wider_dtype_stay_wide(make, tmp_path):
     assert torch.equal(theirs.model.layers[0].self_attn.o_proj.weight, model.blocks[0].mixer.out.weight)
 
 
+@pytest.mark.parametrize(("first", "second"), [(10**9, 8_000), (8_000, 10**9), (5_000, 8_000)])
+def test_weights_written_over_others_are_the_ones_that_are_read(make, tmp_path, first, second):
+    model = load_pretrained(make())
+    save_pretrained_format(model, tmp_path / "out", shard_bytes=first)
+    model.embedding.weight.data += 1
+    save_pretrained_format(model, tmp_path / "out", shard_bytes=second)
+    assert torch.equal(load_pretrained(tmp_path / "out").embedding.weight, model.embedding.weight)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(theirs.model.embed_tokens.weight, model.embedding.weight)
+    listed = tmp_path / "out" / "model.safetensors.index.json"
+    shards = set(json.loads(listed.read_text())["weight_map"].values()) if listed.exists() else {"model.safetensors"}
+    assert {file.name for file in (tmp_path / "out").glob("*.safetensors")} == shards
+
+
 def test_dtypes_that_differ_within_a_file_are_refused_unless_one_is_asked_for(make):
     folder = make(tensors=lambda found: found | {"model.norm.weight": found["model.norm.weight"].half()})
     with pytest.raises(ValueError, match=r"mixes .*torch.float16 \(model.norm.weight\).* Give dtype"):

@@ -4,6 +4,7 @@ import contextlib
 
 import pytest
 import torch
+import transformers
 from convert.liza_cases import ATTENTION, T, backbone, face, ids, with_settings, with_weights
 from tolerances import assert_close
 from torch import Tensor
@@ -232,6 +233,7 @@ def test_a_block_visited_twice_keeps_one_state_per_visit():
     [
         ([DeltaConfig(num_heads=2, head_dim=4), ATTENTION], [0, 1], r"layer\(s\) 0 \(delta\) are no attention"),
         ([DeltaConfig(num_heads=2, head_dim=4)], "all", "this model has no attention layer; its layers are delta"),
+        ([LizaConfig(num_heads=4)], "all", r"its layers are liza\. To convert anew, call restore_backbone first"),
         ([ATTENTION], [1], "there is no layer 1; this model has 0 to 0"),
         ([ATTENTION, LizaConfig(num_heads=4)], "1", r"1 \(liza\) are no attention.*call restore_backbone first"),
     ],
@@ -239,6 +241,25 @@ def test_a_block_visited_twice_keeps_one_state_per_visit():
 def test_layers_that_cannot_be_titanized_are_refused_by_number_and_kind(mixers, layers, message):
     with pytest.raises(ValueError, match=message):
         titanize(backbone(*mixers), layers=layers)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"window": 2.5}, r"liza: memory_window must be int \| None, got float 2\.5"),  # no folder would hold it
+        ({"mag_weight": "0.5"}, "liza: mag_weight must be float, got str '0.5'"),
+        ({"order": 1.5}, r"liza: order must be int, got float 1\.5"),
+    ],
+)
+def test_settings_of_another_type_are_refused_by_name(settings, message):
+    with pytest.raises(ValueError, match=message):
+        titanize(backbone(), **settings)
+
+
+def test_a_decoder_of_transformers_is_refused_with_what_to_give():
+    decoder = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=4, n_layer=1, n_head=1, vocab_size=5))
+    with pytest.raises(ValueError, match=r"got GPT2LMHeadModel. Give the name .* or the folder of its save_pretrained"):
+        titanize(decoder)
 
 
 # The new Model

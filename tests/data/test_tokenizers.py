@@ -253,6 +253,24 @@ def test_a_saved_tokenizer_comes_back_the_same(built, kind, tmp_path):
     assert back.encode("the fox é").ids.tolist() == tokenizer.encode("the fox é").ids.tolist()
 
 
+@pytest.mark.parametrize("kind", ["byte-level", "byte fallback", "word pieces"])
+def test_special_tokens_that_a_model_has_no_place_for_are_left_out(built, kind, tmp_path):
+    plain, folder = built[kind], tmp_path / "more"
+    plain.save(folder)
+    inner = Inner.from_file(str(folder / "tokenizer.json"))
+    inner.add_special_tokens(["<image>", "<video>"])
+    inner.save(str(folder / "tokenizer.json"))
+    more = FileTokenizer(folder)
+    assert more.vocab_size == plain.vocab_size + 2
+    cut = more.within(plain.vocab_size)
+    assert (cut.vocab_size, cut.bos_id, cut.name) == (plain.vocab_size, plain.bos_id, more.name)
+    assert cut.encode("the <image> fox").ids.tolist() == more.encode("the <image> fox").ids.tolist()
+    cut.save(tmp_path / "cut")
+    assert load_tokenizer(tmp_path / "cut").hash == cut.hash
+    assert more.within(more.vocab_size) is more
+    assert more.within(plain.vocab_size - 1) is more  # an ordinary token lies beyond: another model's tokenizer
+
+
 def test_training_twice_gives_the_same_tokenizer():
     assert BPETokenizer.train(TRAINING, 290).hash == BPETokenizer.train(TRAINING, 290).hash
 

@@ -116,6 +116,12 @@ def test_a_callback_that_the_trainer_does_not_have_precedes_nothing(tmp_path):
         AdjustMaGWeightCallback(face).precede(trainer(face, tmp_path))
 
 
+def test_a_callback_without_a_model_logs_an_evaluation_before_training(tmp_path):
+    run = trainer(converted(), tmp_path, callbacks=[MagScheduleCallback(None, MagSchedule(steps=4))])
+    assert run.evaluate(run.train_dataset)["eval_loss"] > 0
+    assert run.state.log_history[-1]["mag_weight"] == pytest.approx(0.9)
+
+
 def test_layers_that_differ_are_logged_with_their_bounds(tmp_path):
     face = converted()
     schedule = MagSchedule(initial=0.0, final=0.5, steps=2, stagger=1)

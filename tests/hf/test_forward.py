@@ -174,7 +174,10 @@ BAD = {
     "flat ids": ({"input_ids": ids_of(4)}, "must be"),
     "mask shape": ({"input_ids": ids_of(1, 4), "attention_mask": torch.ones(1, 3)}, "attention_mask must be"),
     "additive mask": ({"input_ids": ids_of(1, 4), "attention_mask": torch.full((1, 4), -1e4)}, "0 .padding. and 1"),
-    "positions": ({"input_ids": ids_of(1, 4), "position_ids": torch.arange(4)[None] + 3}, "the state counts"),
+    "positions": (
+        {"input_ids": ids_of(1, 4), "position_ids": torch.arange(4)[None] + 3},
+        "row 0 has 3 in column 0, need 0",
+    ),
     "labels shape": ({"input_ids": ids_of(1, 4), "labels": ids_of(1, 3)}, "shape of input_ids"),
     "labels, cut": ({"input_ids": ids_of(1, 4), "labels": ids_of(1, 4), "logits_to_keep": 1}, "all logits"),
     "both": (

@@ -60,6 +60,22 @@ def test_new_adapters_change_nothing():
     assert torch.equal(model(TOKENS)[0], attention_model()(TOKENS)[0])
 
 
+def test_adapters_of_a_bfloat16_model_learn_in_float32_and_are_merged_into_bfloat16():
+    model = attention_model(torch.bfloat16)
+    add_adapters(model, LoraConfig(rank=3, alpha=6.0))
+    adapters = {name: p for name, p in model.named_parameters() if "lora_" in name}
+    first = {name: p.detach().clone() for name, p in adapters.items()}
+    # Near the 0.25 or so of an entry of A this is less than half a step of bfloat16, 2^-10.
+    optimizer = torch.optim.AdamW(list(adapters.values()), lr=2e-5, weight_decay=0.0)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(TOKENS)[0].float().logsumexp(-1).sum().backward()
+        optimizer.step()
+    for name, p in adapters.items():
+        assert (p != first[name]).float().mean() > 0.99, name
+    assert {p.dtype for p in merge_and_unload(model).parameters()} == {torch.bfloat16}
+
+
 def test_adapters_that_are_removed_leave_the_model_as_it_was():
     model = remove_adapters(disturbed(attention_model()))
     assert torch.equal(model(TOKENS)[0], attention_model()(TOKENS)[0])

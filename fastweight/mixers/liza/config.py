@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from fastweight.configs import near_names, require
+from fastweight.configs import check_types, near_names, require
 from fastweight.mixers.attention import AttentionConfig
 from fastweight.mixers.liza.features import FEATURE_MAPS, TRICKS
 from fastweight.ops.attention import check_window
@@ -38,6 +38,7 @@ class LizaConfig(AttentionConfig):
     output_norm: str = "none"
 
     def __post_init__(self) -> None:
+        check_types(self, "liza")
         super().__post_init__()
         choices = {
             "mag": ("scheduled", "learned"),
