@@ -36,7 +36,7 @@ def explain_choice(op: str, sample: torch.Tensor, backend: str = "auto") -> str:
     chosen = dispatch.choose(op, backend, sample)
     if backend != "auto":
         return f"{chosen} (asked for)"
-    refused = [f"{name} {reason}" for name, reason in dispatch.explain(op, sample) if reason is not None]
+    refused = [f"{name} {reason.rstrip('.')}" for name, reason in dispatch.explain(op, sample) if reason]
     later = ", or a later one in calls where that is faster" if dispatch.may_yield(op, chosen) else ""
     return chosen + later + (f" ({'; '.join(refused)})" if refused else "")
 
