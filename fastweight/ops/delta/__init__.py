@@ -9,6 +9,7 @@ from torch import Tensor
 from fastweight.ops import dispatch
 from fastweight.ops.delta.writes import drop_bad_writes
 from fastweight.ops.faults import account
+from fastweight.ops.sequences import check_packing
 from fastweight.state import Faults, register_state
 
 
@@ -67,6 +68,7 @@ def _check(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None, state: DeltaState,
     cu_seqlens: Tensor | None,
 ) -> None:  # fmt: skip
+    check_packing(q, cu_seqlens)
     batch, length, q_heads, dim = q.shape
     order, heads = k.shape[2:4]
     n = batch if cu_seqlens is None else cu_seqlens.numel() - 1
