@@ -18,7 +18,8 @@ def describe_backends(model: Model, dtype: torch.dtype | None = None) -> dict[st
     """
     # What the ops will see, as far as the choice of a backend goes: [B, T, H, D].
     sample = torch.zeros(1, 2, 1, 64, dtype=dtype or model.embedding.weight.dtype, device=model.device)
-    ops = {op: memory.backend for memory in model.memories() for op in memory.ops}
+    # A layer of several ops runs those that have no backend of the name given to it on "auto".
+    ops = {op: m.backend if dispatch.known(op, m.backend) else "auto" for m in model.memories() for op in m.ops}
     known = recall(sample.device, sample.dtype)
     found = {}
     for op, backend in sorted(ops.items()):
@@ -35,7 +36,7 @@ def explain_choice(op: str, sample: torch.Tensor, backend: str = "auto") -> str:
     chosen = dispatch.choose(op, backend, sample)
     if backend != "auto":
         return f"{chosen} (asked for)"
-    refused = [f"{name} {reason}" for name, reason in dispatch.explain(op, sample) if reason is not None]
+    refused = [f"{name} {reason.rstrip('.')}" for name, reason in dispatch.explain(op, sample) if reason]
     later = ", or a later one in calls where that is faster" if dispatch.may_yield(op, chosen) else ""
     return chosen + later + (f" ({'; '.join(refused)})" if refused else "")
 

@@ -104,7 +104,10 @@ class Model(nn.Module):
         """
         able = [m for m in self.memories() if not m.ops or any(dispatch.known(op, backend) for op in m.ops)]
         names = {name for memory in self.memories() for op in memory.ops for name in dispatch.backends(op)}
-        require(bool(able) or not names, f"set_backend: no op here has one.{near_names(backend, [*names, 'auto'])}")
+        require(
+            not names or backend in {*names, "auto"},
+            f"set_backend: no op of this model has a backend {backend!r}.{near_names(backend, [*names, 'auto'])}",
+        )
         for memory in able:
             memory.backend = backend
         return self

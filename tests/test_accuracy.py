@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
-from fastweight import Model, accuracy
+from fastweight import BlockConfig, Model, ModelConfig, accuracy
 from fastweight.backends import describe_backends
+from fastweight.mixers.liza import LizaConfig
 from fastweight.ops import dispatch
 from fastweight.ops.delta.chunked import chunked
 
@@ -50,6 +51,16 @@ def test_what_was_measured_is_said_when_a_model_runs(cache):
     assert describe_backends(model)["delta_rule"].endswith(said)
     assert said not in describe_backends(model, torch.bfloat16)["delta_rule"]
     assert accuracy.recall(CPU, torch.float32) == one
+
+
+def test_a_layer_of_two_ops_says_what_runs_when_only_one_of_them_has_the_backend_named(monkeypatch):
+    config = ModelConfig(vocab_size=8, d_model=16, blocks=(BlockConfig(mixer=LizaConfig(num_heads=2)),))
+    monkeypatch.setitem(
+        dispatch._OPS["delta_rule"], "fla", dispatch.Implementation(chunked, lambda *args, **kwargs: None)
+    )
+    found = describe_backends(Model(config).set_backend("fla"))
+    assert found["delta_rule"].startswith("fla (asked for)")
+    assert found["attention"].startswith("chunked (flex needs CUDA tensors")
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"a": 1}', '{"a": {"b": {"c": {"output": 1}}}}', "{"])

@@ -467,7 +467,7 @@ def test_doctor_and_the_header_say_why_the_fastest_backend_does_not_run(monkeypa
     refusals = {"triton": "needs CUDA tensors, got cpu.", "naive": None}
     want = {"auto": "naive", "auto_one_token": "naive", "refusals": refusals, "accuracy": {}}
     assert backends_on(torch.device("cpu"), torch.float32) == {"op": want}
-    assert explain_choice("op", torch.zeros(1)) == "naive (triton needs CUDA tensors, got cpu.)"
+    assert explain_choice("op", torch.zeros(1)) == "naive (triton needs CUDA tensors, got cpu)"
     assert explain_choice("op", torch.zeros(1), "naive") == "naive (asked for)"
 
 

@@ -122,7 +122,7 @@ class AuditCommand:
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 ..."""
     backend: str = "auto"
-    """Backend of every op: auto, triton, chunked or naive."""
+    """Backend of every op that has one of this name: auto, triton, fla, flex, varlen, chunked or naive."""
 
 
 @dataclass(frozen=True, kw_only=True)

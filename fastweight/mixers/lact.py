@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -128,7 +128,6 @@ class Lact(Mixer):
     """
 
     Config = LactConfig
-    op = "lact"
     config: LactConfig
 
     def __init__(self, d_model: int, config: LactConfig):
@@ -150,6 +149,10 @@ class Lact(Mixer):
         self.out = nn.Linear(d_model, d_model, bias=False)
         self.rates: Tensor | None = None  # of the rotation, made at the first call on the device that asks
         self.reset_parameters(0.02)
+
+    @property
+    def ops(self) -> tuple[str, ...]:
+        return ("attention", "lact")
 
     def projections(self) -> tuple[list[Tensor], Tensor]:
         return list(self.qkv.weight.chunk(3)), self.out.weight
@@ -186,7 +189,7 @@ class Lact(Mixer):
         rate, momentum, gate = self._scalars(x)
         y, fast = lact(
             *branches.fast, rate, momentum, state.fast, **self._rule()._asdict(), cu_seqlens=cu_seqlens,
-            backend=self.backend,
+            backend=self.backend_of("lact"),
         )  # fmt: skip
         return self.out(self._joined(seen, y, gate)), LactMixerState(fast, window)
 
@@ -234,8 +237,7 @@ class Lact(Mixer):
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, state: AttentionState, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, AttentionState]:
-        # The mixer's backend names an implementation of the fast network; only the definition is asked of both.
-        backend: Any = self.backend if self.backend == "naive" else "auto"
+        backend = self.backend_of("attention")
         return attention(q, k, v, state, window=self.config.window, cu_seqlens=cu_seqlens, backend=backend)
 
     def _fast_heads(self, q: Tensor, k: Tensor, v: Tensor, turns: Turns) -> Heads:

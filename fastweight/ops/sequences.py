@@ -18,8 +18,18 @@ from fastweight.state import Faults
 INTEGERS = (torch.int64, torch.int32)  # dtypes of tokens and offsets
 
 
-def check_cu_seqlens(cu_seqlens: Tensor, total: int, batch: int) -> None:
-    """Refuse offsets that do not describe the packed row: integer [N+1], from 0 to `total`, strictly increasing."""
+def check_packing(x: Tensor, cu_seqlens: Tensor | None) -> None:
+    """`check_cu_seqlens` for the input x [B, T, ...] of an op: a GPU, and a graph, would have to wait for a look."""
+    if cu_seqlens is not None:
+        on_host = isinstance(cu_seqlens, Tensor) and cu_seqlens.device.type == "cpu"
+        check_cu_seqlens(cu_seqlens, x.shape[1], x.shape[0], look=on_host and not torch.compiler.is_compiling())
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, total: int, batch: int, *, look: bool = True) -> None:
+    """Refuse offsets that do not describe the packed row: integer [N+1], from 0 to `total`, strictly increasing.
+
+    look: at the numbers, too.
+    """
     if batch != 1:
         raise ValueError(f"cu_seqlens needs a packed input of batch 1, got batch {batch}. Flatten it to [1, total].")
     if not isinstance(cu_seqlens, Tensor):
@@ -27,6 +37,8 @@ def check_cu_seqlens(cu_seqlens: Tensor, total: int, batch: int) -> None:
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2 or cu_seqlens.dtype not in INTEGERS:
         got = f"{cu_seqlens.dtype} {list(cu_seqlens.shape)}"
         raise ValueError(f"cu_seqlens must be integers of shape [N + 1] with N >= 1, got {got}.")
+    if not look:
+        return
     ends = cu_seqlens.tolist()
     if ends[0] != 0 or ends[-1] != total or any(b <= a for a, b in zip(ends, ends[1:], strict=False)):
         shown = ends if len(ends) <= 8 else [*ends[:4], "...", *ends[-3:]]

@@ -113,12 +113,12 @@ def leeway(subject: Subject, mixer: Mixer) -> float:
     """
     if subject.dtype != torch.bfloat16 or subject.device == "cpu":
         return 1.0
-    if "delta_rule" in mixer.ops:
-        named = subject.backend if subject.backend in dispatch.backends("delta_rule") else "auto"
-        x = torch.zeros(1, 2, 1, 64, device=subject.device, dtype=subject.dtype)
-        if dispatch.choose("delta_rule", named, x) == "fla":
-            return 3 * 1.5
-    return 1.5 if subject.backend == "triton" else 1.0
+    x = torch.zeros(1, 2, 1, 64, device=subject.device, dtype=subject.dtype)
+    named = {op: subject.backend if dispatch.known(op, subject.backend) else "auto" for op in mixer.ops}
+    chosen = [dispatch.choose(op, backend, x) for op, backend in named.items()]
+    if "fla" in chosen:
+        return 3 * 1.5
+    return 1.5 if "triton" in chosen else 1.0
 
 
 def agree(subject: Subject, got: Run, want: Run) -> None:

@@ -7,6 +7,7 @@ import torch
 from tolerances import assert_close
 
 from fastweight.mixers.lact import Lact, LactConfig
+from fastweight.ops import dispatch
 from fastweight.ops.lact import LactPending, lact
 from fastweight.ops.lact.update import network
 
@@ -50,6 +51,25 @@ def read(mixer: Lact, x: torch.Tensor) -> torch.Tensor:
 
 def tokens(length: int, batch: int = 2, seed: int = 5) -> torch.Tensor:
     return torch.randn(batch, length, D_MODEL, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(
+    ("named", "asked"),
+    [("chunked", ("chunked", "chunked")), ("flex", ("flex", "auto")), ("triton", ("auto", "triton"))],
+)
+def test_both_ops_are_named_and_each_runs_the_backend_asked_for_where_it_has_one(named, asked, monkeypatch):
+    called = {}
+
+    def call(op, backend, x, *args, **kwargs):
+        called[op] = backend
+        return original(op, "naive", x, *args, **kwargs)
+
+    original = dispatch.call
+    monkeypatch.setattr(dispatch, "call", call)
+    mixer = mixer_of("momentum")
+    mixer.backend = named
+    read(mixer, tokens(3))
+    assert called == dict(zip(mixer.ops, asked, strict=True))
 
 
 def test_under_autocast_the_buffers_hold_tokens_as_they_come_and_the_memory_stays_wide():

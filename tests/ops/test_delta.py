@@ -149,6 +149,30 @@ def test_misshapen_inputs_are_named():
         delta_rule(q, k, v, beta[:, :2], state_of(), log_decay=decay)
 
 
+@pytest.mark.parametrize(
+    ("shape", "dtype", "message"),
+    [
+        ((1, 2, 4, 6), torch.float32, r"state.memory must be \[2, 2, 4, 6\]"),  # one memory for two sequences
+        ((2, 1, 4, 6), torch.float32, r"state.memory must be \[2, 2, 4, 6\]"),  # or for two heads would broadcast
+        ((2, 2, 4, 1), torch.float32, r"state.memory must be \[2, 2, 4, 6\]"),
+        ((2, 2, 4, 6), torch.bfloat16, "float32 or wider, got torch.bfloat16"),
+    ],
+)
+def test_a_memory_that_does_not_fit_is_refused(shape, dtype, message):
+    n = shape[0]
+    state = DeltaState(torch.zeros(shape, dtype=dtype), torch.zeros(n, dtype=torch.int64), Faults.none(n))
+    q, v, beta = torch.zeros(2, 3, 2, 4), torch.zeros(2, 3, 2, 6), torch.zeros(2, 3, 2)
+    with pytest.raises(ValueError, match=message):
+        delta_rule(q, q, v, beta, state, backend="naive")
+
+
+def test_inputs_without_a_token_or_a_dimension_are_refused():
+    q, k, v, beta, _ = inputs(4, decay=False)
+    for name, some in (("q", (q[0], k, v, beta)), ("k", (q, k[0], v, beta)), ("q", (q[:, :0], k, v, beta))):
+        with pytest.raises(ValueError, match=f"delta_rule: {name} must be .* not empty"):
+            delta_rule(*some, state_of())
+
+
 def test_an_unknown_backend_is_named():
     q, k, v, beta, _ = inputs(4, decay=False)
     with pytest.raises(ValueError, match='no backend "chunkd". Did you mean chunked'):

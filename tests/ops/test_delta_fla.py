@@ -85,7 +85,9 @@ def test_what_the_kernels_cannot_do_is_refused_with_a_way_out():
         delta_rule(x, x, x, x[..., 0], state, backend="fla")
     wide = torch.zeros(1, 4, 2, 512, dtype=torch.float16)
     with pytest.raises(ValueError, match=r"at most 256 channels, got 512"):
-        delta_rule(wide, wide, wide, wide[..., 0], state, backend="fla")
+        delta_rule(
+            wide, wide, wide, wide[..., 0], state._replace(memory=torch.zeros(1, 2, 512, 512)), backend="fla"
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("strength", [1.0, 30.0])

@@ -5,7 +5,8 @@ import sys
 import pytest
 import torch
 
-import fastweight.model  # noqa: F401  # all ops register themselves
+from fastweight import Mixer, Model
+from fastweight.backends import explain_choice
 from fastweight.ops import dispatch
 from fastweight.ops.delta import fla
 
@@ -37,3 +38,25 @@ def test_a_package_of_kernels_is_found_without_being_imported(there, found, tmp_
     monkeypatch.delitem(sys.modules, "fla", raising=False)
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     assert fla.installed() == found
+
+
+def test_a_backend_that_no_op_has_is_named_with_near_ones_also_beside_a_layer_without_ops():
+    class Opless(Mixer):
+        ops = ()
+
+    model = Model.from_preset("tiny-delta")
+    model.blocks[0].mixer = Opless(8, None)  # type: ignore[union-attr]  # ModuleList is untyped
+    with pytest.raises(ValueError, match=r"no op of this model has a backend 'chunkd'. Did you mean chunked\?"):
+        model.set_backend("chunkd")
+
+
+@pytest.mark.parametrize("op", dispatch.ops())
+def test_what_a_backend_says_of_a_cpu_is_whole_sentences(op, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    x = torch.zeros(1, 2, 1, 64)
+    for name in set(dispatch.backends(op)) & set(dispatch.KERNELS):
+        with pytest.raises(ValueError) as refusal:
+            dispatch.choose(op, name, x)
+        assert ".," not in str(refusal.value)
+    assert ".;" not in explain_choice(op, x)
+    assert ".)" not in explain_choice(op, x)

@@ -6,9 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import assert_close
 
+from fastweight.ops.attention import AttentionState, attention
 from fastweight.ops.conv import causal_conv
+from fastweight.ops.delta import DeltaState, delta_rule
+from fastweight.ops.in_place import in_place, init_in_place
+from fastweight.ops.lact import init_lact, lact
 from fastweight.ops.rope import apply_rope, rope_rates, rope_scale
 from fastweight.ops.sequences import plan_chunks, token_positions
+from fastweight.ops.ttt import TTTWeights, new_state, ttt_linear
+from fastweight.state import Faults
 
 CPU = torch.device("cpu")
 
@@ -153,3 +159,53 @@ def test_packed_convolution_equals_single_documents():
         want, want_tail = causal_conv(x[:, ends[n] : ends[n + 1]], weight, bias, before[n : n + 1])
         assert_close(y[:, ends[n] : ends[n + 1]], want, 1e-12)
         assert torch.equal(tail[n : n + 1], want_tail)
+
+
+def calls():
+    """Each op on a packed row of 5 tokens with two states, as a function of the row and cu_seqlens."""
+    q, rate = torch.randn(1, 5, 2, 4), torch.rand(1, 5, 2)
+    square, none = torch.eye(4).expand(2, 4, 4), Faults.none(2)
+    norm, tau = torch.ones(2, 4), 1 / torch.arange(1, 4.0)
+    weights = TTTWeights(square.expand(2, 2, 4, 4), torch.zeros(2, 2, 1, 4))
+    delta = DeltaState(torch.zeros(2, 2, 4, 4), torch.zeros(2, dtype=torch.int64), none)
+    fast = init_lact(square, square, square, 2, chunk_size=3)
+    row = torch.randn(1, 5, 4)
+    ends = torch.tensor([0, 2, 5])
+    taps, weight = torch.zeros(4, 5), torch.eye(4)
+    rule = {"chunk_size": 3, "inner_lr": 0.1}
+    return {
+        "attention": (lambda x, e: attention(x, x, x, AttentionState.empty(2, 2, 4), cu_seqlens=e), q, ends),
+        "delta_rule": (lambda x, e: delta_rule(x, x, x, rate.expand(len(x), 5, 2), delta, cu_seqlens=e), q, ends),
+        "ttt_linear": (
+            lambda x, e: ttt_linear(
+                x, x, x, rate.expand(len(x), 5, 2), tau, norm, norm, new_state(weights), chunk_size=3, cu_seqlens=e
+            ),
+            q,
+            ends,
+        ),
+        "lact": (
+            lambda x, e: lact(
+                x, x, x, rate[..., None].expand(len(x), 5, 2, 3), None, fast, chunk_size=3, cu_seqlens=e
+            ),
+            q,
+            ends,
+        ),
+        "in_place": (
+            lambda x, e: in_place(x, x, taps, None, weight, init_in_place(weight, 2), cu_seqlens=e, **rule),
+            row,
+            ends,
+        ),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("op", ["attention", "delta_rule", "ttt_linear", "lact", "in_place"])
+def test_offsets_that_do_not_describe_the_row_are_refused_by_every_op(op):
+    run, x, ends = calls()[op]
+    assert run(x, ends)[0].shape == x.shape
+    for bad in ([0, 2, 4], [0, 5, 5], [1, 2, 5], [0, 2, 6]):
+        with pytest.raises(ValueError, match="cu_seqlens must start at 0, increase, and end"):
+            run(x, torch.tensor(bad))
+    with pytest.raises(ValueError, match="cu_seqlens needs a packed input of batch 1, got batch 2"):
+        run(x.expand(2, *x.shape[1:]), ends)
+    with pytest.raises(ValueError, match="must be integers"):
+        run(x, ends.double())

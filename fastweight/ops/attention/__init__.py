@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fastweight.ops import dispatch
+from fastweight.ops.sequences import check_packing
 from fastweight.state import register_state
 
 
@@ -94,6 +95,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, state: AttentionState, num_sinks: in
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.dim() != 4:
             raise ValueError(f"attention: {name} must be [B, T, heads, head_dim], got {list(tensor.shape)}.")
+    check_packing(q, cu_seqlens)
     batch, length, heads, dim = q.shape
     kv_heads = k.shape[2]
     num_sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1

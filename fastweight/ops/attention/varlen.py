@@ -38,7 +38,7 @@ def refuses(
 ) -> str | None:  # fmt: skip
     """Why one call cannot do it; q alone or all that `attention` passes on."""
     if not q.is_cuda:
-        return f'needs CUDA tensors, got {q.device.type}. {OTHERWISE}, or move the model with model.to("cuda").'
+        return f'needs CUDA tensors, got {q.device.type}. {OTHERWISE[:-1]}, or move the model with model.to("cuda").'
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"computes in float16 or bfloat16, got {q.dtype}. {OTHERWISE}"
     if torch.cuda.get_device_capability(q.device) < (8, 0):

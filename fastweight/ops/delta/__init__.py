@@ -9,6 +9,7 @@ from torch import Tensor
 from fastweight.ops import dispatch
 from fastweight.ops.delta.writes import drop_bad_writes
 from fastweight.ops.faults import account
+from fastweight.ops.sequences import check_packing
 from fastweight.state import Faults, register_state
 
 
@@ -45,9 +46,14 @@ def delta_rule(
     Raises ValueError if shapes disagree or `backend` is named and cannot run these inputs.
     Source: Yang et al. 2024, arXiv:2406.06484, eq. 3; gated: arXiv:2412.06464, eq. 10; order: arXiv:2502.10297, eq. 4.
     """
+    for name, tensor, dims in (("q", q, (4,)), ("k", k, (4, 5))):
+        if tensor.dim() not in dims or 0 in tensor.shape:
+            micro = " or [B, T, M, heads, dim]" if name == "k" else ""
+            shape = list(tensor.shape)
+            raise ValueError(f"delta_rule: {name} must be [B, T, heads, dim]{micro} and not empty, got {shape}.")
     if k.dim() == 4:
         k, v, beta = k.unsqueeze(2), v.unsqueeze(2), beta.unsqueeze(2)
-    _check(q, k, v, beta, log_decay)
+    _check(q, k, v, beta, log_decay, state, cu_seqlens)
     wide = torch.promote_types(q.dtype, state.memory.dtype)
     backend = dispatch.choose("delta_rule", backend, q, q, k, v)
     inputs, marks = drop_bad_writes(k, v, beta, log_decay, wide, kernel=backend == "fla")
@@ -58,13 +64,20 @@ def delta_rule(
     return y.to(q.dtype), DeltaState(memory, *account(state.position, state.faults, marks, cu_seqlens))
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None) -> None:
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None, state: DeltaState,
+    cu_seqlens: Tensor | None,
+) -> None:  # fmt: skip
+    check_packing(q, cu_seqlens)
     batch, length, q_heads, dim = q.shape
     order, heads = k.shape[2:4]
+    n = batch if cu_seqlens is None else cu_seqlens.numel() - 1
     wanted = {
         "k": (k, (batch, length, order, heads, dim)),
         "v": (v, (batch, length, order, heads, v.shape[-1])),
         "beta": (beta, (batch, length, order, heads)),
+        "state.memory": (state.memory, (n, heads, dim, v.shape[-1])),
+        "state.position": (state.position, (n,)),
     }
     if log_decay is not None:
         wanted["log_decay"] = (log_decay, (batch, length, heads))
@@ -75,6 +88,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | No
             raise ValueError(
                 f"delta_rule: {name} must be {list(shape)} to fit q {list(q.shape)}, got {list(tensor.shape)}."
             )
+    if state.memory.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"delta_rule: state.memory must be float32 or wider, got {state.memory.dtype}.")
 
 
 from fastweight.ops.delta import chunked, fla, naive  # noqa: E402, F401  # they register themselves

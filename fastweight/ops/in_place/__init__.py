@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fastweight.ops import dispatch
+from fastweight.ops.sequences import check_packing
 from fastweight.state import Faults, register_state
 
 REACH = 2  # tokens that the convolution sees on either side
@@ -122,6 +123,7 @@ def _check(
 ) -> None:  # fmt: skip
     if hidden.dim() != 3 or hidden.shape[1] == 0:
         raise ValueError(f"in_place: hidden must be [B, T, I] with T >= 1, got {list(hidden.shape)}.")
+    check_packing(hidden, cu_seqlens)
     batch, length, width = hidden.shape
     dim = weight.shape[0]
     n = batch if cu_seqlens is None else cu_seqlens.numel() - 1

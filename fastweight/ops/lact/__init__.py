@@ -9,6 +9,7 @@ from torch import Tensor
 from fastweight.configs import near_names
 from fastweight.ops import dispatch
 from fastweight.ops.lact.positions import remember
+from fastweight.ops.sequences import check_packing
 from fastweight.state import Faults, register_state
 
 MUON = ("none", "separate", "joint")
@@ -208,6 +209,7 @@ def _check_shapes(
 ) -> None:
     if q.dim() != 4 or q.shape[1] == 0:
         raise ValueError(f"lact: q must be [B, T, H, D] with T >= 1, got {list(q.shape)}.")
+    check_packing(q, cu_seqlens)
     batch, length, heads, dim = q.shape
     hidden, rates = state.memory.weights.w0.shape[2], state.pending.lr.shape[-1]
     if rates not in (1, dim) or (rates > 1 and hidden != dim):

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastweight.ops import dispatch
 from fastweight.ops.faults import account
+from fastweight.ops.sequences import check_packing
 from fastweight.state import Faults, register_state
 
 
@@ -103,6 +104,7 @@ def _run(
     state: TTTState, *, chunk_size: int, eps: float, cu_seqlens: Tensor | None, backend: str,
 ) -> tuple[Tensor, TTTState]:  # fmt: skip
     _check_shapes(op, q, k, v, inner_lr, tau, ln_weight, ln_bias, chunk_size)
+    check_packing(q, cu_seqlens)
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     _check_state(op, q, state, sequences)
     y, weights, pending, marks = dispatch.call(
