@@ -148,6 +148,16 @@ def test_a_lost_part_is_made_again_and_is_the_same(finished, copied, part):
     assert (copied.path / part).is_file()
 
 
+@pytest.mark.parametrize("part", ["model.fwa", "hessians.safetensors"])
+def test_a_damaged_part_is_made_again_and_is_the_same(finished, copied, part):
+    whole = (copied.path / part).read_bytes()
+    (copied.path / part).write_bytes(whole[:1000])
+    calibrate(copied)
+    packing.pack_run(copied, PACK, lambda line: None)
+    assert (copied.path / part).read_bytes() == whole
+    assert copied.artifact.read_bytes() == finished[0].artifact.read_bytes()
+
+
 def test_another_cap_packs_again_and_scores_only_what_depends_on_it(finished, copied, monkeypatch):
     asked = []
     monkeypatch.setattr(scoring, "_score", lambda folder, common, jobs: asked.extend(j["name"] for j in jobs) or "stop")
