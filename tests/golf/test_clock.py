@@ -59,6 +59,8 @@ def test_golf_p14_training_leaves_the_part_of_the_budget_that_calibration_is_giv
     assert RunSettings(variant="x").train_seconds == 0.0
     with pytest.raises(ValueError, match="nothing is left to train in"):
         RunSettings(variant="x", budget_seconds=15.0)
+    with pytest.raises(ValueError, match="seconds must be finite and not negative, got inf"):
+        CalibrationSettings(seconds=float("inf"))
 
 
 def test_golf_p14_training_stops_by_the_clock_and_the_whole_stays_within_the_budget(store, tmp_path):

@@ -288,6 +288,9 @@ def test_the_commands_lead_from_text_to_ledger(fastweight, store, tmp_path):
         (["train", "tiny-looped", "--out", "x"], "name a token store"),
         (["eval", "no-such-run"], "no-such-run holds no contest run"),
         (["report", "no-such-run"], "no-such-run has no ledger yet"),
+        (["pack", "no-such-run", "--groups"], "groups is empty; name those whose clips may move"),
+        (["eval", "no-such-run", "--seconds", "inf"], "seconds must be finite and not negative, got inf"),
+        (["eval", "no-such-run", "--learn-rate", "nan"], "learn_rate must be finite and not negative, got nan"),
     ],
 )
 def test_what_is_wrong_is_said(fastweight, arguments, words):
