@@ -48,6 +48,7 @@ def fit_to_size(
     4 standard deviations below and at steps of 1 standard deviation above. progress: called with each factor and size.
     Raises CapError, which says by how much and names the largest tensors, if the coarsest is still too large.
     """
+    require(len(groups) > 0, f"fit_to_size: groups is empty; name those whose clips may move, of {', '.join(GROUPS)}.")
     for group in groups:
         require(group in GROUPS, f"fit_to_size: unknown group {group!r}.{near_names(group, GROUPS)}")
     require(0 < tolerance < 1, f"fit_to_size: tolerance must lie between 0 and 1, got {tolerance}.")

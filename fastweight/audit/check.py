@@ -1,5 +1,6 @@
 """What a check says."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -22,7 +23,16 @@ class Check:
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {name: _as_json(getattr(self, name)) for name in self.__dataclass_fields__}
+
+
+def _as_json(value: Any) -> Any:
+    """JSON has no infinite numbers, and a scorer may well give a probability of zero: they are written as words."""
+    if isinstance(value, dict):
+        return {key: _as_json(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_as_json(entry) for entry in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def checker(name: str) -> tuple[Callable[..., Check], Callable[..., Check], Callable[..., Check]]:

@@ -104,7 +104,8 @@ class Process:
 
     def _next(self, end: float, what: str, seconds: float) -> dict[str, Any]:
         try:
-            line = self._lines.get(timeout=max(0.0, end - time.monotonic()))
+            left = max(0.0, end - time.monotonic())
+            line = self._lines.get(timeout=min(left, threading.TIMEOUT_MAX))
         except queue.Empty:
             self.close()
             raise TimeLimitError(

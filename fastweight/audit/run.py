@@ -1,5 +1,6 @@
 """One audit: experiments, checks, verdict."""
 
+import math
 import platform
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -20,6 +21,7 @@ from fastweight.audit.observe import Observations, Progress, observe
 from fastweight.audit.scorer import Scorer
 from fastweight.audit.settings import AuditSettings
 from fastweight.audit.texts import AuditedText
+from fastweight.configs import require
 from fastweight.data import Split
 
 
@@ -66,6 +68,8 @@ def audit(
     that is hit is a failed check instead.
     """
     settings, shipped = settings or AuditSettings(), shipped or Shipped()
+    stated = train_seconds is None or 0 <= train_seconds < math.inf
+    require(stated, f"audit: train_seconds must be a time in seconds, got {train_seconds}.")
     described = {"scorer": scorer.describe(), "shipped": shipped.describe()}
     found = observe(scorer, text, settings, progress)
     checks = (

@@ -48,6 +48,7 @@ class AuditSettings:
             value = getattr(self, name)
             require(math.isfinite(value) and value >= 0, f"audit: {name} must be finite and not negative, got {value}.")
         for name in ("load_seconds", "eval_seconds", "train_seconds"):
-            require(getattr(self, name) > 0, f"audit: {name} must be positive, got {getattr(self, name)}.")
+            good = 0 < getattr(self, name) < math.inf
+            require(good, f"audit: {name} must be positive and finite, got {getattr(self, name)}.")
         require(all(edge >= 1 for edge in self.edges), f"audit: edges must be at least 1, got {self.edges}.")
         require(0 <= self.overlap_share <= 1, f"audit: overlap_share must lie in 0..1, got {self.overlap_share}.")

@@ -27,8 +27,8 @@ class Clock:
         return bool(self.limit) and self.seconds >= self.limit - self.margin
 
     def check(self, what: str, done: int, total: int) -> None:
-        """Raise OutOfTimeError if it is over and `what` still has targets to score."""
-        if self.is_over and done < total:
+        """Raise OutOfTimeError if it is over, however many targets of `what` are scored by now."""
+        if self.is_over:
             raise OutOfTimeError(
                 f"{what}: {self.limit:g} s are over and {done:,} of {total:,} targets are scored "
                 f"({done / max(1, total):.0%}). Score with a longer stride, a cheaper learner or more ranks, or allow "

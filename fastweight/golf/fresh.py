@@ -106,12 +106,13 @@ def _as_tuples(settings: dict[str, Any]) -> dict[str, Any]:
 @contextmanager
 def _progress(name: str, clock: Clock, count: int, job: dict[str, Any]) -> Iterator[Callable[[int, int], None]]:
     """Hard stop at the limit, or when nobody waits any more; a line every ten seconds."""
-    last, quiet = 0.0, job["quiet"]
+    last, quiet, reached = 0.0, job["quiet"], (0, 0)
 
     def update(done: int, total: int) -> None:
-        nonlocal last
+        nonlocal last, reached
         total = -(-total // count)
-        clock.check(name, done, total)
+        reached = (done, total)
+        clock.check(name, *reached)
         require(os.getppid() == job["parent"], f"{name}: the process that asked for it has gone.")
         if not quiet and clock.seconds - last >= SECONDS_BETWEEN_LINES:
             last = clock.seconds
@@ -119,6 +120,7 @@ def _progress(name: str, clock: Clock, count: int, job: dict[str, Any]) -> Itera
             print(f"{name}: {done:,} of about {total:,} targets, {left:.0f} s left", file=sys.stderr, flush=True)
 
     yield update
+    clock.check(name, *reached)
     if not quiet:
         print(f"{name}: scored in {clock.seconds:.1f} s", file=sys.stderr, flush=True)
 

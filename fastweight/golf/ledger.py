@@ -1,6 +1,7 @@
 """The ledger of a run: what every stage gained and cost, where the bytes are, and whether the score may be reported."""
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,8 @@ def _setup(folder: RunFolder, settings: EvalSettings) -> dict[str, Any]:
     packed = folder.record(PACKING)
     assert packed is not None
     how = {name: getattr(settings, name) for name in settings.__dataclass_fields__}
-    return {"train": config, "pack": packed["made_from"]["settings"], "eval": how}
+    calibration = asdict(folder.settings().calibration)
+    return {"train": config, "calibration": calibration, "pack": packed["made_from"]["settings"], "eval": how}
 
 
 def _model(folder: RunFolder) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What a contest run is asked for, beside the training run itself."""
 
+import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
@@ -29,7 +30,8 @@ class CalibrationSettings:
     def __post_init__(self) -> None:
         check_types(self, "calibration")
         for name in ("tokens", "seconds", "margin"):
-            require(getattr(self, name) >= 0, f"calibration: {name} must not be negative, got {getattr(self, name)}.")
+            good = 0 <= getattr(self, name) < math.inf
+            require(good, f"calibration: {name} must be finite and not negative, got {getattr(self, name)}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +52,11 @@ class PackSettings:
     def __post_init__(self) -> None:
         check_types(self, "pack")
         require(self.cap_bytes >= 0, f"pack: cap_bytes must not be negative, got {self.cap_bytes}.")
+        require(
+            self.cap_bytes == 0 or len(self.groups) > 0,
+            f"pack: groups is empty; name those whose clips may move to meet the cap, of {', '.join(GROUPS)}, or set "
+            "cap_bytes to 0.",
+        )
         for name in self.groups:
             require(name in GROUPS, f"pack: unknown group {name!r}.{near_names(name, GROUPS)}")
 
@@ -102,8 +109,8 @@ class EvalSettings:
         check_types(self, "eval")
         for setting in fields(self):
             value = getattr(self, setting.name)
-            good = isinstance(value, (str, tuple, bool)) or value >= 0
-            require(good, f"eval: {setting.name} must not be negative, got {value}.")
+            good = isinstance(value, (str, tuple, bool)) or 0 <= value < math.inf
+            require(good, f"eval: {setting.name} must be finite and not negative, got {value}.")
         for name in ("stride", "batch_size", "learn_epochs"):
             require(getattr(self, name) >= 1, f"eval: {name} must be at least 1, got {getattr(self, name)}.")
         for mode in self.learn_modes:

@@ -69,7 +69,8 @@ def calibrate(folder: RunFolder) -> dict[str, Any] | None:
     trained = training_record(folder)
     made_from = {"model": model_digest(folder.final_model), "tokens": settings.calibration.tokens}
     found = folder.finished(CALIBRATION, made_from)
-    if ranks.gather("calibration", found is not None and folder.hessians.is_file())[0]:
+    kept = found is not None and folder.hessians.is_file() and file_digest(folder.hessians) == found["sha256"]
+    if ranks.gather("calibration", kept)[0]:
         return folder.record(CALIBRATION)
     spent, calibration = trained["seconds"], settings.calibration
     clock = Clock(settings.budget_seconds, spent=spent, margin=calibration.margin)

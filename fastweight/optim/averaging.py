@@ -70,7 +70,10 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, factor: float = 1.0) -> None:
-        """Take in the weights after a step that was made at `factor` times the peak rate, if they are due."""
+        """Take in the weights after a step that was made at `factor` times the peak rate, if they are due.
+
+        A rate that is still rising in a warm-up counts as 1: snapshots are taken once it has fallen.
+        """
         if self.config.kind == "swa" and self.seen == 0 and factor >= self.config.start_factor:
             return
         before, self.seen = self.count, self.seen + 1

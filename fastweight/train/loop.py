@@ -292,7 +292,9 @@ class Trainer:
         self.optimizer.set_step(self.tally.step)
         self.optimizer.step()
         if self.average is not None:
-            self.average.update(factor)
+            # The low rates of the warm-up are no end of the run, which is when snapshots are taken.
+            warming = self.tally.step < self.config.schedule.warmup_steps
+            self.average.update(1.0 if warming else factor)
 
     def _count(self, sums: list[float], counts: Counts) -> None:
         """Add the sums of a good step to the tally."""

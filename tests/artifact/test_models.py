@@ -212,6 +212,12 @@ def test_a_roomy_cap_ends_at_the_finest_clips(trained):
     assert {fitted.spec.group(name).clip for name in ("attention", "mlp", "embedding")} == {4.0}
 
 
+def test_clips_of_no_group_can_meet_no_cap(trained):
+    model, hessians = trained
+    with pytest.raises(ValueError, match="groups is empty; name those whose clips may move, of attention, mlp"):
+        fit_to_size(model, 30_000, PackSpec(), hessians=hessians, groups=())
+
+
 def test_a_cap_that_cannot_be_met_says_by_how_much_and_names_the_largest_tensors(trained):
     model, hessians = trained
     with pytest.raises(CapError, match=r"the cap of 9,000 bytes cannot be met: .* [\d,]+ too many.*feed_forward\.down"):

@@ -116,6 +116,7 @@ def test_an_altered_certificate_ends_with_exit_code_1(fastweight, folder):
         (("model", "texts", "--learn", "lora", "sgd"), "one learner, mode and rate at a time"),
         (("model", "texts", "--key", "key.pub", *QUICK), "an Ed25519 private key in PEM form"),
         (("model", "texts", "--excerpts", "0"), "excerpts must be at least 1"),
+        (("model", "texts", "--eval-seconds", "inf"), "eval_seconds must be positive and finite, got inf"),
         (("model", "texts", "--code", "nowhere", *QUICK), "nowhere does not exist"),
         (("nowhere", "texts"), "nowhere does not exist"),
         (("verify", "nowhere.json"), "nowhere.json"),

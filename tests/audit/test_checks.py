@@ -1,10 +1,12 @@
 """Each check by itself: an honest scorer's answers, with one thing wrong; and the futures that are tried."""
 
+import json
+
 import numpy as np
 import pytest
 from audit.audit_cases import in_process, settings, text
 
-from fastweight.audit import Answer, CallableScorer, Event, Place, Request, Span, audit, text_of_strings
+from fastweight.audit import Answer, CallableScorer, Event, Place, Request, Span, audit, text_of_strings, verify
 from fastweight.audit.changes import Change, draw_places
 from fastweight.data import ByteTokenizer
 
@@ -113,6 +115,26 @@ def test_golf_p6_a_probability_above_one_is_found_wherever_it_stands():
 
     result, _, offence = verdict("normalisation", tamper)
     assert (result, offence["where"], offence["document"], offence["position"]) == ("failed", "whole text", 2, 8)
+
+
+@pytest.mark.parametrize("row", ["no token is possible", "the token that stands there is impossible"])
+def test_golf_p6_probabilities_of_zero_are_found_and_the_certificate_is_json(row):
+    def tamper(answer, documents):
+        for values in answer["distributions"]:
+            values[1:] = [-np.inf] * (len(values) - 1)
+            values[0] = 0.0 if row.startswith("the token") else -np.inf
+
+    found = audit(in_process("honest", tamper), text(SMALL), settings(**QUICK))
+    assert "normalisation" in found.failed
+    body = verify(json.loads(json.dumps(found.certificate(), allow_nan=False)))
+    numbers = next(check["numbers"] for check in body["checks"] if check["name"] == "normalisation")
+    assert "inf" in (numbers["largest_log_sum"], numbers["largest_entry_difference_nats"])
+
+
+@pytest.mark.parametrize("seconds", [float("nan"), float("inf"), -1.0])
+def test_a_stated_training_time_that_no_limit_can_be_held_against_is_refused(seconds):
+    with pytest.raises(ValueError, match="train_seconds must be a time in seconds"):
+        audit(in_process("honest"), text(SMALL), settings(**QUICK), train_seconds=seconds)
 
 
 def test_golf_p14_the_audit_goes_on_within_the_limit_of_training_as_stated():

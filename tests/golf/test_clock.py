@@ -59,6 +59,8 @@ def test_golf_p14_training_leaves_the_part_of_the_budget_that_calibration_is_giv
     assert RunSettings(variant="x").train_seconds == 0.0
     with pytest.raises(ValueError, match="nothing is left to train in"):
         RunSettings(variant="x", budget_seconds=15.0)
+    with pytest.raises(ValueError, match="seconds must be finite and not negative, got inf"):
+        CalibrationSettings(seconds=float("inf"))
 
 
 def test_golf_p14_training_stops_by_the_clock_and_the_whole_stays_within_the_budget(store, tmp_path):
@@ -96,18 +98,28 @@ def test_golf_p14_all_ranks_stop_where_one_of_them_is_out_of_time(store, tmp_pat
 def test_golf_p14_an_evaluation_that_takes_too_long_is_stopped_with_an_error_and_no_score():
     now = Time()
     job = {"quiet": True, "parent": os.getppid()}
-    clock = Clock(10.0, now=now)
-    with _progress("sliding", clock, 2, job) as update:
+    stopped = pytest.raises(OutOfTimeError, match=r"sliding: 10 s are over and 40 of 100 targets are scored \(40%\)")
+    with stopped, _progress("sliding", Clock(10.0, now=now), 2, job) as update:
         update(10, 200)
         now.now += 10.0
-        with pytest.raises(OutOfTimeError, match=r"sliding: 10 s are over and 40 of 100 targets are scored \(40%\)"):
-            update(40, 200)
-        update(100, 200)  # all of this share is scored
+        update(40, 200)
 
 
-def test_golf_p14_a_stage_over_its_limit_stops_the_evaluation(copied):
+@pytest.mark.parametrize("when", ["with its last targets", "after them"])
+def test_golf_p14_an_evaluation_whose_last_batch_ends_too_late_has_no_score_either(when):
+    now = Time()
+    late = pytest.raises(OutOfTimeError, match=r"10 s are over and 100 of 100 targets are scored \(100%\)")
+    with late, _progress("sliding", Clock(10.0, now=now), 2, {"quiet": True, "parent": os.getppid()}) as update:
+        update(40, 200)
+        now.now += 10.0 if when == "with its last targets" else 0.0
+        update(100, 200)
+        now.now += 10.0
+
+
+@pytest.mark.parametrize("batch_size", [4, 4096])
+def test_golf_p14_a_stage_over_its_limit_stops_the_evaluation(copied, batch_size):
     with pytest.raises(ValueError, match="raw: 1e-06 s are over"):
-        evaluate(copied.path, replace(SCORING, seconds=1e-6), quiet=True)
+        evaluate(copied.path, replace(SCORING, seconds=1e-6, batch_size=batch_size), quiet=True)
 
 
 def test_a_scorer_whose_caller_was_killed_stops():

@@ -3,6 +3,9 @@
 import copy
 import json
 import math
+import re
+from functools import reduce
+from operator import getitem
 
 import numpy as np
 import pytest
@@ -79,11 +82,15 @@ def test_the_report_is_written_and_says_what_may_not_be_reported(runs, tmp_path)
     assert (tmp_path / "report" / "report.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_runs_of_one_variant_may_differ_in_their_seed_alone(runs):
+@pytest.mark.parametrize("name", ["train.optimizer.lr", "calibration.tokens", "pack.spec.mlp.bits", "eval.stride"])
+def test_runs_of_one_variant_may_differ_in_their_seed_alone(runs, name):
     ledger = json.loads(RunFolder(runs[1]).ledger.read_text())
-    ledger["setup"]["train"]["optimizer"]["lr"] = 7.0
+    *path, last = name.split(".")
+    settings = reduce(getitem, path, ledger["setup"])
+    assert settings[last] != 7
+    settings[last] = 7
     RunFolder(runs[1]).ledger.write_text(json.dumps(ledger))
-    with pytest.raises(ValueError, match=r"both called 'a', but differ in train\.optimizer\.lr"):
+    with pytest.raises(ValueError, match=rf"both called 'a', but differ in {re.escape(name)}\."):
         compare_runs(runs)
 
 

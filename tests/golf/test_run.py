@@ -148,6 +148,16 @@ def test_a_lost_part_is_made_again_and_is_the_same(finished, copied, part):
     assert (copied.path / part).is_file()
 
 
+@pytest.mark.parametrize("part", ["model.fwa", "hessians.safetensors"])
+def test_a_damaged_part_is_made_again_and_is_the_same(finished, copied, part):
+    whole = (copied.path / part).read_bytes()
+    (copied.path / part).write_bytes(whole[:1000])
+    calibrate(copied)
+    packing.pack_run(copied, PACK, lambda line: None)
+    assert (copied.path / part).read_bytes() == whole
+    assert copied.artifact.read_bytes() == finished[0].artifact.read_bytes()
+
+
 def test_another_cap_packs_again_and_scores_only_what_depends_on_it(finished, copied, monkeypatch):
     asked = []
     monkeypatch.setattr(scoring, "_score", lambda folder, common, jobs: asked.extend(j["name"] for j in jobs) or "stop")
@@ -278,6 +288,9 @@ def test_the_commands_lead_from_text_to_ledger(fastweight, store, tmp_path):
         (["train", "tiny-looped", "--out", "x"], "name a token store"),
         (["eval", "no-such-run"], "no-such-run holds no contest run"),
         (["report", "no-such-run"], "no-such-run has no ledger yet"),
+        (["pack", "no-such-run", "--groups"], "groups is empty; name those whose clips may move"),
+        (["eval", "no-such-run", "--seconds", "inf"], "seconds must be finite and not negative, got inf"),
+        (["eval", "no-such-run", "--learn-rate", "nan"], "learn_rate must be finite and not negative, got nan"),
     ],
 )
 def test_what_is_wrong_is_said(fastweight, arguments, words):

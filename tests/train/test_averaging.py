@@ -109,6 +109,16 @@ def test_snapshots_that_would_never_be_taken_are_refused(store):
         tiny_config(store, averaging=AveragingConfig(kind="swa", start_factor=0.05))
 
 
+def test_no_snapshot_is_taken_while_the_rate_rises(store, tmp_path):
+    """Parts of the peak: 1/4, 1/2, 3/4, 1, 1, 1, 2/3, 1/3. The first two are below the bound as well, going up."""
+    averaging = AveragingConfig(kind="swa", every=1, start_factor=0.7)
+    schedule = {"warmup_steps": 4, "decay_steps": 3, "final_ratio": 0.0}
+    config = tiny_config(store, averaging=averaging, checkpoint_every=1, keep_checkpoints=9, **schedule)
+    train(config, tmp_path, model=tiny_model(), quiet=True)
+    last = [fastweight.load(tmp_path / "checkpoints" / f"step-{i:06d}").embedding.weight.double() for i in (7, 8)]
+    assert_close(fastweight.load(tmp_path / "model").embedding.weight, sum(last) / 2, OUTPUT[torch.float32])
+
+
 def test_a_missing_file_of_averages_is_named(store, tmp_path):
     train(tiny_config(store, averaging=EMA), tmp_path, model=tiny_model(), quiet=True)
     (tmp_path / "checkpoints" / "step-000008" / "averaged.safetensors").unlink()
