@@ -173,7 +173,9 @@ def draw(logits: Tensor, u: float, temperature: float = 1.0, top_k: int = 0, top
 
 def candidates(logits: Tensor, temperature: float, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
     """(probabilities, token ids), most probable first, of the tokens that top_k and top_p leave; not renormalised."""
-    values, order = torch.sort(logits.double() / temperature, descending=True, stable=True)
+    logits = logits.double()
+    # The largest becomes 0 before the division, which a tiny temperature would make infinite.
+    values, order = torch.sort((logits - logits.max()) / temperature, descending=True, stable=True)
     probabilities = values.softmax(0)
     keep = len(values) if top_k == 0 else min(top_k, len(values))
     if top_p < 1:

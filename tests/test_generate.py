@@ -144,6 +144,11 @@ def test_drawing_leaves_the_global_random_numbers_alone():
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
+@pytest.mark.parametrize("temperature", [1e-300, 1e-308, 5e-324])
+def test_the_smallest_temperatures_leave_the_most_probable_token(temperature):
+    assert draw(torch.tensor([1.0, 4.0, 2.0, -3.0]), 0.5, temperature) == 1
+
+
 def test_evenly_spaced_numbers_draw_each_token_as_often_as_its_probability():
     logits = torch.tensor([0.5, -1.0, 2.0, 0.0])
     counts = [0] * 4
