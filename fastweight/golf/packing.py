@@ -9,12 +9,12 @@ import torch
 
 from fastweight import ranks
 from fastweight.artifact import Hessians, describe, fit_to_size, pack, write
-from fastweight.data import Store, Tokenizer
+from fastweight.data import Tokenizer
 from fastweight.devices import pick_device
 from fastweight.golf.folder import RunFolder, file_digest, model_digest
 from fastweight.golf.program import count_files, write_program
 from fastweight.golf.settings import PackSettings
-from fastweight.golf.training import read_hessians
+from fastweight.golf.training import open_store, read_hessians
 from fastweight.model import Model, load
 from fastweight.train import load_run_config
 
@@ -22,21 +22,22 @@ PACKING = "packing"
 Say = Callable[[str], None]
 
 
-def pack_run(folder: RunFolder, settings: PackSettings, say: Say) -> dict[str, Any]:
+def pack_run(folder: RunFolder, settings: PackSettings, say: Say, store: str = "") -> dict[str, Any]:
     """Write the program and the packed model of a run whose training has ended; rank 0 does it, all wait.
 
     Returns the record of the stage; nothing is done if it is there for the same model, Hessians, program and settings.
-    Raises CapError, on all ranks, if the cap cannot be met: by how much, and the largest tensors.
+    store: where the token store is now, if it has moved. Raises CapError, on all ranks, if the cap cannot be met: by
+    how much, and the largest tensors.
     """
     with ranks.together("packing"):
         if ranks.rank() == 0:
-            _pack(folder, settings, say)
+            _pack(folder, settings, say, store)
     record = folder.record(PACKING)
     assert record is not None
     return record
 
 
-def _pack(folder: RunFolder, settings: PackSettings, say: Say) -> None:
+def _pack(folder: RunFolder, settings: PackSettings, say: Say, store: str) -> None:
     scorer = write_program(folder.program)
     program = count_files(settings.program) if settings.program else scorer
     hessians = file_digest(folder.hessians) if folder.hessians.is_file() else None
@@ -47,14 +48,16 @@ def _pack(folder: RunFolder, settings: PackSettings, say: Say) -> None:
     found = folder.finished(PACKING, made_from)
     if found is not None and folder.artifact.is_file() and file_digest(folder.artifact) == found["sha256"]:
         return
-    values = _write_artifact(folder, settings, program, say)
+    values = _write_artifact(folder, settings, program, say, store)
     folder.finish(PACKING, made_from, values | {"program": program, "counts_program": settings.count_program})
 
 
-def _write_artifact(folder: RunFolder, settings: PackSettings, program: dict[str, Any], say: Say) -> dict[str, Any]:
+def _write_artifact(
+    folder: RunFolder, settings: PackSettings, program: dict[str, Any], say: Say, store: str
+) -> dict[str, Any]:  # fmt: skip
     config, start = load_run_config(folder.train), time.perf_counter()
     model = load(folder.final_model, pick_device(config.device)).eval()
-    tokenizer = Store.open(config.data.store).tokenizer
+    tokenizer = open_store(folder, store).tokenizer
     hessians = read_hessians(folder.hessians) if folder.hessians.is_file() else None
     if hessians is None and settings.spec.method == "gptq":
         say("warning: no Hessians: weights are rounded to nearest. `fastweight golf train` collects them.")

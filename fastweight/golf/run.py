@@ -23,19 +23,19 @@ def finish(
 
     Stages that are finished for the same model and settings are not repeated.
     """
-    prepare(path, pack, say)
+    prepare(path, pack, say, store=store)
     return evaluate(path, scoring, store=store, quiet=quiet)
 
 
-def prepare(path: str | Path, pack: PackSettings, say: Say = print) -> None:
-    """Calibrate, if training left that to us, and pack."""
+def prepare(path: str | Path, pack: PackSettings, say: Say = print, *, store: str = "") -> None:
+    """Calibrate, if training left that to us, and pack. store: where the token store is now, if it has moved."""
     folder = RunFolder(path)
     with ranks.together("looking at the run"):
         folder.settings()
         ended = training_record(folder)["stopped"] in ("", "time")
         require(ended, f"{path}: its training has not ended. Go on with it: `fastweight golf train` as before.")
-    calibrate(folder)
-    pack_run(folder, pack, say if ranks.rank() == 0 else _silent)
+    calibrate(folder, store)
+    pack_run(folder, pack, say if ranks.rank() == 0 else _silent, store)
 
 
 def evaluate(path: str | Path, scoring: EvalSettings, *, store: str = "", quiet: bool = False) -> Ledger:

@@ -12,13 +12,12 @@ import torch
 
 from fastweight import files, ranks
 from fastweight.configs import require, to_json
-from fastweight.data import Store
 from fastweight.evaluate import Evaluation, merge_evaluations
 from fastweight.golf.folder import RunFolder, file_digest, model_digest, read_json
 from fastweight.golf.packing import PACKING
 from fastweight.golf.settings import EvalSettings
+from fastweight.golf.training import open_store
 from fastweight.train import load_run_config
-from fastweight.train.run import check_first_store
 
 RAW, AVERAGED, PACKED, SLIDING, LEARNING = "raw", "averaged", "packed", "sliding", "learning"
 DOCUMENT = "document"
@@ -68,9 +67,7 @@ def _text(folder: RunFolder, settings: EvalSettings, store: str) -> str:
 
     Raises ValueError for a store that holds other data than the run was started with.
     """
-    config = load_run_config(folder.train)
-    found = Store.open(store or config.data.store)
-    check_first_store(folder.train, found, config)
+    found = open_store(folder, store)
     name = found.split(settings.split).name
     return hashlib.sha256(to_json(found.manifest["splits"][name]).encode()).hexdigest()
 

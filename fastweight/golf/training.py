@@ -18,7 +18,7 @@ from fastweight.golf.settings import CalibrationSettings, RunSettings
 from fastweight.model import Model, load
 from fastweight.train import TrainConfig, load_run_config, train
 from fastweight.train.ending import RESULT
-from fastweight.train.run import check_same_run
+from fastweight.train.run import check_first_store, check_same_run
 
 TRAINING, CALIBRATION = "training", "calibration"
 
@@ -57,11 +57,20 @@ def training_record(folder: RunFolder) -> dict[str, Any]:
     return {name: result[name] for name in kept}
 
 
-def calibrate(folder: RunFolder) -> dict[str, Any] | None:
+def open_store(folder: RunFolder, place: str = "") -> Store:
+    """The token store of a run, at `place` if it has moved. Raises ValueError if it holds other data."""
+    config = load_run_config(folder.train)
+    found = Store.open(place or config.data.store)
+    check_first_store(folder.train, found, config)
+    return found
+
+
+def calibrate(folder: RunFolder, store: str = "") -> dict[str, Any] | None:
     """Collect the Hessians of the final model, over all ranks, or take those that are there; None if not asked for.
 
-    Batches follow those of the training. The clock goes on from the training's; on a budget, reading stops `margin`
-    seconds before it is used up, on all ranks alike, after one batch at least.
+    store: where the token store is now, if it has moved. Batches follow those of the training. The clock goes on from
+    the training's; on a budget, reading stops `margin` seconds before it is used up, on all ranks alike, after one
+    batch at least.
     """
     settings, config = folder.settings(), load_run_config(folder.train)
     if settings.calibration.tokens == 0:
@@ -75,7 +84,7 @@ def calibrate(folder: RunFolder) -> dict[str, Any] | None:
     spent, calibration = trained["seconds"], settings.calibration
     clock = Clock(settings.budget_seconds, spent=spent, margin=calibration.margin)
     model = load(folder.final_model, pick_device(config.device)).eval()
-    batches = _Until(_rounds(config, calibration.tokens, trained["step"]), clock)
+    batches = _Until(_rounds(open_store(folder, store), config, calibration.tokens, trained["step"]), clock)
     hessians = collect_hessians(model, batches)
     tokens = sum(ranks.gather("calibration tokens", batches.tokens))
     with ranks.together("writing the Hessians"):
@@ -115,10 +124,10 @@ class _Until:
                 yield batch
 
 
-def _rounds(config: TrainConfig, tokens: int, step: int) -> Iterator[Batch | None]:
+def _rounds(store: Store, config: TrainConfig, tokens: int, step: int) -> Iterator[Batch | None]:
     """This rank's batch of training text in each round, None where the last round has none for it."""
     data, ours, count = config.data, ranks.rank(), ranks.num_ranks()
-    view = Windows(Store.open(data.store).split("train"), data.seq_len)
+    view = Windows(store.split("train"), data.seq_len)
     rows = min(data.rows, len(view))
     wanted = min(max(1, round(tokens / (rows * data.seq_len))), len(view) // rows)
     batches = islice(loader(view, rows, config.seed, step * data.batch_size // rows), wanted)

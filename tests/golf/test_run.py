@@ -85,6 +85,15 @@ def test_a_store_of_other_text_is_refused_wherever_it_lies(copied, store, tmp_pa
     assert evaluate(copied.path, SCORING, store=str(moved), quiet=True)["stages"] == read_ledger(copied.path)["stages"]
 
 
+def test_a_trained_run_is_finished_after_its_store_has_moved(finished, store, tmp_path):
+    text = shutil.copytree(store, tmp_path / "text")
+    folder = trained_run(tmp_path / "run", text)
+    moved = text.rename(tmp_path / "moved")
+    ledger = finish(folder.path, PACK, SCORING, store=str(moved), say=lambda line: None, quiet=True)
+    assert ledger["artifact"]["sha256"] == finished[1]["artifact"]["sha256"]
+    assert [s["nats"] for s in ledger["stages"]] == [s["nats"] for s in finished[1]["stages"]]
+
+
 def test_a_mixed_run_is_scored_on_no_other_store_either(store, tmp_path):
     further, other = (make_store(tmp_path / name, seed) for name, seed in (("further", 1), ("other", 2)))
     folder = trained_run(tmp_path / "run", store, mix={str(further): 0.25}, steps=2)

@@ -35,8 +35,8 @@ TROUBLES = {
     "packing": fail_in(fastweight.golf.packing, "_write_artifact"),
     "scoring": fail_in(fastweight.golf.scoring, "_score"),
     "no scorer": lambda: setattr(fastweight.golf.scoring, "_score", lambda *_: ""),
-    "death": lambda: setattr(fastweight.golf.run, "calibrate", lambda _: os.kill(os.getpid(), 9)),
-    "sleep": lambda: setattr(fastweight.golf.run, "calibrate", lambda _: time.sleep(600)),
+    "death": lambda: setattr(fastweight.golf.run, "calibrate", lambda *_: os.kill(os.getpid(), 9)),
+    "sleep": lambda: setattr(fastweight.golf.run, "calibrate", lambda *_: time.sleep(600)),
 }
 
 
