@@ -174,10 +174,15 @@ class FastweightForCausalLM(PreTrainedModel, GenerationMixin):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
     ) -> Any:
         """Logits [B, T or logits_to_keep, vocab_size], with `labels` the loss, and the cache.
 
         input_ids: [B, T], or packed [1, total] with cu_seqlens [N + 1] (or with position_ids that start again at 0).
+        cu_seq_lens_q and so on: the same as transformers' collators name it for FlashAttention; lengths follow from it.
         attention_mask: [B, T] or [B, past + T], 0 for padding, anywhere; the logits at padding are those of the token
         before it. position_ids: only checked, the state counts by itself. past_key_values: moved forward by this call.
         labels: [B, T], shifted inside, -100 ignored, as are padding and the first token of a sequence.
@@ -186,6 +191,7 @@ class FastweightForCausalLM(PreTrainedModel, GenerationMixin):
         """
         self._check_call(input_ids, inputs_embeds, output_attentions, output_hidden_states, labels, logits_to_keep)
         assert input_ids is not None
+        cu_seqlens = _offsets(cu_seqlens, cu_seq_lens_q, cu_seq_lens_k)
         if use_cache is None:
             use_cache = past_key_values is not None or (self.config.use_cache and not self.training)
         cache = FastweightCache() if past_key_values is None else past_key_values
@@ -256,6 +262,17 @@ def _keep(features: Tensor, logits_to_keep: int | Tensor) -> Tensor:
     if isinstance(logits_to_keep, Tensor):
         return features[:, logits_to_keep]
     return features[:, -logits_to_keep:] if logits_to_keep else features
+
+
+def _offsets(*given: Tensor | None) -> Tensor | None:
+    """The one description of a packed row that is given under several names."""
+    found = [t for t in given if t is not None]
+    require(
+        all(t is found[0] or torch.equal(t, found[0]) for t in found),
+        "cu_seqlens, cu_seq_lens_q and cu_seq_lens_k describe different packings. Queries and keys are the same tokens "
+        "here: give one of them.",
+    )
+    return found[0] if found else None
 
 
 def _layout(

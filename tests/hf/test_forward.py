@@ -87,6 +87,19 @@ def test_packed_documents_equal_the_documents_alone(kind, how):
     assert_close(got, want, OUTPUT[torch.float64])
 
 
+@pytest.mark.parametrize("names", [False, True])
+def test_what_the_flattening_collator_of_transformers_makes_is_read_as_it_is_meant(names):
+    from transformers import DataCollatorWithFlattening
+
+    documents = ids_of(1, 20)[0].split([7, 1, 12])
+    collate = DataCollatorWithFlattening(return_flash_attn_kwargs=names)
+    batch = collate([{"input_ids": document.tolist()} for document in documents])
+    assert ("cu_seq_lens_q" in batch) == names
+    face = face_of("hybrid")
+    sums = [F.cross_entropy(face.model(d[None])[0][0, :-1], d[1:], reduction="sum") for d in documents if len(d) > 1]
+    assert_close(face(**batch).loss, sum(sums) / 17, OUTPUT[torch.float32])
+
+
 @pytest.mark.parametrize("keep", [1, 4, torch.tensor([0, 5])])
 def test_kept_logits_are_columns_of_all_logits(keep):
     face, ids = face_of("hybrid"), ids_of(2, 9)
@@ -185,6 +198,10 @@ BAD = {
         "not both",
     ),
     "offsets": ({"input_ids": ids_of(1, 4), "cu_seqlens": torch.tensor([0, 3])}, "cu_seqlens"),
+    "two packings": (
+        {"input_ids": ids_of(1, 4), "cu_seqlens": torch.tensor([0, 4]), "cu_seq_lens_k": torch.tensor([0, 2, 4])},
+        "describe different packings",
+    ),
 }
 
 
