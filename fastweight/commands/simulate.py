@@ -76,6 +76,6 @@ def _table(result: dict[str, Any]) -> Table:
             " ".join(map(str, row["steps"])),
             f"{row['bytes_up_per_token']:,.1f}",
             f"{row['bytes_down_per_token']:,.1f}",
-            f"÷ {row['fewer_bytes_than_ddp']:,.0f}",
+            f"÷ {row['fewer_bytes_than_ddp']:,.0f}" if row["fewer_bytes_than_ddp"] else "–",  # one worker sends nothing
         )
     return table

@@ -92,6 +92,11 @@ def _worker(text: str) -> str:
     return text if text == SYNCER else f"worker-{int(text)}"
 
 
+def _once(what: str, found: list[str]) -> None:
+    twice = [name for name in found if found.count(name) > 1]
+    require(not twice, f"chaos: {' '.join(twice[:1])} {what}. Say it once.")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ChaosPlan:
     """The run and its troubles. steps: inner steps of all workers together."""
@@ -113,6 +118,8 @@ class ChaosPlan:
         for trouble in (*self.kills, *self.slows, *self.cuts):
             known = trouble.who in (SYNCER, *self.names)
             require(known, f"chaos: there is no {trouble.who}; workers are numbered 0 to {self.workers - 1}.")
+        _once("cannot be killed twice at the same place", [f"{kill.who}@{kill.at}" for kill in self.kills])
+        _once("cannot be slowed down twice", [slow.who for slow in self.slows])
 
     @property
     def names(self) -> list[str]:

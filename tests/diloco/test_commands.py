@@ -117,3 +117,9 @@ def test_real_processes_that_are_killed_slowed_and_cut_off_lose_no_sample(store,
     assert report["disturbed"]["leases_taken_back"] == 1
     assert report["disturbed"]["steps_made"] == plan.steps + 2  # the killed worker's steps 6 and 7, made again
     assert open_run(Storage(str(tmp_path / "chaos" / "disturbed" / "run"))).total_samples == 120
+
+
+@pytest.mark.parametrize("troubles", [{"kills": (Kill("worker-1", 3),) * 2}, {"slows": (Slow("worker-1", 2.0),) * 2}])
+def test_the_same_trouble_twice_is_refused(troubles):
+    with pytest.raises(ValueError, match=r"worker-1.*twice.*Say it once"):
+        ChaosPlan(**troubles)
