@@ -188,9 +188,8 @@ def load_state(path: str | Path) -> ModelState:
     """Read a state that `ModelState.save` wrote. Raises ValueError for a file that is damaged or not a state."""
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} does not exist. A state file is written by state.save(path) or generate --state-out."
-        )
+        what = "is no file" if path.exists() else "does not exist"
+        raise FileNotFoundError(f"{path} {what}. A state file is written by state.save(path) or generate --state-out.")
     header, found = read_tensors(path, "Is it a state file? Save the state again.")
     if header.get("format") != FORMAT or header.get("version") != str(VERSION):
         got = f"{header.get('format', 'no format')!r} version {header.get('version', '?')}"

@@ -253,6 +253,16 @@ def test_in_place_steps_beyond_the_norm_guard_are_scaled_back():
         assert math.isclose(delta[0].norm().item(), limit.item(), rel_tol=1e-5)
 
 
+def test_without_a_norm_guard_projections_that_are_zero_learn_too():
+    model, seen = varied_model(), []
+    for part in model.modules():
+        if hasattr(part, "down"):
+            torch.nn.init.zeros_(part.down.weight)
+    learner = InPlaceSgd(chunk_size=CHUNK, max_norm=math.inf)
+    assert math.isfinite(score_and_learn(model, documents([30]), learner, watch=lambda w, _: seen.append(w)).nats)
+    assert all(0 < delta.norm() < math.inf for delta in seen[-1].tensors.values())
+
+
 @pytest.mark.parametrize("logits", [1 << 24, 3 * 61])  # all at a time, or three targets
 def test_the_gradient_of_a_score_is_that_of_the_whole_passage(logits, monkeypatch):
     monkeypatch.setattr(scored_module, "LOGITS_PER_CHUNK", logits)

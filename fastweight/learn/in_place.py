@@ -41,9 +41,9 @@ class InPlaceSgd:
         require(len(downs) > 0, "in-place: the model has no feed-forward whose down-projection could learn.")
         wide = {name: torch.promote_types(down.weight.dtype, torch.float32) for name, down in downs.items()}
         tensors = {name: torch.zeros_like(down.weight, dtype=wide[name])[None] for name, down in downs.items()}
-        norms = {
-            name: self.max_norm * down.weight.detach().norm(dtype=wide[name])[None] for name, down in downs.items()
-        }
+        sizes = {name: down.weight.detach().norm(dtype=wide[name])[None] for name, down in downs.items()}
+        # Without a limit there is none beside weights of zero either (inf · 0 is no number).
+        norms = {name: (self.max_norm * size).nan_to_num(math.inf, math.inf) for name, size in sizes.items()}
         return RowWeights(tensors, norms, {name: (name,) for name in downs})
 
     def learn(self, model: Model, weights: RowWeights, scored: Scored) -> RowWeights:
