@@ -142,6 +142,7 @@ class FeedForwardConfig:
     memory: InPlaceConfig | None = None
 
     def __post_init__(self) -> None:
+        check_types(self, "feed-forward")
         require(
             self.kind in FEED_FORWARDS,
             f"feed-forward: unknown kind {self.kind!r}.{near_names(self.kind, FEED_FORWARDS)}",

@@ -7,7 +7,10 @@ import torch
 from tolerances import assert_close, relative_error
 
 from fastweight import BlockConfig, FeedForwardConfig, Model, ModelConfig, load
+from fastweight.mixers.attention import AttentionConfig
 from fastweight.mixers.delta import DeltaConfig
+from fastweight.mixers.lact import LactConfig
+from fastweight.mixers.ttt import TTTLinearConfig
 from fastweight.model_config import fingerprint
 from fastweight.tensor_files import write_tensors
 
@@ -344,3 +347,18 @@ def test_a_full_disk_leaves_the_old_model(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="untouched"):
         Model(config()).save(tmp_path)
     assert (tmp_path / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: AttentionConfig(num_heads=2, window=2.5), "window must be int"),
+        (lambda: DeltaConfig(num_heads=2, head_dim="8"), "head_dim must be int"),
+        (lambda: LactConfig(num_heads=2, num_fast_heads=1, chunk_size=8.0), "chunk_size must be int"),
+        (lambda: TTTLinearConfig(num_heads=2, mini_batch_size=4.0), "mini_batch_size must be int"),
+        (lambda: FeedForwardConfig(hidden=8.0), "hidden must be int"),
+    ],
+)
+def test_a_setting_of_the_wrong_type_is_refused_before_a_model_is_saved_with_it(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

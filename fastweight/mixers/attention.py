@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastweight.configs import later, near_names, require
+from fastweight.configs import check_types, later, near_names, require
 from fastweight.layers import check_norm, make_norm
 from fastweight.mixers.base import Mixer, MixerConfig, register
 from fastweight.ops.attention import AttentionState, attention, check_softcap, check_window
@@ -58,6 +58,7 @@ class AttentionConfig(MixerConfig):
     norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
+        check_types(self, "attention")
         require(self.num_heads > 0, f"attention: num_heads must be positive, got {self.num_heads}.")
         require(
             self.num_kv_heads >= 0 and self.num_heads % (self.num_kv_heads or self.num_heads) == 0,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastweight.configs import require
+from fastweight.configs import check_types, require
 from fastweight.layers import RMSNorm, ShortConv, state_dtype
 from fastweight.mixers.base import Mixer, MixerConfig, register
 from fastweight.ops.conv import causal_conv
@@ -38,6 +38,7 @@ class DeltaConfig(MixerConfig):
     norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
+        check_types(self, "delta")
         require(self.num_heads > 0 and self.head_dim > 0, "delta: num_heads and head_dim must be positive.")
         require(self.order >= 1, f"delta: order must be at least 1, got {self.order}.")
         require(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastweight.configs import near_names, require
+from fastweight.configs import check_types, near_names, require
 from fastweight.layers import RMSNorm, state_dtype, token_dtype
 from fastweight.mixers.attention import settle_cache
 from fastweight.mixers.base import Mixer, MixerConfig, register
@@ -77,6 +77,7 @@ class LactConfig(MixerConfig):
     norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
+        check_types(self, "lact")
         for name in ("num_heads", "num_fast_heads", "inter_multi", "chunk_size", "rope_base", "base_lr", "lr_dim"):
             require(getattr(self, name) > 0, f"lact: {name} must be positive, got {getattr(self, name)}.")
         require(self.low_rank >= 0, f"lact: low_rank must be positive, or 0 for dense, got {self.low_rank}.")

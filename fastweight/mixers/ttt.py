@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastweight.configs import require
+from fastweight.configs import check_types, require
 from fastweight.layers import ShortConv, state_dtype
 from fastweight.mixers.base import Mixer, MixerConfig, register
 from fastweight.ops.conv import causal_conv
@@ -37,6 +37,7 @@ class TTTConfig(MixerConfig):
     norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
+        check_types(self, "ttt")
         require(self.num_heads > 0, f"ttt: num_heads must be positive, got {self.num_heads}.")
         require(self.mini_batch_size > 0, f"ttt: mini_batch_size must be positive, got {self.mini_batch_size}.")
         require(self.base_lr >= 0, f"ttt: base_lr must not be negative, got {self.base_lr}.")
