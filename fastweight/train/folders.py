@@ -31,7 +31,7 @@ def replace_folder(path: Path, write: Callable[[Path], None]) -> None:
     On any error the temporary folder is removed and `path` is untouched.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary, old = (path.with_name(f".{path.name}.{part}") for part in ("tmp", "old"))
+    temporary, old = _beside(path, "tmp"), _beside(path, "old")
     _restore(path, old)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
@@ -49,6 +49,10 @@ def replace_folder(path: Path, write: Callable[[Path], None]) -> None:
             raise OSError(f"could not write {path}: {str(error).rstrip('.')}") from error
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _beside(path: Path, part: str) -> Path:
+    return path.with_name(f".{path.name}.{part}")
 
 
 def _restore(path: Path, old: Path) -> None:
@@ -146,7 +150,7 @@ def finish_parts(out: Path, step: int, keep: int) -> Path:
 def open_checkpoint(out: Path, name: str | None = None, *, verify: bool = True) -> Path:
     """The folder of checkpoint `name` (None: the latest) after every file was compared with the manifest.
 
-    verify: False where another process of the run does that.
+    Nobody may be writing there. verify: False where another process of the run does that.
     Raises CheckpointError naming the damaged file and the other checkpoints.
     """
     name = name or latest(out)
@@ -155,6 +159,8 @@ def open_checkpoint(out: Path, name: str | None = None, *, verify: bool = True) 
             f"{out} holds no checkpoint, so there is nothing to resume. Start the run in a new folder."
         )
     folder = out / FOLDER / name
+    if verify:
+        _restore(folder, _beside(folder, "old"))
     problem = _problem(folder) if verify else None
     if problem:
         others = [other for other in sorted(_present(out), key=_step) if other != name]

@@ -243,6 +243,13 @@ def test_a_finished_run_resumed_ends_at_once_with_the_same_result(finished):
     assert before.loss_nats == read_metrics(finished, "train")[-1]["loss_nats"]
 
 
+def test_a_checkpoint_whose_replacement_was_killed_between_two_renames_is_found(finished):
+    place = finished / "checkpoints" / "step-000008"
+    place.replace(place.with_name(".step-000008.old"))
+    assert train(None, finished, resume=True, quiet=True).step == 8
+    assert place.is_dir()
+
+
 def test_a_named_checkpoint_is_the_one_resumed_from(finished):
     lines = trajectory(finished)
     train(None, finished, resume="step-000004", quiet=True)
