@@ -1,6 +1,7 @@
 """What a run tells its user, on stderr: first what runs, then a progress bar, then what happened."""
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from fastweight.distributed.team import Team
 from fastweight.effort import TRAINING, effective_parameters, forward_flops
 from fastweight.model import Model
 from fastweight.train.config import TrainConfig
+from fastweight.train.signals import let_go, terminals
 
 SECONDS_BETWEEN_LINES = 10
 
@@ -28,10 +30,20 @@ class Report:
         self._bar: Progress | None = None
         self._last_line = 0.0
         self._began: tuple[float, float] | None = None  # when, and at which fraction of the run
+        self._terminals = terminals()
+
+    def _writing(self, act: Callable[[], object]) -> None:
+        """Do what writes. A terminal may go without a signal, as that of a disowned job does: that ends no run."""
+        try:
+            act()
+        except OSError:
+            if not let_go(self._terminals):
+                raise
+            self._bar, self._terminals = None, []
 
     def say(self, text: str) -> None:
         """Print one line."""
-        self.console.print(text, markup=False)
+        self._writing(lambda: self.console.print(text, markup=False))
 
     def start(self, step: int) -> None:
         """Show the bar, if there is a terminal."""
@@ -46,7 +58,7 @@ class Report:
         )
         self._bar = Progress(*columns, console=self.console, expand=True)
         self._bar.add_task("train", total=1.0, step=step, steps=self.total, text="")
-        self._bar.start()
+        self._writing(self._bar.start)
 
     def advance(self, step: int, fraction: float, text: str = "") -> None:
         """Move the bar to `fraction` of the run; `text` (loss, tokens/s) where there is news."""
@@ -70,7 +82,7 @@ class Report:
     def stop(self) -> None:
         """Remove the bar."""
         if self._bar is not None:
-            self._bar.stop()
+            self._writing(self._bar.stop)
             self._bar = None
 
 

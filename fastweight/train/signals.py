@@ -40,7 +40,7 @@ def stop_requests() -> Iterator[StopRequest]:
         return
     before = {number: signal.getsignal(number) for number in SIGNALS}
     noted = [number for number, handler in before.items() if handler != signal.SIG_IGN]
-    terminals = [handle for handle in STANDARD if _is_terminal(handle)]
+    here = terminals()
 
     def restore(numbers: list[signal.Signals]) -> None:
         for number in numbers:
@@ -48,7 +48,7 @@ def stop_requests() -> Iterator[StopRequest]:
 
     def note(number: int, frame: FrameType | None) -> None:
         request.name = request.name or signal.Signals(number).name
-        _let_go(terminals)
+        let_go(here)
         if LAUNCHED not in os.environ:
             restore([number for number in noted if number.name != HANGUP])
 
@@ -60,13 +60,22 @@ def stop_requests() -> Iterator[StopRequest]:
         restore(noted)
 
 
-def _let_go(terminals: list[int]) -> None:
-    """Write into nothing where a terminal has gone: a line to it would be an error, and that before the checkpoint."""
-    for handle in terminals:
-        if not _is_terminal(handle):
-            nothing = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nothing, handle)
-            os.close(nothing)
+def terminals() -> list[int]:
+    """Which of stdout and stderr are terminals."""
+    return [handle for handle in STANDARD if _is_terminal(handle)]
+
+
+def let_go(those: list[int]) -> bool:
+    """Write into nothing where a terminal has gone: a line to it would be an error, and that before the checkpoint.
+
+    those: handles that were `terminals`. Returns whether one has gone.
+    """
+    gone = [handle for handle in those if not _is_terminal(handle)]
+    for handle in gone:
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, handle)
+        os.close(nothing)
+    return bool(gone)
 
 
 def _is_terminal(handle: int) -> bool:

@@ -265,7 +265,7 @@ def test_a_run_says_first_what_runs_and_leaves_stdout_alone(store, tmp_path, cap
     lines = captured.err.splitlines()
     assert lines[0].startswith("model: given in Python, 14,496 parameters,")
     assert "blocks: 2 × delta, on cpu (float32)" in lines[0]
-    assert any(line.startswith("op delta_rule: chunked (fla needs CUDA tensors, got cpu.") for line in lines)
+    assert any(line.startswith("op delta_rule: chunked (fla needs CUDA tensors, got cpu") for line in lines)
     assert any(line.startswith("step 2/2  loss ") and "tokens/s" in line for line in lines)
 
 
