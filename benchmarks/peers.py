@@ -52,7 +52,7 @@ def _flex(window: int) -> Run:
     def run(x: Inputs) -> Tensor:
         block_mask = mask(x["q"].shape[1], x["q"].device)
         # Asked for no more than y, it returns a tensor and no tuple.
-        return compiled(*_heads_first(x), block_mask=block_mask).transpose(1, 2)  # type: ignore[union-attr]
+        return compiled(*_heads_first(x), block_mask=block_mask).transpose(1, 2)  # type: ignore[union-attr]  # a tensor
 
     return run
 

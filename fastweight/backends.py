@@ -18,8 +18,7 @@ def describe_backends(model: Model, dtype: torch.dtype | None = None) -> dict[st
     """
     # What the ops will see, as far as the choice of a backend goes: [B, T, H, D].
     sample = torch.zeros(1, 2, 1, 64, dtype=dtype or model.embedding.weight.dtype, device=model.device)
-    # A layer of several ops runs those that have no backend of the name given to it on "auto".
-    ops = {op: m.backend if dispatch.known(op, m.backend) else "auto" for m in model.memories() for op in m.ops}
+    ops = {op: dispatch.named_or_auto(op, memory.backend) for memory in model.memories() for op in memory.ops}
     known = recall(sample.device, sample.dtype)
     found = {}
     for op, backend in sorted(ops.items()):

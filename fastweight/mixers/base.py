@@ -53,8 +53,8 @@ class Mixer(nn.Module):
         return () if self.op is None else (self.op,)
 
     def backend_of(self, op: str) -> str:
-        """The layer's backend, where `op` has one of that name: a layer of several ops runs the others on "auto"."""
-        return self.backend if dispatch.known(op, self.backend) else "auto"
+        """The backend that `op` of this layer takes."""
+        return dispatch.named_or_auto(op, self.backend)
 
     def init_state(self, num_sequences: int) -> Any:
         """The state of `num_sequences` sequences before their first token; differentiable where it is learned."""

@@ -63,6 +63,11 @@ def known(op: str, backend: str) -> bool:
     return backend == "auto" or backend in _OPS[op]
 
 
+def named_or_auto(op: str, backend: str) -> str:
+    """`backend`, where `op` has one of that name: a layer of several ops runs the others on "auto"."""
+    return backend if known(op, backend) else "auto"
+
+
 def explain(op: str, x: Tensor, *args: Any, **kwargs: Any) -> list[tuple[str, str | None]]:
     """(backend, why `auto` does not take it for such inputs, or None) for each backend of `op`, fastest first."""
     return [(name, _why_not(op, name, x, *args, **kwargs)) for name in backends(op)]

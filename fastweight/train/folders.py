@@ -32,7 +32,7 @@ def replace_folder(path: Path, write: Callable[[Path], None]) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary, old = _beside(path, "tmp"), _beside(path, "old")
-    _restore(path, old)
+    _restore(path)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
@@ -44,7 +44,7 @@ def replace_folder(path: Path, write: Callable[[Path], None]) -> None:
         files.sync(path.parent)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        _restore(path, old)
+        _restore(path)
         if isinstance(error, (OSError, SafetensorError)):
             raise OSError(f"could not write {path}: {str(error).rstrip('.')}") from error
         raise
@@ -55,8 +55,9 @@ def _beside(path: Path, part: str) -> Path:
     return path.with_name(f".{path.name}.{part}")
 
 
-def _restore(path: Path, old: Path) -> None:
+def _restore(path: Path) -> None:
     """Undo a replacement that was interrupted between its two renames."""
+    old = _beside(path, "old")
     if old.exists() and not path.exists():
         old.replace(path)
     shutil.rmtree(old, ignore_errors=True)
@@ -160,7 +161,7 @@ def open_checkpoint(out: Path, name: str | None = None, *, verify: bool = True) 
         )
     folder = out / FOLDER / name
     if verify:
-        _restore(folder, _beside(folder, "old"))
+        _restore(folder)
     problem = _problem(folder) if verify else None
     if problem:
         others = [other for other in sorted(_present(out), key=_step) if other != name]
