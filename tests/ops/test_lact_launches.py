@@ -59,7 +59,7 @@ def test_a_desk_launches_no_more_around_its_replays_than_is_written_down(monkeyp
     end = Memory(memory.weights, memory.norms, memory.momentum, memory.accumulator)
 
     def forward():
-        return desk.forward(tokens, memory)
+        return desk.forward(tokens, memory, save=True)
 
     def backward():
         return desk.backward(tokens, trail, good, y, end)
@@ -76,6 +76,11 @@ def test_a_desk_launches_no_more_around_its_replays_than_is_written_down(monkeyp
     counted, _ = launched(backward)
     assert kernels == {"swap": 8}
     assert counted <= 19  # copies in and out: 8 and 5; the coefficients' means and their gradient: 5
+    y, _, good, trail = forward()
+    kernels.clear()
+    counted, _ = launched(backward)
+    assert kernels == {"swap": 4}  # tokens and trail lie there from the call before
+    assert counted <= 12
 
 
 @needs_triton

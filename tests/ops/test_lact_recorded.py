@@ -27,28 +27,52 @@ def written(name: str, t: torch.Tensor) -> torch.Tensor:
     return t[2:] if name in ("0.3.raw", "0.3.norm", "0.3.moved") else t
 
 
+def asked_of(want: tuple, memory: Memory, seed: int) -> tuple[torch.Tensor, Memory]:
+    """Gradients of the outputs and of the memory at the end."""
+    y = torch.randn(want[0].shape, generator=torch.Generator().manual_seed(seed))
+    return y, Memory(*(None if t is None else torch.ones_like(t) for t in memory))._replace(norms=memory.norms)
+
+
+# Forward and backward passes of three calls: each computed again just before its backward pass; as layers follow one
+# another; a backward pass that comes twice, and one that comes late.
+ORDERS = ("f1 b1 f2 b2 f3 b3", "f1 f2 f3 b3 b2 b1", "f1 b1 b1 f2 f3 b3 b3 b2")
+
+
+@pytest.mark.parametrize("huge", [False, True])
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("name", RULES)
-def test_calls_at_one_desk_equal_calls_of_their_own_bit_for_bit(name, monkeypatch):
+def test_calls_at_one_desk_equal_calls_of_their_own_bit_for_bit(name, order, huge, monkeypatch):
     monkeypatch.setattr(recorded, "_Replay", AgainOnTheCpu)
     desk = recorded.Desk(*call_of(name, 0))
-    kept = []
-    for seed in (1, 2, 3):
-        tokens, memory, settings = call_of(name, seed)
-        want = forward_pass(tokens, memory, settings)
-        got = desk.forward(tokens, memory)
-        y = torch.randn(want[0].shape, generator=torch.Generator().manual_seed(seed))
-        end = Memory(*(None if t is None else torch.ones_like(t) for t in memory))._replace(norms=memory.norms)
-        kept.append((got, desk.backward(tokens, got[3], got[2], y, end)))
-        kept[-1] += (want, backward_pass(tokens, want[3], want[2], y, end, settings=settings))
-    for (
-        got,
-        back,
-        want,
-        wanted,
-    ) in kept:  # compared at last: a later call must not have touched an earlier one's results
+    calls, kept = {}, []
+    for step, number in order.split():
+        if step == "f":
+            tokens, memory, settings = call_of(name, int(number))
+            if huge:
+                tokens.v[3, 3, 0, 0] = 1e30  # finite, but no update follows from it
+            want, got = forward_pass(tokens, memory, settings), desk.forward(tokens, memory, save=True)
+            calls[number] = tokens, memory, settings, want, got
+        else:
+            tokens, memory, settings, want, got = calls[number]
+            asked = asked_of(want, memory, int(number))
+            back = desk.backward(tokens, got[3], got[2], *asked)
+            kept.append((got, back, want, backward_pass(tokens, want[3], want[2], *asked, settings=settings)))
+    assert want[2].tolist() == [True, True, True, not huge, False, False]
+    # Compared at last: a later call must not have touched an earlier one's results.
+    for got, back, want, wanted in kept:
         found, due = dict(tensors((got, back))), dict(tensors((want, wanted)))
         assert found.keys() == due.keys()
         assert [key for key in due if not torch.equal(written(key, found[key]), written(key, due[key]))] == []
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_call_whose_trail_nobody_needs_leaves_none(name, monkeypatch):
+    monkeypatch.setattr(recorded, "_Replay", AgainOnTheCpu)
+    tokens, memory, settings = call_of(name, 0)
+    y, end, good, trail = recorded.Desk(tokens, memory, settings).forward(tokens, memory, save=False)
+    want = dict(tensors(forward_pass(tokens, memory, settings)[:3]))
+    assert all(torch.equal(t, want[key]) for key, t in tensors((y, end, good)))
+    assert all(t.numel() == 0 for t in trail)
 
 
 class Stream:

@@ -3,21 +3,23 @@
 A call is about a thousand small launches, one after the other; the device does each in microseconds, the host takes
 tens of them. Recorded once and replayed, only the copies in and out are launched. The numbers are the same to the bit.
 What is recorded works on tensors of its own (a desk), so a desk serves one call at a time, whichever layer it is of;
-what the backward pass needs is copied away and back. The host looks at nothing here: whole batches only.
+what the backward pass needs is copied away, and back unless no other call came in between, as where a block is computed
+again just before its backward pass. The host looks at nothing here: whole batches only.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from fastweight.ops.lact import backward, forward
 from fastweight.ops.lact.backward import Gradients
 from fastweight.ops.lact.grid import Memory, Tokens, Trail, learnable, make_grid
-from fastweight.state import map_tensors
+from fastweight.state import map_tensors, overwrite
 
 if TYPE_CHECKING:
     from fastweight.ops.lact.unit import Settings
@@ -71,12 +73,13 @@ class Desk:
         self._forward: Any = None
         self._backward: Any = None
         self._warm = False
+        self._call: StorageWeakRef | None = None  # whose tokens and trail lie here: that of the trail it was given
 
-    def forward(self, tokens: Tokens, memory: Memory) -> tuple[Tensor, Memory, Tensor, Trail]:
-        """As `unit.forward_pass`."""
+    def forward(self, tokens: Tokens, memory: Memory, *, save: bool) -> tuple[Tensor, Memory, Tensor, Trail]:
+        """As `unit.forward_pass`; the trail is empty unless it is to be saved."""
         good = learnable(tokens, self._pieces, out=self._grid.due)
         make_grid(tokens, good, self._dtype, self._pieces, into=self._grid)
-        _fill(self._memory, memory)
+        overwrite(self._memory, memory)
         self._forward = self._forward or _Replay(
             partial(forward.run, save=True),
             self._grid,
@@ -87,7 +90,9 @@ class Desk:
             trail=self._trail,
         )
         y, end, good, trail = self._forward()
-        weights, momentum, accumulator, good, *kept = _copies(end.weights, *end[2:], good, *trail)
+        kept = trail if save else [t[:0] for t in trail]
+        weights, momentum, accumulator, good, *kept = _copies(end.weights, *end[2:], good, *kept)
+        self._call = StorageWeakRef(kept[0].untyped_storage())
         return self._pieces.swap(y, y.dtype), Memory(weights, memory.norms, momentum, accumulator), good, Trail(*kept)
 
     def backward(self, tokens: Tokens, trail: Trail, good: Tensor, y: Tensor, end: Memory) -> Gradients:
@@ -97,9 +102,12 @@ class Desk:
         if not self._warm:
             self._warm = True
             return backward_pass(tokens, trail, good, y, end, settings=self._settings)
-        make_grid(tokens, good, self._dtype, self._pieces, into=self._grid)
         self._pieces.swap(y, self._dtype, out=self._y)
-        _fill((*self._trail, self._good, *self._memory), (*trail, good, *end))
+        overwrite((self._good, *self._memory), (good, *end))
+        if not self._is_last(trail):
+            make_grid(tokens, good, self._dtype, self._pieces, into=self._grid)
+            overwrite(self._trail, trail)
+        self._call = None
         self._backward = self._backward or _Replay(
             backward.run, self._grid, self._trail, self._memory.norms, self._good, self._y, self._memory, self._rule,
             self._rows, self._pieces,
@@ -108,17 +116,16 @@ class Desk:
         found = as_given(found, tokens.q.shape[1], self._pieces)
         return found._replace(memory=Memory(*_copies(*found.memory)))
 
-
-def _fill(own: Sequence[Tensor | None], given: Sequence[Tensor | None]) -> None:
-    """own ← given; each call of torch costs the host more than most of these copies cost the device."""
-    there = [(a, b) for a, b in zip(own, given, strict=True) if a is not None and b is not None]
-    torch._foreach_copy_([a for a, _ in there], [b for _, b in there])  # pyright: ignore[reportPrivateImportUsage]
+    def _is_last(self, trail: Trail) -> bool:
+        """Whether this trail is of the last forward call, whose tokens and trail still lie here. Then tokens of an
+        update that did not happen are not zero; `backward` masks what it makes of them."""
+        return self._call is not None and self._call == StorageWeakRef(trail.weights.untyped_storage())
 
 
 def _copies(*tensors: Tensor | None) -> list[Any]:
     """A copy of each; None of None."""
     copies = [None if t is None else torch.empty_like(t) for t in tensors]
-    _fill(copies, tensors)
+    overwrite(copies, tensors)
     return copies
 
 

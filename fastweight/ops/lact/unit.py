@@ -160,7 +160,9 @@ def _forward(tokens: Tokens, memory: Memory, settings: Settings) -> tuple[Tensor
     """`forward_pass`, replayed where it is recorded."""
     with _as_it_is(tokens.q):
         desk = recorded.find(tokens, memory, settings)
-        return forward_pass(tokens, memory, settings) if desk is None else desk.forward(tokens, memory)
+        if desk is None:
+            return forward_pass(tokens, memory, settings)
+        return desk.forward(tokens, memory, save=settings.save)
 
 
 def _backward(tokens: Tokens, trail: Trail, good: Tensor, y: Tensor, end: Memory, settings: Settings) -> Gradients:
