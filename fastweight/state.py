@@ -4,7 +4,7 @@ It can be sized, forked, selected, detached, moved, saved and loaded; nothing in
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -70,18 +70,6 @@ def zip_tensors(fn: Callable[..., Tensor], *trees: Any) -> Any:
         return fn(*trees)
     children = [zip_tensors(fn, *group) for group in zip(*trees, strict=True)]
     return type(first)(*children) if hasattr(first, "_fields") else tuple(children)
-
-
-def overwrite(old: Iterable[Tensor | None], new: Iterable[Tensor | None]) -> None:
-    """Copy the numbers of each of `new` into the one of `old` that stands in its place, same shape; None into None.
-
-    Tensors of one dtype go together: on a GPU they are copied by few kernels, and each call costs the host."""
-    pairs: dict[torch.dtype, list[tuple[Tensor, Tensor]]] = {}
-    for a, b in zip(old, new, strict=True):
-        if a is not None and b is not None and a is not b:
-            pairs.setdefault(a.dtype, []).append((a, b))
-    for some in pairs.values():
-        torch._foreach_copy_([a for a, _ in some], [b for _, b in some])  # pyright: ignore[reportPrivateImportUsage]
 
 
 def tensors(tree: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastweight.model import Model
 from fastweight.ops.sequences import in_place
-from fastweight.state import ModelState, overwrite, tensors
+from fastweight.state import ModelState, tensors
 
 WARM_UP_STEPS = 3  # before recording, so that libraries have chosen their kernels
 
@@ -104,7 +104,12 @@ def _overwrite(old: ModelState, new: ModelState) -> None:
     grown = [name for (name, a), (_, b) in parts if a.shape != b.shape]
     if grown:
         raise ValueError(f"Stepper: {', '.join(grown)} of the state changed in size within a step, it must not.")
-    overwrite((a for (_, a), _ in parts), (b for _, (_, b) in parts))
+    pairs: dict[torch.dtype, list[tuple[Tensor, Tensor]]] = {}
+    for (_, a), (_, b) in parts:
+        if a is not b:
+            pairs.setdefault(a.dtype, []).append((a, b))
+    for some in pairs.values():  # tensors of one dtype are copied by few kernels
+        torch._foreach_copy_([a for a, _ in some], [b for _, b in some])  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _parts(state: ModelState) -> list[tuple[str, Tensor]]:
