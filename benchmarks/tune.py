@@ -64,6 +64,7 @@ def _launches() -> Iterator[Change]:
         work = "TTT-Linear" if kernel.startswith("linear") else "TTT-MLP"
         if kernel.endswith("step") or not _runs(kernel):
             continue
+        yield Change(work, (TTT, "BY_WARPS", kernel), not present((TTT, "BY_WARPS", kernel)))
         warps, stages = by_width[WIDTH]
         few = [(1, stages)] if kernel == "linear_reads" else []  # many small programs
         near = [(warps // 2, stages), (2 * warps, stages), (warps, stages + 1), (warps, max(1, stages - 1))]
@@ -78,12 +79,15 @@ def _launches() -> Iterator[Change]:
 def _runs(kernel: str) -> bool:
     """Whether calls of the benchmark's size use this kernel: of TTT-MLP's designs one for each pass."""
     design = MLP_DESIGN["forward" if "forward" in kernel else "backward"]
-    return not kernel.startswith("mlp") or kernel.endswith("_held") == (design == "held")
+    only = {"mlp_walk_held": "walked", "mlp_backward_held": "held", "mlp_end_held": None}  # the last is no long work
+    if kernel in only:
+        return design == only[kernel]
+    return not kernel.startswith("mlp") or kernel.endswith("_held") == (design != "streamed")
 
 
 def _sizes() -> Iterator[Change]:
-    for part in MLP_DESIGN:
-        yield from (Change("TTT-MLP", (TTT, "MLP_DESIGN", part), design) for design in ("streamed", "held"))
+    for part, designs in (("forward", ("streamed", "held")), ("backward", ("streamed", "held", "walked"))):
+        yield from (Change("TTT-MLP", (TTT, "MLP_DESIGN", part), design) for design in designs)
     for work in ("TTT-Linear", "TTT-MLP"):
         yield from (Change(work, (TTT, "KEEP_EVERY"), every) for every in (4, 8, 16))
         yield from (Change(work, (TTT, "REPLAY_BYTES"), 1 << power) for power in (28, 30, 32))

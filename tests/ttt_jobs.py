@@ -27,11 +27,12 @@ def job(name: str, dim: int, dtype: str = "bf16", chunk: int = 16, **constants: 
     """Kernel `name` for heads of `dim` channels."""
     late = "_reads" in name or "_backward" in name or "_keys" in name
     part = name.split("_")[0] + ("_held" if name.endswith("held") else "") + ("_backward" if late else "")
+    part = "mlp_held_walk" if name in ("mlp_walk_held", "mlp_end_held") else part
     part = "step" if name.endswith("step") else part
     module = f"fastweight.ops.ttt.kernels_{part}"
     values = {
         "D": dim, "BLOCK_D": block(dim), "CHUNK": chunk, "BLOCK_K": block(chunk), "EVERY": KEEP_EVERY,
-        "C": 4 * dim, "BLOCK_C": HIDDEN_BLOCK, "WHOLE": block(4 * dim), "OPENING": False,
+        "C": 4 * dim, "BLOCK_C": HIDDEN_BLOCK, "WHOLE": block(4 * dim), "OPENING": False, "UNFINISHED": False,
         "GUARD": False, "PRECISION": "ieee" if dtype == "fp32" else "tf32",
     } | constants  # fmt: skip
     parameters = importlib.import_module(module).__dict__[name].arg_names

@@ -14,6 +14,9 @@ from fastweight.state import Faults, map_tensors, tensors
 pytestmark = needs_triton
 KINDS = ["linear", "mlp"]
 kinds = pytest.mark.parametrize("kind", KINDS)
+# Of TTT-MLP, by pass; there is no other forward pass to go with "walked".
+DESIGNS = {design: {"forward": design, "backward": design} for design in ("held", "streamed")}
+DESIGNS["walked"] = {"forward": "held", "backward": "walked"}
 HALF = {"output": OUTPUT[torch.bfloat16], "gradient": GRADIENT[torch.bfloat16]}
 SINGLE = {"output": OUTPUT[torch.float32], "gradient": GRADIENT[torch.float32]}
 
@@ -28,12 +31,14 @@ def _kernels():
         kernels_mlp_backward,
         kernels_mlp_held,
         kernels_mlp_held_backward,
+        kernels_mlp_held_walk,
         kernels_shared,
         kernels_step,
     )
 
     interpreted(kernels_shared, kernels_linear, kernels_linear_backward, kernels_step, kernels_faults)
-    interpreted(kernels_mlp, kernels_mlp_backward, kernels_mlp_held, kernels_mlp_held_backward)
+    interpreted(kernels_mlp, kernels_mlp_backward)
+    interpreted(kernels_mlp_held, kernels_mlp_held_backward, kernels_mlp_held_walk)
 
 
 def wide(tree):
@@ -71,14 +76,15 @@ def halves(batch, length, chunk=CHUNK):
 
 # Sequences begin within a mini-batch and end within one; 9 tokens from place 3 on are one edge after the other.
 @pytest.mark.parametrize(("batch", "length", "chunk", "width"), [(2, 30, 8, 13), (2, 9, 8, 16), (1, 7, 3, 24)])
-@pytest.mark.parametrize("design", ["held", "streamed"])
+@pytest.mark.parametrize("design", DESIGNS)
 def test_a_memory_held_in_registers_equals_the_definition(design, batch, length, chunk, width, monkeypatch):
-    monkeypatch.setattr(layout, "MLP_DESIGN", {"forward": design, "backward": design})
+    monkeypatch.setattr(layout, "MLP_DESIGN", DESIGNS[design])
     compare("mlp", halves(batch, length, chunk), random_state("mlp", batch, torch.float32, chunk, width=width), **HALF)
 
 
-def test_a_memory_held_in_registers_equals_the_definition_for_packed_documents_in_several_parts(monkeypatch):
-    monkeypatch.setattr(layout, "MLP_DESIGN", {"forward": "held", "backward": "held"})
+@pytest.mark.parametrize("design", ["held", "walked"])
+def test_a_memory_held_in_registers_equals_the_definition_for_packed_documents_in_several_parts(design, monkeypatch):
+    monkeypatch.setattr(layout, "MLP_DESIGN", DESIGNS[design])
     monkeypatch.setattr(layout, "KEEP_EVERY", 2)
     monkeypatch.setattr(layout, "REPLAY_BYTES", 1)
     ends = torch.tensor([0, 1, 18, 23])
@@ -86,8 +92,9 @@ def test_a_memory_held_in_registers_equals_the_definition_for_packed_documents_i
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_a_token_with_a_fault_teaches_a_memory_in_registers_nothing(monkeypatch):
-    monkeypatch.setattr(layout, "MLP_DESIGN", {"forward": "held", "backward": "held"})
+@pytest.mark.parametrize("design", ["held", "walked"])
+def test_a_token_with_a_fault_teaches_a_memory_in_registers_nothing(design, monkeypatch):
+    monkeypatch.setattr(layout, "MLP_DESIGN", DESIGNS[design])
     args, state = halves(2, 20), random_state("mlp", 2, torch.float32)
     silent = [x.double() for x in args]
     silent[3][0, 11, 0] = 0
@@ -99,9 +106,9 @@ def test_a_token_with_a_fault_teaches_a_memory_in_registers_nothing(monkeypatch)
     assert_same((y, after._replace(faults=want_after.faults), gradients), (want_y, want_after, want), **HALF)
 
 
-@pytest.mark.parametrize("design", ["held", "streamed"])
-def test_the_kernels_of_both_designs_touch_their_arguments_only(design, monkeypatch):
-    monkeypatch.setattr(layout, "MLP_DESIGN", {"forward": design, "backward": design})
+@pytest.mark.parametrize("design", DESIGNS)
+def test_the_kernels_of_all_designs_touch_their_arguments_only(design, monkeypatch):
+    monkeypatch.setattr(layout, "MLP_DESIGN", DESIGNS[design])
     monkeypatch.setattr(layout, "KEEP_EVERY", 2)
     ends = torch.tensor([0, 1, 12, 14])
     with within_arguments():
@@ -124,8 +131,12 @@ def test_what_does_not_fit_into_registers_is_streamed(monkeypatch):
     assert not held("forward")
     assert not any(held(**{k: v}) for k, v in {"dim": 65, "chunk": 17, "dtype": torch.float32, "width": 257}.items())
     assert not held(dim=16)  # four hidden units for each channel, at most
-    monkeypatch.setattr(layout, "shared_memory", lambda _device: 163 << 10)
+    monkeypatch.setattr(layout, "shared_memory", lambda _device: 200 << 10)
+    assert held()
+    monkeypatch.setattr(layout, "MLP_DESIGN", DESIGNS["walked"])
     assert not held()
+    monkeypatch.setattr(layout, "shared_memory", lambda _device: 163 << 10)
+    assert not held("forward")
 
 
 @kinds

@@ -13,9 +13,11 @@ REPLAY_BYTES = 3 << 29  # most that the replayed states of one part of the backw
 MAX_DIM, MAX_CHUNK = 128, 64
 HIDDEN_BLOCK = 64  # hidden units of a memory in registers at once
 # Where TTT-MLP's memory is between mini-batches, by pass: "held" in registers where it fits, or "streamed" through L2.
+# "walked" backward: held, the walk in two kernels; faster, for GPUs with more shared memory (kernels_mlp_held_walk.py).
 MLP_DESIGN = {"forward": "held", "backward": "held"}
 HELD_DIM, HELD_WIDTH, HELD_CHUNK = 64, 256, 16  # the largest memory and mini-batch of the kernels that hold it,
 HELD_SHARED = 176 << 10  # and the bytes of shared memory that they need then
+WALKED_SHARED = 204 << 10
 
 # (num_warps, num_stages) of each kernel, by the width of its tiles over D.
 LAUNCH = {
@@ -33,6 +35,8 @@ LAUNCH = {
     "mlp_replay_held": {16: (2, 1), 32: (4, 1), 64: (8, 1)},
     "mlp_reads_held": {16: (2, 1), 32: (4, 1), 64: (8, 1)},
     "mlp_backward_held": {16: (2, 2), 32: (4, 2), 64: (8, 2)},
+    "mlp_walk_held": {16: (2, 2), 32: (4, 2), 64: (8, 2)},
+    "mlp_end_held": {16: (2, 1), 32: (4, 1), 64: (8, 1)},
     "mlp_keys_held": {16: (2, 1), 32: (4, 1), 64: (4, 1)},
 }
 
@@ -40,15 +44,21 @@ LAUNCH = {
 # 128 let four programs of four warps run side by side, 168 three of them.
 REGISTERS = {"linear_replay": {64: 168}, "linear_reads": {64: 128}}
 
+# Kernels whose products are made by each warp (mma) where a Hopper GPU could make them by four together (wgmma): around
+# each of the latter the compiler moves the 64 numbers of an accumulator, too much for products of 16 terms.
+BY_WARPS = {"mlp_walk_held": True, "mlp_end_held": True}
 
-def launch_options(kernel: str, dim: int, dtype: torch.dtype) -> dict[str, int]:
-    """Warps, stages and registers of `kernel`."""
+
+def launch_options(kernel: str, dim: int, dtype: torch.dtype) -> dict[str, int | str]:
+    """Warps, stages and registers of `kernel`, and for which GPU it is compiled if not for what there is."""
     warps, stages = LAUNCH[kernel][block(dim)]
     # Products in float32 are made without matrix units and need more threads.
     warps = min(8, 2 * warps) if dtype == torch.float32 else warps
     # Left without a bound, the assembler gives some of the largest kernels 32 registers and local memory for the rest.
     registers = REGISTERS.get(kernel, {}).get(block(dim), 255)
-    return {"num_warps": warps, "num_stages": stages, "maxnreg": registers}
+    options = {"num_warps": warps, "num_stages": stages, "maxnreg": registers}
+    # Triton's own representation is made as for sm_80, machine code for the GPU that there is.
+    return options | ({"arch": "sm80"} if BY_WARPS.get(kernel) else {})
 
 
 def shared_bytes(dim: int, chunk: int, dtype: torch.dtype) -> int:
@@ -107,9 +117,13 @@ class Layout(NamedTuple):
         """Whether TTT-MLP's kernels of this pass hold a memory of `width` hidden units in registers, on this device."""
         wide, units = block(self.dim), block(width)
         fits = wide <= HELD_DIM and units <= min(HELD_WIDTH, 4 * wide) and block(self.chunk) <= HELD_CHUNK
-        return (
-            MLP_DESIGN[stage] == "held" and fits and self.dtype.itemsize == 2 and shared_memory(device) >= HELD_SHARED
-        )
+        needed = WALKED_SHARED if MLP_DESIGN[stage] == "walked" else HELD_SHARED
+        return MLP_DESIGN[stage] != "streamed" and fits and self.dtype.itemsize == 2 and shared_memory(device) >= needed
+
+    @property
+    def walked(self) -> bool:
+        """Whether the backward pass of a held memory walks in two kernels."""
+        return MLP_DESIGN["backward"] == "walked"
 
     def held_constants(self, width: int) -> dict[str, Any]:
         """What the kernels that hold the memory are compiled for."""

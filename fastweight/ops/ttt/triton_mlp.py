@@ -157,6 +157,7 @@ def _one_part_held(
     """As `_one_part`, with the memory in registers. Products of gradients with W1 come last, again side by side."""
     from fastweight.ops.ttt.kernels_mlp_held import mlp_replay_held
     from fastweight.ops.ttt.kernels_mlp_held_backward import mlp_backward_held, mlp_keys_held, mlp_reads_held
+    from fastweight.ops.ttt.kernels_mlp_held_walk import mlp_end_held, mlp_walk_held
 
     n, h, d, chunk, constants = layout.sequences, layout.heads, layout.dim, layout.chunk, layout.held_constants(width)
     k, v, rate, tau, ln_weight, _ln_bias, s1, t1, s2, t2, position, ends, flags = tokens
@@ -184,12 +185,19 @@ def _one_part_held(
             actives, d_middles, below1, errors, middles1, reads2, into.q, *shared, *into.sums, *sizes, eps, h,
             **constants, OPENING=opening,
         )  # fmt: skip
-    layout.launch(
-        mlp_backward_held, (n * h,), q, *tokens, part.base, seconds, totals1, units, grads2, statistics, *hidden,
-        d_reads, d_writes2, actives, d_middles, below1, errors, middles1, reads2, pulled, d_z1, *sums, into.v,
-        into.rate, into.last, into.gamma[own:], into.beta[own:], *into.memory, *into.sums, layout.length, part.first,
-        part.stop, h, **constants,
+    walked = (
+        q, *tokens, part.base, seconds, totals1, units, grads2, statistics, *hidden, d_reads, d_writes2, actives,
+        d_middles, below1, errors, middles1, reads2, pulled, d_z1, *sums, into.v, into.rate, into.last,
+        into.gamma[own:], into.beta[own:], *into.memory, *into.sums, layout.length, part.first, part.stop, h,
     )  # fmt: skip
+    if layout.walked:
+        if layout.packed or part.stop > layout.length // chunk:
+            layout.launch(mlp_end_held, (n * h,), *walked, **constants, UNFINISHED=True)
+        layout.launch(mlp_walk_held, (n * h,), *walked, **constants)
+        if part.first == 0:
+            layout.launch(mlp_end_held, (n * h,), *walked, **constants, UNFINISHED=False)
+    else:
+        layout.launch(mlp_backward_held, (n * h,), *walked, **constants)
     layout.launch(
         mlp_keys_held, places, position, ends, *where, firsts, d_keys, pulled, d_z1, into.k, *sizes, h, **constants
     )  # fmt: skip

@@ -1,0 +1,250 @@
+# pyright: reportGeneralTypeIssues=false
+"""TTT-MLP on a GPU with the memory in registers: another `mlp_backward_held`, in two kernels (layout.py: "walked").
+
+The same arithmetic, names as in kernels_mlp_held_backward.py. `mlp_walk_held` does whole mini-batches but the first of
+a sequence; `mlp_end_held` does one: the unfinished one at the end, which adds to the sums' gradient in place of the
+memory's, or the first, which takes along the sums from before the call. A loop with those cases in it, waiting
+intermediates, and products of four warps (layout.py: BY_WARPS) need three times the local memory.
+"""
+
+import triton
+import triton.language as tl
+
+from fastweight.ops.ttt.kernels_mlp_held import load_memory, store_memory
+from fastweight.ops.ttt.kernels_mlp_held_backward import inner_step_backward
+from fastweight.ops.ttt.kernels_shared import (
+    load_learning,
+    load_tile,
+    load_vector,
+    rows_of,
+    span_of,
+    store_tile,
+    store_vector,
+)
+
+
+@triton.jit
+def load_own(x, place, i, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """What x [·, CHUNK, SIZE] holds of mini-batch and head `place`: [BLOCK_K, BLOCK], zero beyond."""
+    j = tl.arange(0, BLOCK)
+    at = x + place * (CHUNK * SIZE) + (i[:, None] * SIZE + j[None, :])  # from one place on: short offsets of a thread
+    if (CHUNK == BLOCK_K) and (SIZE == BLOCK):
+        return tl.load(at)
+    return tl.load(at, mask=(i < CHUNK)[:, None] & (j < SIZE)[None, :], other=0.0)
+
+
+@triton.jit
+def store_own(x, value, place, i, CHUNK: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    j = tl.arange(0, BLOCK)
+    at = x + place * (CHUNK * SIZE) + (i[:, None] * SIZE + j[None, :])
+    tl.store(at, value.to(x.dtype.element_ty), mask=(i < CHUNK)[:, None] & (j < SIZE)[None, :])
+
+
+@triton.jit
+def load_whole(x, place, D: tl.constexpr, BLOCK_D: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr):
+    """Matrix `place` of x [·, D, C]."""
+    d, j = tl.arange(0, BLOCK_D)[:, None], tl.arange(0, WHOLE)[None, :]
+    at = x + place * (D * C) + (d * C + j)
+    if (D == BLOCK_D) and (C == WHOLE):
+        return tl.load(at)
+    return tl.load(at, mask=(d < D) & (j < C), other=0.0)
+
+
+@triton.jit
+def walk_one(
+    c, place, carry, totals, tokens, made, read, left, span, norm, num_tokens,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, UNFINISHED: tl.constexpr,
+):  # fmt: skip
+    """carry (U1, u1, U2ᵀ, u2) and totals (of dγ, dβ and λ's factors) before mini-batch c from those after it.
+
+    tokens: q, k, v, rate, flags. made: what `mlp_replay_held` left, read: what `mlp_reads_held` left. left: where dv,
+    drate, `pulled` and dz1 go. span: start, length, phase of the sequence, its head, heads. norm: γ, β, τ_last.
+    """
+    one, bias1, two, bias2 = carry
+    gammas, betas, lasts, last1 = totals
+    q, k, v, rate, flags = tokens
+    seconds, totals1, units, grads2, statistics, xs, writes1, slopes, bends = made
+    d_reads, d_writes2, actives, d_middles, below1, errors, middles1, reads2 = read
+    dv, drate, pulled, d_z1 = left
+    start, length, phase, h, H = span
+    gamma, beta, last = norm
+    i = tl.arange(0, BLOCK_K)
+    here = i < CHUNK
+    rows, inside = rows_of(c, start, length, phase, h, H, CHUNK, BLOCK_K)
+    keys, values, rates, kept, refused = load_learning(k, v, rate, flags, rows, inside, D, BLOCK_D)
+    counts = 0.0 if UNFINISHED else tl.where(refused, 0.0, 1.0)
+    scale = 1.0 if UNFINISHED else -last * counts
+    u_one, u_two = one.to(keys.dtype), two.to(keys.dtype)
+    slope = load_own(slopes, place, i, CHUNK, BLOCK_K, C, WHOLE).to(tl.float32)
+    pull1 = tl.dot(keys, u_one) + bias1[None, :]
+    forced = (pull1 * slope).to(keys.dtype)
+    # dz1 and dE as far as they are known: what waits in registers until then would not fit there.
+    bend = load_own(bends, place, i, CHUNK, BLOCK_K, C, WHOLE).to(tl.float32)
+    wide1 = load_own(below1, place, i, CHUNK, BLOCK_K, C, WHOLE).to(tl.float32) + scale * pull1 * bend
+    d_error = load_own(errors, place, i, CHUNK, BLOCK_K, C, WHOLE).to(tl.float32) + scale * forced.to(tl.float32)
+    d_error = d_error.to(keys.dtype)
+    pull2 = tl.dot(load_own(xs, place, i, CHUNK, BLOCK_K, C, WHOLE), tl.trans(u_two)) + bias2[None, :]
+    pull_key = tl.dot(load_own(writes1, place, i, CHUNK, BLOCK_K, C, WHOLE), tl.trans(u_one))
+    second = load_whole(seconds, place, D, BLOCK_D, C, WHOLE)
+    pull2_all = tl.dot(forced, tl.trans(second), pull2)
+    d_write2 = load_own(d_writes2, place, i, CHUNK, BLOCK_K, D, BLOCK_D) + scale * pull2_all
+    unit = load_own(units, place, i, CHUNK, BLOCK_K, D, BLOCK_D)
+    grad2 = load_own(grads2, place, i, CHUNK, BLOCK_K, D, BLOCK_D)
+    write2 = (rates[:, None] * grad2).to(keys.dtype)
+    # The condition always holds: it keeps the compiler from loading for this product ahead of those above.
+    if num_tokens > -1:
+        two = tl.dot(tl.trans(write2), d_error, two)
+    gap = beta - (values.to(tl.float32) - keys.to(tl.float32))
+    at = statistics + place * (CHUNK * 8) + i * 8
+    found = (
+        tl.load(at, mask=here, other=0.0), tl.load(at + 1, mask=here, other=0.0),
+        tl.load(at + 2, mask=here, other=0.0), tl.load(at + 3, mask=here, other=0.0),
+        tl.load(at + 4, mask=here, other=0.0),
+    )  # fmt: skip
+    wide, du, d_rate = inner_step_backward(d_write2, rates, unit, grad2, gamma * gap, gamma, found, D, BLOCK_D)
+    tl.store(drate + rows, tl.where(kept, d_rate, 0.0), mask=inside)
+    dz2 = wide.to(keys.dtype)
+    store_tile(dv, -gamma * du, rows, inside, D, BLOCK_D)
+    store_own(pulled, scale * pull_key + gamma * du, place, i, CHUNK, D, BLOCK_D)
+    gammas += du * (2.0 * unit * gamma + gap)
+    betas += du * gamma
+    lasts += counts * (keys.to(tl.float32) * pull_key + pull2 * write2.to(tl.float32))
+    last1 += counts * bias1 * load_vector(totals1, place, C, WHOLE)
+    d_x = tl.dot((scale * write2.to(tl.float32)).to(keys.dtype), u_two)
+    d_x = tl.dot(dz2, second, d_x)
+    wide1 += d_x * load_own(slopes, place, i, CHUNK, BLOCK_K, C, WHOLE).to(tl.float32)
+    dz1 = wide1.to(keys.dtype)
+    store_own(d_z1, dz1, place, i, CHUNK, C, WHOLE)
+    queries = load_tile(q, rows, inside, D, BLOCK_D)
+    d_read = load_own(d_reads, place, i, CHUNK, BLOCK_K, D, BLOCK_D)
+    one = tl.dot(tl.trans(queries), load_own(d_middles, place, i, CHUNK, BLOCK_K, C, WHOLE), one)
+    two = tl.dot(tl.trans(d_read), load_own(actives, place, i, CHUNK, BLOCK_K, C, WHOLE), two)
+    two = tl.dot(tl.trans(dz2), load_own(xs, place, i, CHUNK, BLOCK_K, C, WHOLE), two)
+    one = tl.dot(tl.trans(keys), dz1, one)
+    bias1 += load_vector(middles1, place, C, WHOLE) + tl.sum(wide1, 0)
+    bias2 += load_vector(reads2, place, D, BLOCK_D) + tl.sum(wide, 0)
+    return (one, bias1, two, bias2), (gammas, betas, lasts, last1)
+
+
+@triton.jit
+def no_totals(BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr):
+    zeros = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    return zeros, zeros, zeros, tl.zeros([WHOLE], tl.float32)
+
+
+@triton.jit
+def add_totals(totals, opening, dgamma, dbeta, dlast, pid, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Add to dγ and dβ [N, H, D] and to that of τ_last [N, H]. opening: what the sums add to the last."""
+    gammas, betas, lasts, last1 = totals
+    store_vector(dgamma, load_vector(dgamma, pid, D, BLOCK_D) + tl.sum(gammas, 0), pid, D, BLOCK_D)
+    store_vector(dbeta, load_vector(dbeta, pid, D, BLOCK_D) + tl.sum(betas, 0), pid, D, BLOCK_D)
+    d_last = opening + tl.sum(tl.sum(lasts, 1)) + tl.sum(last1)
+    tl.store(dlast + pid, tl.load(dlast + pid) - d_last)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "first", "stop", "packed"])
+def mlp_walk_held(
+    q, k, v, rate, tau, ln_weight, ln_bias, s1, t1, s2, t2, position, cu_seqlens, flags, base,
+    seconds, totals1, units, grads2, statistics, xs, writes1, slopes, bends,
+    d_reads, d_writes2, actives, d_middles, below1, errors, middles1, reads2, pulled, d_z1,
+    ds1_out, dt1_out, ds2_out, dt2_out, dv, drate, dlast, dgamma, dbeta,
+    dw1, db1, dw2, db2, ds1, dt1, ds2, dt2, num_tokens, first, stop, H,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, EVERY: tl.constexpr, packed,
+):  # fmt: skip
+    """Grid: sequences · heads. Whole mini-batches stop − 1 … first of each sequence, backwards, but not its first one.
+
+    In place: dw1, db1, dw2, db2 (the gradient of the memory after these mini-batches, then before them), dlast [N, H]
+    (of τ_last), dgamma, dbeta [N, H, D] (added to). Written: dv, drate, dz1 in q's dtype, and in `pulled` what of dk is
+    known here [·, CHUNK, D].
+    """
+    pid = tl.program_id(0)
+    n, h = pid // H, pid % H
+    start, length, phase = span_of(cu_seqlens, position, n, num_tokens, CHUNK, packed)
+    lowest, above = tl.maximum(first, 1), tl.minimum(stop, (phase + length) // CHUNK)
+    if lowest >= above:
+        return
+    gamma = load_vector(ln_weight, h, D, BLOCK_D)[None, :]
+    beta = load_vector(ln_bias, h, D, BLOCK_D)[None, :]
+    norm = (gamma, beta, tl.load(tau + CHUNK - 1).to(tl.float32))
+    tokens, left, span = (q, k, v, rate, flags), (dv, drate, pulled, d_z1), (start, length, phase, h, H)
+    made = (seconds, totals1, units, grads2, statistics, xs, writes1, slopes, bends)
+    read = (d_reads, d_writes2, actives, d_middles, below1, errors, middles1, reads2)
+    carry = load_memory(dw1, db1, dw2, db2, pid, D, BLOCK_D, C, WHOLE)
+    totals, stretch = no_totals(BLOCK_K, BLOCK_D, WHOLE), tl.load(base + n).to(tl.int64)
+    for back in range(above - lowest):
+        c = above - 1 - back
+        place = (stretch * EVERY + c - first) * H + h
+        carry, totals = walk_one(
+            c, place, carry, totals, tokens, made, read, left, span, norm, num_tokens,
+            D, BLOCK_D, C, WHOLE, CHUNK, BLOCK_K, False,
+        )  # fmt: skip
+    store_memory(dw1, db1, dw2, db2, carry[0], carry[1], carry[2], carry[3], pid, D, BLOCK_D, C, WHOLE)
+    add_totals(totals, 0.0, dgamma, dbeta, dlast, pid, D, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "first", "stop", "packed"])
+def mlp_end_held(
+    q, k, v, rate, tau, ln_weight, ln_bias, s1, t1, s2, t2, position, cu_seqlens, flags, base,
+    seconds, totals1, units, grads2, statistics, xs, writes1, slopes, bends,
+    d_reads, d_writes2, actives, d_middles, below1, errors, middles1, reads2, pulled, d_z1,
+    ds1_out, dt1_out, ds2_out, dt2_out, dv, drate, dlast, dgamma, dbeta,
+    dw1, db1, dw2, db2, ds1, dt1, ds2, dt2, num_tokens, first, stop, H,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, EVERY: tl.constexpr, packed, UNFINISHED: tl.constexpr,
+):  # fmt: skip
+    """As `mlp_walk_held` for one mini-batch of each sequence: its unfinished one, if there is one and it is among first
+    … stop − 1, or its first one, if that is whole. With mini-batch 0 ds1 … , the gradient of the sums, is added to."""
+    pid = tl.program_id(0)
+    n, h = pid // H, pid % H
+    start, length, phase = span_of(cu_seqlens, position, n, num_tokens, CHUNK, packed)
+    whole = (phase + length) // CHUNK
+    if UNFINISHED:
+        c = whole
+        absent = (whole * CHUNK == phase + length) | (c < first) | (c >= stop)
+    else:
+        c = 0
+        absent = (whole == 0) | (first > 0)
+    if absent:
+        return
+    gamma = load_vector(ln_weight, h, D, BLOCK_D)[None, :]
+    beta = load_vector(ln_bias, h, D, BLOCK_D)[None, :]
+    last = tl.load(tau + CHUNK - 1).to(tl.float32)
+    if UNFINISHED:
+        # The sums' gradient takes the place of the memory's, which is added to it again below.
+        one, bias1, two, bias2 = load_memory(ds1_out, dt1_out, ds2_out, dt2_out, pid, D, BLOCK_D, C, WHOLE)
+    else:
+        one, bias1, two, bias2 = load_memory(dw1, db1, dw2, db2, pid, D, BLOCK_D, C, WHOLE)
+    opening = 0.0
+    if c == 0:
+        rows, inside = rows_of(0, start, length, phase, h, H, CHUNK, BLOCK_K)
+        refused = tl.max(tl.load(flags + rows, mask=inside, other=0).to(tl.int32)) > 1
+        s_one, s_bias1, s_two, s_bias2 = load_memory(s1, t1, s2, t2, pid, D, BLOCK_D, C, WHOLE)
+        if not UNFINISHED:
+            dot = tl.sum(tl.sum(one * s_one + two * s_two, 0) + bias1 * s_bias1) + tl.sum(bias2 * s_bias2)
+            opening = tl.where(refused, 0.0, dot)
+        scale = 1.0 if UNFINISHED else tl.where(refused, 0.0, -last)
+        s_one, s_bias1, s_two, s_bias2 = load_memory(ds1, dt1, ds2, dt2, pid, D, BLOCK_D, C, WHOLE)
+        store_memory(
+            ds1, dt1, ds2, dt2, s_one + scale * one, s_bias1 + scale * bias1, s_two + scale * two,
+            s_bias2 + scale * bias2, pid, D, BLOCK_D, C, WHOLE,
+        )  # fmt: skip
+    tokens, left, span = (q, k, v, rate, flags), (dv, drate, pulled, d_z1), (start, length, phase, h, H)
+    made = (seconds, totals1, units, grads2, statistics, xs, writes1, slopes, bends)
+    read = (d_reads, d_writes2, actives, d_middles, below1, errors, middles1, reads2)
+    place = (tl.load(base + n).to(tl.int64) * EVERY + c - first) * H + h
+    carry, totals = walk_one(
+        c, place, (one, bias1, two, bias2), no_totals(BLOCK_K, BLOCK_D, WHOLE), tokens, made, read, left, span,
+        (gamma, beta, last), num_tokens, D, BLOCK_D, C, WHOLE, CHUNK, BLOCK_K, UNFINISHED,
+    )  # fmt: skip
+    one, bias1, two, bias2 = carry
+    if UNFINISHED:
+        more1, more_bias1, more2, more_bias2 = load_memory(dw1, db1, dw2, db2, pid, D, BLOCK_D, C, WHOLE)
+        less1, less_bias1, less2, less_bias2 = load_memory(
+            ds1_out, dt1_out, ds2_out, dt2_out, pid, D, BLOCK_D, C, WHOLE
+        )
+        one, two = one + (more1 - less1), two + (more2 - less2)
+        bias1, bias2 = bias1 + (more_bias1 - less_bias1), bias2 + (more_bias2 - less_bias2)
+    store_memory(dw1, db1, dw2, db2, one, bias1, two, bias2, pid, D, BLOCK_D, C, WHOLE)
+    add_totals(totals, opening, dgamma, dbeta, dlast, pid, D, BLOCK_D)
