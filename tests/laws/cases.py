@@ -31,15 +31,18 @@ CASES = load_cases()
 
 
 def backends_of(config: MixerConfig, device: str, dtype: torch.dtype) -> list[str]:
-    """The backends that take a layer of this config when they are named; "auto" where no op has any."""
+    """The backends that can run such tensors when a layer of this config names them; "auto" where no op has any."""
     mixer = mixer_class(config.kind)(D_MODEL, config)
     x = torch.zeros(1, 2, 1, 64, device=device, dtype=dtype)  # [B, T, H, D], as far as it decides
     named = dict.fromkeys(name for op in mixer.ops for name in dispatch.runnable(op, x))
-    return [name for name in named if name not in dispatch.KERNELS or takes(config, name, device, dtype)] or ["auto"]
+    return list(named) or ["auto"]
 
 
-def takes(config: MixerConfig, backend: str, device: str, dtype: torch.dtype) -> bool:
-    """Whether a kernel takes what such a layer gives it: not every width and setting. It is tried on two tokens."""
+def why_not(config: MixerConfig, backend: str, device: str, dtype: torch.dtype) -> str | None:
+    """Why a kernel does not take what such a layer gives it (not every width and setting), or None. It is tried on two
+    tokens, which compiles it: for a case that is tested, not while cases are collected."""
+    if backend not in dispatch.KERNELS:
+        return None
     mixer = mixer_class(config.kind)(D_MODEL, config).to(device, dtype)
     mixer.backend = backend
     try:
@@ -47,5 +50,5 @@ def takes(config: MixerConfig, backend: str, device: str, dtype: torch.dtype) ->
     except ValueError as refusal:
         if f'backend "{backend}"' not in str(refusal):
             raise
-        return False
-    return True
+        return str(refusal)
+    return None

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import laws.laws as book
 import pytest
 import torch
-from laws.cases import CASES, backends_of
+from laws.cases import CASES, backends_of, why_not
 from laws.laws import LAWS, Subject
 from torch import Tensor, nn
 
@@ -48,6 +48,8 @@ def pytest_generate_tests(metafunc):
 
 def test_the_law_holds(law, config, backend, dtype, request):
     device = request.config.getoption("--device")
+    if refusal := why_not(config, backend, device, DTYPES[dtype]):
+        pytest.skip(refusal)
     LAWS[law](Subject(mixer_class(config.kind), config, backend, DTYPES[dtype], device))
 
 
@@ -60,6 +62,7 @@ def test_the_law_holds(law, config, backend, dtype, request):
 )  # fmt: skip
 def test_kernels_are_among_the_backends_that_the_laws_try_on_a_gpu(case, kernel):
     assert kernel in backends_of(CASES[case], "cuda", torch.bfloat16)
+    assert why_not(CASES[case], kernel, "cuda", torch.bfloat16) is None
 
 
 def test_every_registered_mixer_is_a_subject():
