@@ -517,11 +517,13 @@ def test_eval_with_learners_reports_each_in_each_mode_and_the_difference(fastwei
         assert result["exact_minus_cached"][kind] == exact - cached
 
 
-def test_eval_refuses_more_than_one_epoch_where_tokens_are_read_once(fastweight, folder):
-    learn = ("--learn", "sgd", "--learn-epochs", "2", "--learn-chunk", "16")
-    code, _, err = fastweight("eval", folder / "model", folder / "store", *learn)
+@pytest.mark.parametrize(
+    "learn", [("sgd",), ("lora", "--learn-modes", "exact"), ("sgd", "lora", "--learn-modes", "exact", "cached")]
+)
+def test_eval_refuses_more_than_one_epoch_where_tokens_are_read_once(fastweight, learn):
+    code, _, err = fastweight("eval", "no-such-model", "no-such-store", "--learn", *learn, "--learn-epochs", "2")
     assert code == 2
-    assert "a chunk that is read once gives one step, got 2 epochs" in err
+    assert "--learn-epochs 2 is for --learn sgd with --learn-modes exact alone" in err
 
 
 def test_help_keeps_the_lines_of_a_list_apart_from_the_sentence_after_it(fastweight):

@@ -95,11 +95,10 @@ def main(name: str, arguments: list[str]) -> None:
     from fastweight.commands.models import describe_model, find_model, open_model
     from fastweight.plots import plot_loss_by_position
 
-    folder = find_model(args.model)
+    learners, folder = make_learners(args), find_model(args.model)
     model = open_model(folder, args.device, args.backend)
     documents, described = open_documents(args, folder, model)
     say(*describe_model(folder, model), f"data      {described}")
-    learners = make_learners(args)
     found = {mode: _score(args, mode, model, documents) for mode in dict.fromkeys(args.modes)}
     found |= {name: _learn(args, name, *entry, model, documents) for name, entry in learners.items()}
     differences = mode_differences(learners, found)

@@ -121,12 +121,14 @@ def _pack(arguments: list[str]) -> None:
 
         run: Run
         """Folder of a run that `golf train` has ended."""
+        store: MaybeStr = None
+        """Where the token store is now, if it has moved."""
         pack: Annotated[PackSettings, tyro.conf.arg(name="")] = field(default_factory=PackSettings)
 
     examples = ["fastweight golf pack runs/record-0 --cap-bytes 16000000 --spec.mlp.bits 5"]
     args = parse(Pack, "golf pack", examples, arguments)
     with ranks.joined():
-        prepare(args.run, args.pack, say)
+        prepare(args.run, args.pack, say, store=args.store or "")
     record = RunFolder(args.run).record(PACKING)
     assert record is not None
     short = {name: record[name] for name in ("bytes", "total_bytes", "margin_bytes", "sha256", "seconds", "program")}

@@ -2,12 +2,19 @@
 
 from typing import Any, Literal
 
+from fastweight.configs import require
+
 Kind = Literal["sgd", "lora", "in-place"]
 LearnMode = Literal["cached", "exact"]
 
 
 def make_learners(args: Any) -> dict[str, tuple[Any, LearnMode]]:
     """By the name of its row: a learner, and the mode it runs in; every kind at every rate in every mode."""
+    require(
+        args.learn_epochs == 1 or ("sgd" in args.learn and "cached" not in args.learn_modes),
+        f"--learn-epochs {args.learn_epochs} is for --learn sgd with --learn-modes exact alone: what is read once "
+        "gives one step.",
+    )
     found = {}
     for kind in dict.fromkeys(args.learn):
         for rate in dict.fromkeys(args.learn_rates) or [None]:

@@ -91,7 +91,7 @@ class EvalSettings:
     learn_rank: int = 0
     """Of lora; 0: its own."""
     learn_epochs: int = 1
-    """Of sgd, in exact mode."""
+    """Of sgd, in exact mode alone: what is read once gives one step."""
     learn_batch_size: int = 0
     """Documents that learn side by side; 0: batch_size."""
     seconds: float = SECONDS
@@ -116,6 +116,11 @@ class EvalSettings:
         for mode in self.learn_modes:
             require(mode in LEARN_MODES, f"eval: unknown learn_mode {mode!r}.{near_names(mode, LEARN_MODES)}")
         require(len(set(self.learn_modes)) == len(self.learn_modes) > 0, "eval: name each of learn_modes once.")
+        require(
+            self.learn_epochs == 1 or (self.learner == "sgd" and self.learn_modes == ("exact",)),
+            f"eval: {self.learn_epochs} learn_epochs are for learner sgd in mode exact alone, got learner "
+            f"{self.learner} and {' and '.join(self.learn_modes)}. What is read once gives one step.",
+        )
 
     @property
     def is_subset(self) -> bool:

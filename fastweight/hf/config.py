@@ -49,11 +49,7 @@ class FastweightConfig(PreTrainedConfig):
             f"FastweightConfig: origin must be a JSON object or None, got {type(origin).__name__}.",
         )
         for name, size in _sizes(config).items():
-            given = kwargs.pop(name, size)
-            require(
-                given == size,
-                f"FastweightConfig: {name} is {given!r}, but `model` says {size!r}. Change `model`, not {name}.",
-            )
+            _check_size(name, kwargs.pop(name, size), size)
         kwargs.pop("auto_map", None)
         options: dict[str, Any] = {"architectures": [self.code[1]]} | _token_ids(origin) | kwargs
         super().__init__(**options)
@@ -80,8 +76,12 @@ class FastweightConfig(PreTrainedConfig):
                 setattr(self, name, number)
 
     def to_model_config(self) -> ModelConfig:
-        """The library's own config."""
-        return ModelConfig.from_dict(self.model)
+        """The library's own config. Raises ValueError if a size was set to another value meanwhile, as by a keyword of
+        `from_pretrained`."""
+        config = ModelConfig.from_dict(self.model)
+        for name, size in _sizes(config).items():
+            _check_size(name, getattr(self, name), size)
+        return config
 
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Write config.json and the file that `auto_map` names."""
@@ -111,6 +111,13 @@ def _sizes(config: ModelConfig) -> dict[str, Any]:
         "num_hidden_layers": len(config.visits),
         "tie_word_embeddings": config.tie_embeddings,
     }
+
+
+def _check_size(name: str, given: Any, size: Any) -> None:
+    require(
+        given == size,
+        f"FastweightConfig: {name} is {given!r}, but `model` says {size!r}. Change `model`, not {name}.",
+    )
 
 
 def _default() -> ModelConfig:

@@ -275,7 +275,11 @@ def test_the_commands_lead_from_text_to_ledger(fastweight, store, tmp_path):
     code, out, err = fastweight(*train, *sizes, "--schedule.warmup-steps", "1", "--calibration.tokens", "256")
     assert code == 0, err
     assert json.loads(out.splitlines()[-1])["calibration"]["tokens"] == 256
-    code, out, err = fastweight("golf", "pack", tmp_path / "run", "--cap-bytes", "400000")
+    pack = ["golf", "pack", tmp_path / "run", "--cap-bytes", "400000"]
+    code, _, err = fastweight(*pack, "--store", make_store(tmp_path / "other", seed=1))
+    assert code == 2
+    assert "holds other data" in err
+    code, out, err = fastweight(*pack, "--store", shutil.copytree(store, tmp_path / "moved"))
     assert code == 0, err
     assert json.loads(out.splitlines()[-1])["total_bytes"] <= 400_000
     few = ["--max-tokens", "300", "--seq-len", "32", "--stride", "8", "--learner", "none"]
@@ -298,6 +302,11 @@ def test_the_commands_lead_from_text_to_ledger(fastweight, store, tmp_path):
         (["eval", "no-such-run"], "no-such-run holds no contest run"),
         (["report", "no-such-run"], "no-such-run has no ledger yet"),
         (["pack", "no-such-run", "--groups"], "groups is empty; name those whose clips may move"),
+        (
+            ["eval", "no-such-run", "--learner", "sgd", "--learn-epochs", "2"],
+            "2 learn_epochs are for learner sgd in mode",
+        ),
+        (["eval", "no-such-run", "--learn-modes", "exact", "--learn-epochs", "2"], "exact alone, got learner in-place"),
         (["eval", "no-such-run", "--seconds", "inf"], "seconds must be finite and not negative, got inf"),
         (["eval", "no-such-run", "--learn-rate", "nan"], "learn_rate must be finite and not negative, got nan"),
     ],

@@ -162,6 +162,12 @@ def test_a_size_that_contradicts_the_model_is_refused():
         FastweightConfig(vocab_size=99)
 
 
+def test_a_size_that_from_pretrained_is_told_otherwise_is_refused(tmp_path):
+    FastweightForCausalLM(FastweightConfig()).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"vocab_size is 300, but `model` says 257"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, vocab_size=300)
+
+
 def test_an_origin_that_is_no_object_is_refused():
     with pytest.raises(ValueError, match="origin must be a JSON object or None, got str"):
         FastweightConfig(origin="llama")
