@@ -89,6 +89,7 @@ def _sizes() -> Iterator[Change]:
     for part, designs in (("forward", ("streamed", "held")), ("backward", ("streamed", "held", "walked"))):
         yield from (Change("TTT-MLP", (TTT, "MLP_DESIGN", part), design) for design in designs)
     for work in ("TTT-Linear", "TTT-MLP"):
+        yield Change(work, (TTT, "MARKS"), torch.int16)
         yield from (Change(work, (TTT, "KEEP_EVERY"), every) for every in (4, 8, 16))
         yield from (Change(work, (TTT, "REPLAY_BYTES"), 1 << power) for power in (28, 30, 32))
     yield from (Change("TTT-MLP", (TTT, "HIDDEN_BLOCK"), size) for size in (32, 64, 128))

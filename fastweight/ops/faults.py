@@ -11,7 +11,7 @@ BLOCK = 8192  # marks that one program looks at together
 
 
 def account(position: Tensor, faults: Faults, marks: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Faults]:
-    """The new positions [N] and faults. marks: bool [B, T], or int8 [B, T, H] of heads, from kernels."""
+    """The new positions [N] and faults. marks: bool [B, T], or integers [B, T, H] of heads, from kernels."""
     if marks.dim() == 2 or torch.compiler.is_compiling():
         bad = marks if marks.dim() == 2 else (marks > 0).any(-1)
         return advance(position, marks.shape[1], cu_seqlens), count_faults(faults, bad, position, cu_seqlens)

@@ -10,7 +10,7 @@ def count_marks(
     flags, cu_seqlens, position, count, first, position_out, count_out, first_out, num_tokens, H, packed,
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """Grid: sequences. flags: [tokens, H] int8, positive for a fault in that head; all else [N] int64."""
+    """Grid: sequences. flags: [tokens, H] integers, positive for a fault in that head; all else [N] int64."""
     n, t, j = tl.program_id(0), tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_H)
     start, length = n.to(tl.int64) * num_tokens, num_tokens
     if packed > 0:

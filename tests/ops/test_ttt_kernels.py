@@ -106,6 +106,18 @@ def test_a_token_with_a_fault_teaches_a_memory_in_registers_nothing(design, monk
     assert_same((y, after._replace(faults=want_after.faults), gradients), (want_y, want_after, want), **HALF)
 
 
+@kinds
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_marks_of_two_bytes_say_the_same(kind, monkeypatch):
+    args, state = inputs(1, 20, torch.float32, 8), random_state(kind, 1, torch.float32, 8)
+    args[1][0, 11, 0, 2] = float("nan")
+    want = values_and_gradients(kind, args, state, "triton")
+    monkeypatch.setattr(layout, "MARKS", torch.int16)
+    got = values_and_gradients(kind, args, state, "triton")
+    assert got[1].faults.count.tolist() == [1]
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(tensors(got), tensors(want), strict=True))
+
+
 @pytest.mark.parametrize("design", DESIGNS)
 def test_the_kernels_of_all_designs_touch_their_arguments_only(design, monkeypatch):
     monkeypatch.setattr(layout, "MLP_DESIGN", DESIGNS[design])

@@ -154,9 +154,9 @@ def _read_all(
             sound = count_not_finite(new_w) + count_not_finite(new_b) == 0
             new_w, new_b = tl.where(sound, new_w, w), tl.where(sound, new_b, b)
             flag = tl.where(silent > 0, 1, 0) + tl.where((i == CHUNK - 1) & (sound == 0), 2, 0)
-            tl.store(flags + rows, flag.to(tl.int8), mask=inside)
+            tl.store(flags + rows, flag.to(flags.dtype.element_ty), mask=inside)
         else:
-            tl.store(flags + rows, tl.zeros([BLOCK_K], tl.int8), mask=inside)
+            tl.store(flags + rows, tl.zeros([BLOCK_K], flags.dtype.element_ty), mask=inside)
         w, b = new_w, new_b
     if (phase + length) % CHUNK == 0:
         store_matrix(s_out, tl.zeros_like(w), pid, D, BLOCK_D)

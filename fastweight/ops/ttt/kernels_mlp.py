@@ -179,7 +179,7 @@ def mini_batch(
         applied = full & (bad + count_not_finite(new_bias2) == 0)
         new_bias2 = tl.where(applied, new_bias2, bias2)
         flag = tl.where(silent > 0, 1, 0) + tl.where((i == CHUNK - 1) & full & (applied == 0), 2, 0)
-        tl.store(flags + rows, flag.to(tl.int8), mask=inside)
+        tl.store(flags + rows, flag.to(flags.dtype.element_ty), mask=inside)
     scores = causal(tl.dot(queries, tl.trans(keys), input_precision=PRECISION) + 1.0, BLOCK_K) * taus
     scores = scores.to(queries.dtype)
     mixed = tl.zeros([BLOCK_K, BLOCK_K], tl.float32)

@@ -85,7 +85,7 @@ def linear_step(
     store_matrix(s_out, tl.where(ends, 0.0, total), pid, D, BLOCK_D)
     store_vector(sb_out, tl.where(ends, 0.0, total_b), pid, D, BLOCK_D)
     flag = tl.where(silent > 0, 1, 0) + tl.where(ends & (sound == 0), 2, 0)
-    tl.store(flags + pid, flag.to(tl.int8))
+    tl.store(flags + pid, flag.to(flags.dtype.element_ty))
 
 
 @triton.jit
@@ -141,7 +141,7 @@ def mlp_step(
     refused = ends & (bad > 0)
     store_vector(b2_out, tl.where(ends & (refused == 0), own2_b, bias2), pid, D, BLOCK_D)
     store_vector(t2_out, tl.where(ends, 0.0, total2_b), pid, D, BLOCK_D)
-    tl.store(flags + pid, (tl.where(silent > 0, 1, 0) + tl.where(refused, 2, 0)).to(tl.int8))
+    tl.store(flags + pid, (tl.where(silent > 0, 1, 0) + tl.where(refused, 2, 0)).to(flags.dtype.element_ty))
     if refused:
         tl.debug_barrier()
         for column in range(0, C, BLOCK_C):

@@ -19,6 +19,10 @@ HELD_DIM, HELD_WIDTH, HELD_CHUNK = 64, 256, 16  # the largest memory and mini-ba
 HELD_SHARED = 176 << 10  # and the bytes of shared memory that they need then
 WALKED_SHARED = 204 << 10
 
+# Of the marks of faults. They choose among what the kernels backward multiply, and Triton lays operands out for the
+# narrowest number that decides about them.
+MARKS = torch.int8
+
 # (num_warps, num_stages) of each kernel, by the width of its tiles over D.
 LAUNCH = {
     "linear_forward": {16: (1, 2), 32: (2, 2), 64: (4, 2), 128: (8, 2)},
@@ -59,6 +63,11 @@ def launch_options(kernel: str, dim: int, dtype: torch.dtype) -> dict[str, int |
     options = {"num_warps": warps, "num_stages": stages, "maxnreg": registers}
     # Triton's own representation is made as for sm_80, machine code for the GPU that there is.
     return options | ({"arch": "sm80"} if BY_WARPS.get(kernel) else {})
+
+
+def empty_marks(q: Tensor) -> Tensor:
+    """For the marks of faults of each token and head: [B, T, H], to be filled."""
+    return q.new_empty(q.shape[:3], dtype=MARKS)
 
 
 def shared_bytes(dim: int, chunk: int, dtype: torch.dtype) -> int:

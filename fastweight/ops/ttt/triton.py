@@ -53,7 +53,7 @@ def run(
     q: Tensor, k: Tensor, v: Tensor, rate: Tensor, tau: Tensor, ln_weight: Tensor, ln_bias: Tensor,
     weights: TTTWeights, pending: TTTWeights, position: Tensor, *, eps: float, cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, TTTWeights, TTTWeights, Tensor]:  # fmt: skip
-    """As the other backends, but faults are marked for each head, int8 [B, T, H].
+    """As the other backends, but faults are marked for each head, integers [B, T, H].
 
     Memory and sums are float32, products in q's dtype (of a single token in float32).
     """

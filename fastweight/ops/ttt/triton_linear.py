@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastweight.ops.ttt.layout import Layout, Part, parts
+from fastweight.ops.ttt.layout import Layout, Part, empty_marks, parts
 from fastweight.ops.ttt.unit import Run, differentiable
 
 Tensors = tuple[Tensor, ...]
@@ -35,7 +35,7 @@ def _empty_results(
     layout: Layout, q: Tensor, w: Tensor, b: Tensor, s: Tensor, sb: Tensor, *, keep: bool
 ) -> list[Tensor]:
     slots = layout.slots if keep else 0
-    flags = q.new_empty(q.shape[:3], dtype=torch.int8)
+    flags = empty_marks(q)
     kept = [w.new_empty(slots, *w.shape[1:]), b.new_empty(slots, *b.shape[1:])]
     return [torch.empty_like(q), *[torch.empty_like(x) for x in (w, b, s, sb)], flags, *kept]
 

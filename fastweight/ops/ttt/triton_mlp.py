@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastweight.ops.ttt.layout import Layout, Part, parts
+from fastweight.ops.ttt.layout import Layout, Part, empty_marks, parts
 from fastweight.ops.ttt.unit import Run, differentiable
 
 Tensors = tuple[Tensor, ...]
@@ -45,7 +45,7 @@ def _results(
     position: Tensor, cu_seqlens: Tensor | None, eps: float, keep: bool,
 ) -> list[Tensor]:  # fmt: skip
     slots = Layout.of(q, tau, cu_seqlens).slots if keep else 0
-    flags = torch.zeros(q.shape[:3], dtype=torch.int8, device=q.device)
+    flags = empty_marks(q).zero_()
     memory, sums = (w1, b1, w2, b2), (s1, t1, s2, t2)
     kept = [x.new_empty(slots, *x.shape[1:]) for x in memory]
     return [torch.empty_like(q), *(torch.empty_like(x) for x in (*memory, *sums)), flags, *kept]

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastweight.ops.ttt.layout import Layout
+from fastweight.ops.ttt.layout import Layout, empty_marks
 
 
 @torch.library.custom_op("fastweight::ttt_step", mutates_args=())
@@ -32,5 +32,5 @@ def _results(
     q: Tensor, k: Tensor, v: Tensor, rate: Tensor, tau: Tensor, ln_weight: Tensor, ln_bias: Tensor,
     memory: list[Tensor], sums: list[Tensor], position: Tensor, eps: float,
 ) -> list[Tensor]:  # fmt: skip
-    flags = torch.empty(q.shape[:3], dtype=torch.int8, device=q.device)
+    flags = empty_marks(q)
     return [torch.empty_like(q), *(torch.empty_like(x) for x in (*memory, *sums)), flags]
