@@ -156,7 +156,8 @@ class ModelState:
         return self._map(lambda t: t.to(device))
 
     def where(self, keep: Tensor, other: "ModelState") -> "ModelState":
-        """Rows of self where `keep` [N] is true, rows of `other` elsewhere (used to restart finished sequences)."""
+        """Rows of self where `keep` [N] is true, rows of `other` elsewhere (used to restart finished sequences), in the
+        dtypes of self: what is made outside autocast may be wider."""
         if other.signature != self.signature:
             raise ValueError(f"where: the other state is of another model ({other.signature}, not {self.signature}).")
         if other.num_sequences != self.num_sequences or keep.dtype != torch.bool or keep.shape != self.position.shape:
@@ -164,7 +165,7 @@ class ModelState:
                 f"where: both states must hold the same number of sequences and keep must be bool [N]; got "
                 f"{self.num_sequences} and {other.num_sequences} sequences, keep {keep.dtype} {list(keep.shape)}."
             )
-        choose = lambda a, b: torch.where(keep.view(-1, *[1] * (a.dim() - 1)), a, b)  # noqa: E731
+        choose = lambda a, b: torch.where(keep.view(-1, *[1] * (a.dim() - 1)), a, b.to(a.dtype))  # noqa: E731
         return self._of(zip_tensors(choose, *_align_lengths(self._tree(), other._tree())))
 
     def save(self, path: str | Path) -> None:

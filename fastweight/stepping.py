@@ -8,6 +8,7 @@ memory does more than usual (a chunk ends) are run as usual.
 import torch
 from torch import Tensor
 
+from fastweight.configs import require
 from fastweight.model import Model
 from fastweight.ops.sequences import in_place
 from fastweight.state import ModelState, tensors
@@ -56,6 +57,10 @@ class Stepper:
         if not self._static:
             logits, self._state = self.model(tokens, self._state)
             return logits
+        require(
+            tokens.shape == self._tokens.shape and not tokens.is_floating_point(),
+            f"Stepper: needs integers {list(self._tokens.shape)}, got {tokens.dtype} {list(tokens.shape)}.",
+        )
         self._tokens.copy_(tokens)
         if self.recorded and not self._acts():
             self._graph = self._graph or self._record()

@@ -417,3 +417,11 @@ def test_a_report_says_where_and_in_what_precision_the_models_ran(device, dtype)
     ran = {(f["machine"]["device"].partition(":")[0], f["machine"]["dtype"]) for f in found.models.values()}
     assert ran == {(device, str(dtype).removeprefix("torch."))}
     assert {model.device.type for model in models.values()} == {"cpu"}
+
+
+def test_models_that_differ_in_their_order_alone_have_figures_of_their_own(tmp_path):
+    one, other = (attention_model() for _ in range(2))
+    other.load_state_dict(one.state_dict())
+    other.set_order((0, 0))
+    assert model_fingerprint(one) != model_fingerprint(other)
+    assert with_window(other, 5).visits == other.visits

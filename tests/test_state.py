@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from laws.cases import CASES
+from laws.laws import D_MODEL
 from tolerances import assert_trees_close
 
 from fastweight import BlockConfig, Model, ModelConfig, load_state
@@ -182,3 +184,23 @@ def test_faults_remember_the_first_position():
     faults = faults.add(torch.tensor([1, 1]), torch.tensor([8, 9]))
     assert faults.count.tolist() == [1, 3]
     assert faults.first.tolist() == [8, 5]
+
+
+def test_rows_that_start_anew_take_the_dtypes_of_those_that_go_on(read):
+    model, state = read
+    narrow = state._map(lambda t: t.bfloat16() if t.is_floating_point() else t)
+    started = narrow.where(torch.tensor([True, False, True]), model.init_state(3))
+    assert [t.dtype for _, t in tensors(started.visits)] == [t.dtype for _, t in tensors(narrow.visits)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_state_that_has_read_nothing_can_be_saved_and_owns_its_numbers(case, tmp_path):
+    block = BlockConfig(mixer=CASES[case])
+    torch.manual_seed(0)
+    model = Model(ModelConfig(vocab_size=11, d_model=D_MODEL, blocks=(block,)))
+    state = model.init_state(2)
+    state.save(tmp_path / "state")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    assert_trees_close(state.visits, load_state(tmp_path / "state").visits, 0)

@@ -124,3 +124,22 @@ def test_generated_text_is_that_of_plain_steps(case, monkeypatch):
     assert list(generate(model, [1, 2, 3], max_tokens=30, seed=5)) == found
     grows = model.settled(model.init_state(1)) is None
     assert fast_stepper(model, model.init_state(1)).recorded == (torch.cuda.is_available() and not grows)
+
+
+@pytest.mark.parametrize("tokens", [torch.tensor([[5]]), torch.tensor([[1.7], [2.2]]), torch.tensor([5, 6])])
+def test_tokens_that_do_not_fit_are_refused(tokens):
+    model = model_of("delta-gated")
+    with pytest.raises(ValueError, match=r"needs integers \[2, 1\], got"):
+        Stepper(model, model.init_state(2), static=True)(tokens)
+
+
+@pytest.mark.parametrize("case", ["attention-full", "lact-momentum"])
+def test_a_model_that_has_generated_can_be_compiled_and_trained(case):
+    model = model_of(case)
+    list(generate(model, [1, 2], max_tokens=2))
+    torch._dynamo.reset()
+    for block in model.blocks:
+        block.compile(backend="aot_eager_decomp_partition")
+    model(torch.randint(50, (1, 20)))[0].sum().backward()
+    torch._dynamo.reset()
+    assert all(p.grad is not None for p in model.blocks.parameters())

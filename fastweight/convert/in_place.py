@@ -99,8 +99,9 @@ def _rebuilt(model: Model, config: ModelConfig, added: dict[str, nn.Parameter]) 
         not foreign,
         f"this model holds tensors that are not its own: {', '.join(foreign[:4])}. Merge adapters first.",
     )
-    shared = {name: p for name, p in found.items() if name in wanted}
+    # The same numbers in parameters of its own: load_state_dict makes those trainable that it is given.
+    shared = {name: nn.Parameter(p.detach()) for name, p in found.items() if name in wanted}
     new.load_state_dict(shared | added, assign=True)
-    for name, parameter in shared.items():
-        new.get_parameter(name).requires_grad_(parameter.requires_grad)
+    for name in shared:
+        new.get_parameter(name).requires_grad_(found[name].requires_grad)
     return stand_as(new, model)

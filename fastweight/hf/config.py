@@ -98,8 +98,9 @@ class FastweightConfig(PreTrainedConfig):
 
 
 def _token_ids(origin: dict[str, Any] | None) -> dict[str, Any]:
-    source = (origin or {}).get("config")
-    source = source if isinstance(source, dict) else {}
+    # What generation_config.json says counts: models that were taught to talk end their turns with further tokens.
+    parts = [(origin or {}).get(part) for part in ("config", "generation")]
+    source = {name: value for part in parts if isinstance(part, dict) for name, value in part.items()}
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     return {name: source[name] for name in names if source.get(name) is not None}
 

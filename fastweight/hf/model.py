@@ -54,7 +54,7 @@ class FastweightForCausalLM(PreTrainedModel, GenerationMixin):
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Write safetensors, config.json with the model's origin, and the file that `auto_map` names."""
-        self.config.origin = self.model.origin
+        self.config.describe(self.model)
         super().save_pretrained(*args, **kwargs)
 
     @classmethod
@@ -107,12 +107,26 @@ class FastweightForCausalLM(PreTrainedModel, GenerationMixin):
             self.model.head = new_embeddings  # pyright: ignore[reportAttributeAccessIssue]
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Resize embedding and head, and the configs with them; states of the old size no longer fit."""
+        """Resize embedding and head, and the configs with them; states of the old size no longer fit.
+
+        New rows are as transformers draws them, or, without its mean_resizing, as this library draws weights."""
+        old = self.model.embedding.weight.shape[0]
         embedding = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        if not (args[1] if len(args) > 1 else kwargs.get("mean_resizing", True)):
+            self._draw_rows(old)
         config = replace(self.model.config, vocab_size=embedding.weight.shape[0])
         self.model.config, self.model.signature = config, config.signature
         self.config.set_model(config)
         return embedding
+
+    @torch.no_grad()
+    def _draw_rows(self, first: int) -> None:
+        """New weights for the tokens from `first` on."""
+        config = self.model.config
+        std = config.init_std if config.embedding_std is None else config.embedding_std
+        self.model.embedding.weight[first:].normal_(std=std)
+        if self.model.head is not None:
+            self.model.head.weight[first:].normal_(std=config.init_std)
 
     @property
     def is_gradient_checkpointing(self) -> bool:

@@ -102,7 +102,8 @@ def check_positions(
     raise ValueError(
         "position_ids must count the tokens of each sequence from 0 on, padding left out, continuing where the cache "
         f"stands; row {row} has {int(position_ids.expand(shape)[row, column])} in column {column}, need "
-        f"{int(want[row, column])}. Leave position_ids out: the state counts."
+        f"{int(want[row, column])}. Leave position_ids out: the state counts. Several documents in one row need "
+        "cu_seqlens, in a batch of one row without padding."
     )
 
 

@@ -113,7 +113,9 @@ class LowRank(nn.Module):
 
     def forward(self) -> Tensor:
         left, right = (t.to(state_dtype(t)) for t in (self.left, self.right))
-        return left @ right + 0.5 * torch.eye(left.shape[1], right.shape[2], dtype=left.dtype, device=left.device)
+        with torch.autocast(left.device.type, enabled=False):  # fast weights are float32 or wider
+            product = left @ right
+        return product + 0.5 * torch.eye(left.shape[1], right.shape[2], dtype=left.dtype, device=left.device)
 
     def reset_parameters(self, gain: float) -> None:
         nn.init.normal_(self.left, std=gain * self.left.shape[2] ** -0.5)
@@ -284,7 +286,8 @@ class Lact(Mixer):
     def _rotation(self, device: torch.device) -> Tensor:
         """Radians per position of each pair of channels, in both branches."""
         if self.rates is None or self.rates.device != device:
-            self.rates = plain_rates(self.config.rope_base, self.head_dim, device)
+            with torch.inference_mode(False):  # kept for training, too
+                self.rates = plain_rates(self.config.rope_base, self.head_dim, device)
         return self.rates
 
     def _rotate(self, z: Tensor, turns: Turns) -> Tensor:

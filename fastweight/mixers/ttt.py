@@ -112,7 +112,13 @@ class _TTT(Mixer):
 
     def init_state(self, num_sequences: int) -> TTTMixerState:
         wide = state_dtype(self.q.weight)
-        weights = [None if t is None else t.to(wide).expand(num_sequences, *t.shape) for t in self.initial_weights()]
+        # Copies: a state is a value, and an optimiser's step changes the weights in place.
+        weights = [
+            None
+            if t is None
+            else t.to(wide).expand(num_sequences, *t.shape).clone(memory_format=torch.contiguous_format)
+            for t in self.initial_weights()
+        ]
         tail = None if self.q_conv is None else self.q_conv.init_tail(num_sequences)
         return TTTMixerState(new_state(TTTWeights(*weights)), tail)  # type: ignore[arg-type]  # same fields are None
 

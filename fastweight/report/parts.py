@@ -14,7 +14,7 @@ from fastweight.files import write_text
 from fastweight.model import Model
 
 FOLDER = "report.parts"
-VERSION = 1  # of the measurements; a change to what one of them means makes the old files useless
+VERSION = 2  # of the measurements; a change to what one of them means makes the old files useless
 
 
 class Parts:
@@ -61,8 +61,9 @@ def fingerprint(parts: Iterable[bytes | np.ndarray]) -> str:
 
 
 def model_fingerprint(model: Model) -> str:
-    """Of everything that the model computes with: config, weights, and which memories learn or are set aside."""
-    digest = hashlib.sha256(to_json(model.config.to_dict()).encode())
+    """Of everything that the model computes with: config, order of blocks, weights, and which memories learn or are set
+    aside."""
+    digest = hashlib.sha256(to_json([model.config.to_dict(), model.visits]).encode())
     for name, module in model.named_modules():
         switches = [getattr(module, switch, None) for switch in ("learning", "as_backbone")]
         digest.update(f"{name} {switches}".encode() if switches != [None, None] else b"")

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from fastweight.configs import require
+from fastweight.convert.standing import stand_as
 from fastweight.mixers.attention import AttentionConfig
 from fastweight.model import BlockConfig, Model, ModelConfig
 from fastweight.ops.attention import AttentionState
@@ -58,8 +59,7 @@ def with_window(model: Model, window: int, num_sinks: int = 4) -> Model:
     with torch.device("meta"):
         changed = Model(windowed_config(model.config, window, num_sinks))
     changed.load_state_dict(model.state_dict(), assign=True)
-    changed.origin = model.origin
-    return changed.train(model.training)
+    return stand_as(changed, model)
 
 
 def _widens(block: BlockConfig, window: int | None) -> bool:

@@ -74,9 +74,12 @@ def test_only_the_chosen_blocks_get_it_and_only_new_tensors_are_new():
 def test_the_old_tensors_are_shared_and_keep_their_flags():
     model = tiny_model()
     model.embedding.weight.requires_grad_(False)
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     config, converted = model.config, add_in_place_memory(model, CONFIG)
     assert model.config == config
+    assert remove_in_place_memory(converted).embedding.weight.data_ptr() == model.embedding.weight.data_ptr()
     for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == converted.get_parameter(name).requires_grad == flags[name]
         assert converted.get_parameter(name).data_ptr() == parameter.data_ptr()
         assert converted.get_parameter(name).requires_grad == parameter.requires_grad
 

@@ -10,6 +10,7 @@ from tolerances import assert_close
 from torch import Tensor
 
 from fastweight import Model, load
+from fastweight.convert.in_place import add_in_place_memory
 from fastweight.convert.mag import liza_layers, mag_weights, set_mag_weight
 from fastweight.convert.titanize import restore_backbone, titanize
 from fastweight.mixers.attention import AttentionConfig
@@ -333,3 +334,11 @@ def test_a_quantised_model_is_refused():
     plain.blocks[0].mixer.qkv.weight = torch.nn.Parameter(torch.zeros(4, 4, dtype=torch.uint8), requires_grad=False)
     with pytest.raises(ValueError, match=r"quantised: blocks.0.mixer.qkv.weight \(torch.uint8\)"):
         titanize(plain)
+
+
+def test_the_order_of_the_blocks_is_kept():
+    model = backbone().set_order((0, 1, 0, 1))
+    tokens = ids(2, 9)
+    for changed in (titanize(model, mag_weight=0.0), restore_backbone(titanize(model)), add_in_place_memory(model)):
+        assert changed.visits == model.visits
+        assert torch.equal(changed(tokens)[0], model(tokens)[0])

@@ -176,3 +176,27 @@ def test_an_origin_that_is_no_object_is_refused():
 def test_an_unknown_key_of_the_model_is_refused():
     with pytest.raises(ValueError, match="unknown key 'd_modle'.*d_model"):
         FastweightConfig(FastweightConfig().model | {"d_modle": 3})
+
+
+@pytest.mark.parametrize("kind", ["window", "delta"])  # a tied head and one of its own
+def test_rows_for_new_tokens_are_drawn_as_the_library_draws_them(kind):
+    face = face_of(kind)
+    before = [t.weight.detach().clone() for t in (face.get_input_embeddings(), face.get_output_embeddings())]
+    face.resize_token_embeddings(4000, mean_resizing=False)
+    for old, layer in zip(before, (face.get_input_embeddings(), face.get_output_embeddings()), strict=True):
+        assert torch.equal(layer.weight[: len(old)], old)
+        assert abs(layer.weight[len(old) :].std().item() - face.model.config.init_std) < 0.01
+
+
+def test_a_face_is_saved_with_the_sizes_that_its_model_has(tmp_path):
+    face = face_of("delta")
+    FastweightForCausalLM.from_model(face.to_model()).resize_token_embeddings(45)
+    face.save_pretrained(tmp_path)
+    assert FastweightForCausalLM.from_pretrained(tmp_path).config.vocab_size == 45
+
+
+def test_what_generation_config_says_ends_a_text_counts():
+    model = face_of("delta").to_model()
+    model.origin = {"config": {"eos_token_id": 5, "bos_token_id": 1}, "generation": {"eos_token_id": [5, 7]}}
+    config = FastweightForCausalLM.from_model(model).config
+    assert (config.eos_token_id, config.bos_token_id) == ([5, 7], 1)

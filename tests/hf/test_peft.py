@@ -164,3 +164,16 @@ def test_p11_resuming_an_adapter_equals_an_uninterrupted_run(tmp_path):
     assert losses(whole) == losses(resumed)
     want = whole.model.state_dict()
     assert all(torch.equal(value, want[name]) for name, value in resumed.model.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["attention", "delta", "ttt_linear", "ttt_mlp", "lact", "liza", "in_place", "hybrid"])
+def test_adapters_on_all_linear_layers_act_as_they_do_when_merged(kind):
+    torch.manual_seed(11)
+    config = peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(face_of(kind, torch.float64), config).double().eval()
+    ids = ids_of(2, 17)  # three chunks: momentum begins to count in the second
+    logits = model(ids).logits
+    logits.square().sum().backward()
+    dead = [name for name, p in model.named_parameters() if "lora_" in name and (p.grad is None or not p.grad.any())]
+    assert dead == []
+    assert_close(model.merge_and_unload()(ids).logits, logits, OUTPUT[torch.float64], "merged logits")

@@ -112,3 +112,12 @@ def test_evaluation_reports_the_mean_loss(tmp_path):
     with torch.no_grad():
         want = float(face(ids, labels=labels).loss)
     assert run.evaluate(Texts())["eval_loss"] == pytest.approx(want, rel=1e-4)
+
+
+def test_smoothed_labels_are_shifted_as_the_models_own_loss_shifts_them(tmp_path):
+    face = face_of("delta")
+    logits = torch.cat([face(Texts()[i]["input_ids"][None]).logits[:, :-1] for i in range(2)])
+    labels = torch.stack([Texts()[i]["labels"][1:] for i in range(2)])
+    want = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), label_smoothing=0.1)
+    run = trainer(face, tmp_path, label_smoothing_factor=0.1, per_device_eval_batch_size=2)
+    assert abs(run.evaluate(torch.utils.data.Subset(Texts(), range(2)))["eval_loss"] - want.item()) < 1e-5

@@ -10,6 +10,7 @@ from fastweight.mixers.lact import Lact, LactConfig
 from fastweight.ops import dispatch
 from fastweight.ops.lact import LactPending, lact
 from fastweight.ops.lact.update import network
+from fastweight.state import tensors
 
 D_MODEL = 16
 
@@ -273,3 +274,13 @@ def test_settings_that_make_no_layer_are_refused_by_name(changes, message):
 def test_sizes_that_do_not_fit_the_model_are_refused_by_name(changes, message):
     with pytest.raises(ValueError, match=message):
         Lact(D_MODEL, config(**changes))
+
+
+def test_initial_weights_of_low_rank_are_the_same_under_autocast():
+    mixer = Lact(D_MODEL, replace(CASES["momentum"], low_rank=3))
+    mixer.reset_parameters(0.5)
+    want = mixer.init_state(1)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = mixer.init_state(1)
+    for (name, a), (_, b) in zip(tensors(got.fast.memory), tensors(want.fast.memory), strict=True):
+        assert torch.equal(a, b), name

@@ -6,7 +6,8 @@ from lact_problems import RULES, call_of
 
 from fastweight.ops.lact import recorded
 from fastweight.ops.lact.grid import Memory, Tokens
-from fastweight.ops.lact.unit import backward_pass, forward_pass
+from fastweight.ops.lact.pieces import TORCH
+from fastweight.ops.lact.unit import Settings, backward_pass, forward_pass
 from fastweight.state import tensors, zip_tensors
 
 
@@ -79,12 +80,18 @@ class Stream:
     cuda_stream = 0
 
 
-def test_a_size_gets_a_desk_when_it_comes_again_and_loses_it_to_newer_ones(monkeypatch):
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """What `recorded.find` asks of a device, answered on a CPU; it begins without desks."""
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream)
     monkeypatch.setattr(recorded, "_desks", type(recorded._desks)())
-    monkeypatch.setattr(recorded, "Desk", type("Desk", (), {"__init__": lambda self, *call: None}))
+    return monkeypatch
+
+
+def test_a_size_gets_a_desk_when_it_comes_again_and_loses_it_to_newer_ones(as_on_a_gpu):
+    as_on_a_gpu.setattr(recorded, "Desk", type("Desk", (), {"__init__": lambda self, *call: None}))
     tokens, memory, settings = call_of("momentum", 0)
     settings = settings._replace(fused=True)
     assert recorded.find(tokens, memory, settings, again=True) is None
@@ -125,3 +132,50 @@ def test_a_replayed_call_equals_the_first_one_bit_for_bit(name):
         again = call()
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True) if a is not None)
     assert any(isinstance(desk, recorded.Desk) for desk in recorded._desks.values())
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_desk_serves_training_and_inference_whichever_comes_first(first, as_on_a_gpu):
+    tokens, memory, settings = call_of("momentum", 1)
+    with as_on_a_gpu.context() as fused, torch.inference_mode(first):
+        fused.setattr(Settings, "pieces", lambda self: TORCH)
+        _, desk = (recorded.find(tokens, memory, settings._replace(fused=True)) for _ in range(2))
+    assert desk is not None
+    as_on_a_gpu.undo()
+    as_on_a_gpu.setattr(recorded, "_Replay", AgainOnTheCpu)
+    desk._settings = settings  # its first backward pass is not recorded
+    want = forward_pass(tokens, memory, settings)
+    for inference in (first, not first):
+        with torch.inference_mode(inference):
+            y, _, good, trail = desk.forward(tokens, memory, save=True)
+        assert torch.equal(y, want[0])
+    with torch.inference_mode(False):
+        _, _, good, trail = desk.forward(tokens, memory, save=True)
+    asked = asked_of(want, memory, 1)
+    wanted = backward_pass(tokens, want[3], want[2], *asked, settings=settings)
+    for _ in range(2):
+        assert torch.equal(desk.backward(tokens, trail, good, *asked).k, wanted.k)
+
+
+def test_memories_of_other_widths_have_desks_of_their_own(as_on_a_gpu):
+    tokens, memory, settings = call_of("only w1", 0)
+    wider = memory._replace(weights=torch.cat([memory.weights, memory.weights], -1))
+    for other in (memory, wider):
+        assert recorded.find(tokens, other, settings._replace(fused=True)) is None
+    assert len(recorded._desks) == 2
+
+
+def test_a_call_that_fails_leaves_nothing_for_a_backward_pass_to_take(monkeypatch):
+    monkeypatch.setattr(recorded, "_Replay", AgainOnTheCpu)
+    tokens, memory, settings = call_of("momentum", 1)
+    desk, others = recorded.Desk(tokens, memory, settings), call_of("momentum", 2)[:2]
+    for _ in range(2):
+        _, _, good, trail = desk.forward(tokens, memory, save=True)
+        asked = asked_of(forward_pass(tokens, memory, settings), memory, 1)
+        want = desk.backward(tokens, trail, good, *asked)
+    _, _, good, trail = desk.forward(tokens, memory, save=True)
+    monkeypatch.setattr(recorded, "_copies", lambda *given: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        desk.forward(*others, save=True)
+    monkeypatch.undo()
+    assert torch.equal(desk.backward(tokens, trail, good, *asked).k, want.k)

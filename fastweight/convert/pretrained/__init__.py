@@ -31,14 +31,16 @@ def load_pretrained(source: str | Path, *, gguf_file: str | None = None, dtype: 
 
     source: a folder with config.json and safetensors, a name on the Hugging Face hub, or a .gguf file (gguf_file: the
     file's name within a folder or hub name). dtype: of the weights; by default the file's own, float32 for GGUF.
-    `model.origin` keeps what `restore` needs.
+    `model.origin` keeps what `restore` needs, and the special tokens that generation_config.json names.
     Raises ValueError naming a family without a map, a setting that is not supported, a missing, unexpected or misshapen
     tensor, or a hub name that cannot be fetched; ImportError where the hub or GGUF needs a library.
     """
-    name, config, found = read_checkpoint(source, gguf_file)
+    name, config, found, generation = read_checkpoint(source, gguf_file)
     family = _family(config.get("model_type"), name)
     model, stored = tensors.read(family, _model_config(family, config), found, name, dtype)
     model.origin = {"family": family.name, "config": config, "stored": stored._asdict()}
+    ids = {key: value for key, value in generation.items() if key.endswith("_token_id")}
+    model.origin |= {"generation": ids} if ids else {}
     return model
 
 
@@ -76,8 +78,9 @@ def save_pretrained_format(model: Model, folder: str | Path, *, shard_bytes: int
 
 
 def _family(name: Any, source: str) -> Family:
-    known = name in FAMILIES
-    require(known, f"{source}: there is no map for the family {name!r}.{near_names(str(name), FAMILIES)}")
+    own = " FastweightForCausalLM.from_pretrained loads it." if name in ("fastweight", "tptt") else ""
+    near = own or near_names(str(name), FAMILIES)
+    require(name in FAMILIES, f"{source}: there is no map for the family {name!r}.{near}")
     return FAMILIES[name]
 
 

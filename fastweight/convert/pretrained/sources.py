@@ -14,8 +14,8 @@ from fastweight.convert.base import read_json
 from fastweight.convert.folders import read_weights
 
 CONFIG = "config.json"
-PATTERNS = ["config.json", "model*.safetensors", "model.safetensors.index.json"]
 GENERATION = "generation_config.json"
+PATTERNS = ["config.json", "model*.safetensors", "model.safetensors.index.json", GENERATION]
 # What is kept in tokenizer/; how a model is to be sampled is said in ids of tokens, too.
 TOKENIZER_FILES = [
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", GENERATION,
@@ -25,11 +25,12 @@ HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 class Checkpoint(NamedTuple):
-    """A config.json and the tensors that belong to it. name: for messages."""
+    """A config.json and the tensors that belong to it. name: for messages. generation: generation_config.json or {}."""
 
     name: str
     config: dict[str, Any]
     tensors: dict[str, Tensor]
+    generation: dict[str, Any]
 
 
 def read_checkpoint(source: str | Path, gguf_file: str | None) -> Checkpoint:
@@ -38,7 +39,9 @@ def read_checkpoint(source: str | Path, gguf_file: str | None) -> Checkpoint:
     if gguf_file is not None:
         return _read_gguf(folder / gguf_file)
     config = read_json(folder / CONFIG, 'the settings of a pretrained model ("model_type", "hidden_size", ...)')
-    return Checkpoint(str(folder), config, read_weights(folder))
+    file = folder / GENERATION
+    generation = read_json(file, "the settings of generation") if file.is_file() else {}
+    return Checkpoint(str(folder), config, read_weights(folder), generation)
 
 
 def locate(source: str | Path, gguf_file: str | None, patterns: list[str]) -> tuple[Path, str | None]:
@@ -100,7 +103,7 @@ def _read_gguf(path: Path) -> Checkpoint:
         if tensor.data_ptr() not in seen:  # a tied head is the embedding once more
             tensors[name] = tensor.detach()
         seen.add(tensor.data_ptr())
-    return Checkpoint(str(path), config, tensors)
+    return Checkpoint(str(path), config, tensors, {})
 
 
 def _lost_by_transformers(path: Path) -> list[str]:

@@ -141,5 +141,7 @@ class LizaMemory(nn.Module):
 
 
 def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    """`layer` in x's dtype: weights that were loaded in a narrower one are widened."""
-    return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
+    """`layer` in x's dtype: weights that were loaded in a narrower one are widened. An adapter around it is called."""
+    if type(layer) is nn.Linear:
+        return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
+    return layer(x.to(layer.weight.dtype)).to(x.dtype)

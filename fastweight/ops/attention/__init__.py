@@ -33,9 +33,10 @@ class AttentionState(NamedTuple):
     ) -> "AttentionState":  # fmt: skip
         """The state before the first token."""
         cache = torch.zeros(num_sequences, 0, num_kv_heads, head_dim, dtype=dtype, device=device)
-        sinks = cache.new_zeros(num_sequences, num_sinks, num_kv_heads, head_dim) if num_sinks else None
+        shape = (num_sequences, num_sinks, num_kv_heads, head_dim)
+        sinks = [cache.new_zeros(shape) if num_sinks else None for _ in range(2)]  # files hold no tensor twice
         position = torch.zeros(num_sequences, dtype=torch.int64, device=device)
-        return AttentionState(cache, cache, position, sinks, sinks)
+        return AttentionState(cache, cache, position, *sinks)
 
 
 def attention(

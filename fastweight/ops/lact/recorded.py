@@ -38,14 +38,15 @@ def find(tokens: Tokens, memory: Memory, settings: "Settings", *, again: bool = 
     if not (ENABLED and settings.fused and tokens.q.is_cuda) or torch.cuda.is_current_stream_capturing():
         return None
     stream = torch.cuda.current_stream(tokens.q.device).cuda_stream
-    shapes = tuple((t.shape, t.dtype) for t in (*tokens[:4], memory.norms))
+    shapes = tuple((t.shape, t.dtype) for t in (*tokens[:4], memory.weights, memory.norms))
     key = (tokens.q.device, stream, shapes, tokens.beta is None, str(settings._replace(save=True)))
     found = _desks.get(key, 0)
     if again and not isinstance(found, Desk):
         return None
     if isinstance(found, int):
         late = found >= FIRST_RUNS
-        _desks[key] = Desk(tokens, memory, settings._replace(save=True)) if late else found + 1
+        with torch.inference_mode(False):  # a desk serves training and inference, whichever comes first
+            _desks[key] = Desk(tokens, memory, settings._replace(save=True)) if late else found + 1
     _desks.move_to_end(key)
     while len(_desks) > MOST_DESKS:
         _desks.popitem(last=False)
@@ -77,18 +78,16 @@ class Desk:
 
     def forward(self, tokens: Tokens, memory: Memory, *, save: bool) -> tuple[Tensor, Memory, Tensor, Trail]:
         """As `unit.forward_pass`; the trail is empty unless it is to be saved."""
+        self._call = None  # until all of this call lies here
         good = learnable(tokens, self._pieces, out=self._grid.due)
         make_grid(tokens, good, self._dtype, self._pieces, into=self._grid)
         _fill(self._memory, memory)
-        self._forward = self._forward or _Replay(
-            partial(forward.run, save=True),
-            self._grid,
-            self._memory,
-            self._rule,
-            self._rows,
-            self._pieces,
-            trail=self._trail,
-        )
+        if self._forward is None:
+            run = partial(forward.run, save=True)
+            with torch.inference_mode(False):
+                self._forward = _Replay(
+                    run, self._grid, self._memory, self._rule, self._rows, self._pieces, trail=self._trail
+                )
         y, end, good, trail = self._forward()
         kept = trail if save else [t[:0] for t in trail]
         weights, momentum, accumulator, good, *kept = _copies(end.weights, *end[2:], good, *kept)

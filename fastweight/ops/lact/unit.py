@@ -158,7 +158,7 @@ def _(
 
 def _forward(tokens: Tokens, memory: Memory, settings: Settings) -> tuple[Tensor, Memory, Tensor, Trail]:
     """`forward_pass`, replayed where it is recorded."""
-    with _as_it_is(tokens.q):
+    with torch.cuda.device_of(tokens.q), _as_it_is(tokens.q):
         desk = recorded.find(tokens, memory, settings)
         if desk is None:
             return forward_pass(tokens, memory, settings)
@@ -167,7 +167,7 @@ def _forward(tokens: Tokens, memory: Memory, settings: Settings) -> tuple[Tensor
 
 def _backward(tokens: Tokens, trail: Trail, good: Tensor, y: Tensor, end: Memory, settings: Settings) -> Gradients:
     """`backward_pass`, replayed where it is recorded."""
-    with _as_it_is(tokens.q):
+    with torch.cuda.device_of(tokens.q), _as_it_is(tokens.q):
         desk = recorded.find(tokens, end, settings, again=True)
         if desk is None:
             return backward_pass(tokens, trail, good, y, end, settings=settings)
