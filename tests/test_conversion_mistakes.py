@@ -194,3 +194,32 @@ def test_a_report_can_be_made_of_a_conversion_that_was_to_have_none(place, tmp_p
     monkeypatch.setattr("fastweight.conversion.result.ReportSettings", lambda: REPORT)
     attempt(place, tmp_path / "out", report=None, control=False)
     assert make_report(tmp_path / "out", quiet=True, say=lambda line: None).settings["lengths"] == [16, 48]
+
+
+def test_relative_paths_hold_in_another_folder(place, tmp_path, monkeypatch):
+    from fastweight.data import prepare
+
+    prepare(str(place / "text.jsonl"), str(place / "llama"), tmp_path / "store", heldout_fraction=0.2)
+    shutil.copytree(place / "llama", tmp_path / "llama")
+    monkeypatch.chdir(tmp_path)
+    given = {"source": "llama", "data": "store", "report": None, "control": False}
+    attempt(place, tmp_path / "out", **given)
+    file = tmp_path / "out" / "conversion.json"
+    record = json.loads(file.read_text())
+    monkeypatch.chdir(place)
+    monkeypatch.setattr("fastweight.conversion.result.ReportSettings", lambda: REPORT)
+    assert make_report(tmp_path / "out", quiet=True, say=lambda line: None).settings["lengths"] == [16, 48]
+    attempt(place, tmp_path / "out", **given | {"source": str(tmp_path / "llama"), "data": str(tmp_path / "store")})
+    record["settings"] |= {"source": "llama", "data": "store"}  # as an earlier version wrote them
+    file.write_text(json.dumps(record))
+    monkeypatch.chdir(tmp_path)
+    attempt(place, tmp_path / "out", **given)
+
+
+@pytest.mark.parametrize("recipe", ["mag", "in-place"])
+def test_the_help_says_that_a_number_is_a_block(capsys, recipe):
+    with pytest.raises(SystemExit):
+        cli.run(["convert", "--help"])
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "how many, spread evenly" not in text
+    assert {"mag": "numbers of blocks from 0", "in-place": "their numbers from 0"}[recipe] in text

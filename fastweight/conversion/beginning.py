@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fastweight.configs import require
 from fastweight.conversion.config import ConversionConfig
-from fastweight.conversion.record import save_record
+from fastweight.conversion.record import is_store, save_record
 from fastweight.convert.pretrained import load_pretrained
 from fastweight.convert.pretrained.tokenizer import load_pretrained_tokenizer
 from fastweight.data import Store, Tokenizer, load_tokenizer, prepare
@@ -86,7 +86,7 @@ def _prepared_from(store: Path, before: ConversionConfig) -> bool:
 def store_path(config: ConversionConfig, out: Path) -> Path:
     """The token store that config.data is, or that is prepared from it."""
     given = Path(config.data)
-    return given if any((given / file).is_file() for file in (MANIFEST, PROGRESS)) else out / "data"
+    return given if is_store(given) else out / "data"
 
 
 def open_store(config: ConversionConfig, out: Path, tokenizer: Tokenizer, say: Say) -> Store:

@@ -17,7 +17,7 @@ class MagConfig:
     """A delta-rule memory beside softmax attention (LiZA), mixed in with weight μ (Memory as Gate)."""
 
     layers: str = "all"
-    """Which attention layers: all, "0-5,9", "every 3", "last 4", or how many, spread evenly."""
+    """Which attention layers: all, numbers of blocks from 0 ("4", "0-5,9"), "every 3" or "last 4"."""
     mag_weight: float = 0.05
     """μ at the start: 0 is the backbone, 1 the memory alone."""
     mag: Literal["scheduled", "learned"] = "learned"
@@ -58,7 +58,7 @@ class InPlaceRecipe(InPlaceConfig):
 
     chunk_size: int = 128
     layers: str = "every 6"
-    """Which blocks: all, "0-5,9", "every 3", "last 4", or how many, spread evenly."""
+    """Which blocks: all, their numbers from 0 ("4", "0-5,9"), "every 3" or "last 4"."""
 
 
 @dataclass(frozen=True, kw_only=True)

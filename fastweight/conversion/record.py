@@ -8,6 +8,7 @@ from typing import Any
 from fastweight import files
 from fastweight.configs import from_nested, require, to_json
 from fastweight.conversion.config import ConversionConfig
+from fastweight.data.store import MANIFEST, PROGRESS
 from fastweight.train import folders
 
 FORMAT, VERSION, RECORD = "fastweight-conversion", 1, "conversion.json"
@@ -30,6 +31,21 @@ def load_conversion(out: str | Path) -> ConversionConfig:
     return from_nested(ConversionConfig, record["settings"], "conversion")
 
 
+def settled(config: ConversionConfig) -> ConversionConfig:
+    """`config` with whole paths of a local source and of a token store: they hold in any current directory."""
+    source, data = Path(config.source), Path(config.data)
+    return dataclasses.replace(
+        config,
+        source=str(source.resolve()) if source.exists() else config.source,
+        data=str(data.resolve()) if is_store(data) else config.data,
+    )
+
+
+def is_store(folder: Path) -> bool:
+    """Whether the folder is a token store, finished or not."""
+    return any((folder / file).is_file() for file in (MANIFEST, PROGRESS))
+
+
 def save_record(config: ConversionConfig, out: Path) -> None:
     """Write the settings down."""
     settings = dataclasses.asdict(config)
@@ -37,7 +53,7 @@ def save_record(config: ConversionConfig, out: Path) -> None:
 
 
 def begun_with(config: ConversionConfig, out: Path) -> ConversionConfig | None:
-    """The settings that `out` was begun with, None where nothing was.
+    """The settings that `out` was begun with, `settled`; None where nothing was.
 
     Until a stage has saved something every setting may change. Raises ValueError for another one after that, and for a
     folder with files of something else.
@@ -49,7 +65,9 @@ def begun_with(config: ConversionConfig, out: Path) -> ConversionConfig | None:
             f"{out} holds {', '.join(there)}, but no {RECORD}: it is no conversion. Choose another folder.",
         )
         return None
-    before = load_conversion(out)
+    before = settled(load_conversion(out))
+    if Path(before.source).resolve() == Path(config.source).resolve():  # also where it is gone by now
+        before = dataclasses.replace(before, source=config.source)
     changed = _changes(before, config)
     require(
         not changed or not any(folders.latest(folder) for folder in (out / "stages").glob("*")),

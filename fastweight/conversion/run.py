@@ -9,7 +9,7 @@ from fastweight.configs import to_json
 from fastweight.conversion.beginning import Say, open_backbone, open_store
 from fastweight.conversion.checks import check_recipe, check_stages
 from fastweight.conversion.config import ConversionConfig
-from fastweight.conversion.record import begun_with
+from fastweight.conversion.record import begun_with, settled
 from fastweight.conversion.result import fitted_report, make_report, publish
 from fastweight.convert.in_place import add_in_place_memory
 from fastweight.convert.titanize import titanize
@@ -26,7 +26,7 @@ def convert(config: ConversionConfig, out: str | Path, *, say: Say = print, quie
     Raises ValueError for settings that differ from those `out` was begun with, and for what a part refuses: all of it
     before the first stage.
     """
-    out = Path(out)
+    out, config = Path(out), settled(config)
     check_recipe(config)
     backbone, tokenizer = open_backbone(config, begun_with(config, out), out, say)
     store = open_store(config, out, tokenizer, say)

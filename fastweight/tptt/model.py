@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import os
 import tempfile
 from typing import Any
 
@@ -66,11 +67,27 @@ class TpttModel(FastweightForCausalLM):
             require(not given, "TpttModel: this config describes a converted model; use TpttModel.from_pretrained.")
         with torch.device("meta") if model else contextlib.nullcontext():
             super().__init__(config)
+        self.loss_type = "ForCausalLM"  # transformers asks the name of the class, which does not say it
         if model is not None:
             self.model = model
-        view = FastweightForCausalLM.from_model(self.model)
-        # In a tuple, so that its parameters are not counted a second time.
-        self._view: tuple[Any] = (view if config.lora_config is None else attach_adapters(view, config.lora_config),)
+        face = FastweightForCausalLM.from_model(self.model)
+        # In tuples, so that their parameters are not counted a second time.
+        self._face = (face,)
+        self._view: tuple[Any] = (face if config.lora_config is None else attach_adapters(face, config.lora_config),)
+        self._tell_face()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in FastweightForCausalLM; `backbone` generates as the folder says, too."""
+        read = super().from_pretrained(*args, **kwargs)
+        (read[0] if isinstance(read, tuple) else read)._tell_face()
+        return read
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        """As in FastweightForCausalLM; `backbone` changes with this model."""
+        embedding = super().resize_token_embeddings(*args, **kwargs)
+        self._face[0].config.describe(self.model)
+        return embedding
 
     @property
     def backbone(self) -> Any:
@@ -82,7 +99,16 @@ class TpttModel(FastweightForCausalLM):
         if self.config.lora_config is not None:
             self._view = (self._view[0].merge_and_unload(),)
             self.config.lora_config = None
+        self._tell_face()
         return self._view[0]
+
+    def _tell_face(self) -> None:
+        """Give the face without adapters this model's sizes, special tokens and settings of generation."""
+        face = self._face[0]
+        face.config.describe(self.model)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(face.config, name, getattr(self.config, name, None))
+        face.generation_config = copy.deepcopy(self.generation_config)
 
 
 def get_tptt_model(
@@ -109,14 +135,16 @@ def _convert(config: TpttConfig, backbone: Any, dtype: torch.dtype | None, gguf_
     else:
         require(gguf_file is None, "TpttModel: give backbone or gguf_file, not both.")
         model = read_backbone(backbone)
-        model = model if dtype is None else model.to(dtype)
-    return titanize(model, **config.titanize_options())
+    # Converted to another dtype after it is made of parameters of its own: the caller keeps the backbone's.
+    model = titanize(model, **config.titanize_options())
+    # By way of float32: what keeps at least that would not be narrowed at all.
+    return model if dtype is None else model.to(torch.promote_types(dtype, torch.float32)).to(dtype)
 
 
 def read_backbone(backbone: Any) -> Model:
     """The library's Model of a backbone in any of its forms; a decoder of transformers is copied."""
-    if isinstance(backbone, str):
-        return load_pretrained(backbone)
+    if isinstance(backbone, (str, os.PathLike)):
+        return load_pretrained(os.fspath(backbone))
     if isinstance(backbone, PreTrainedModel) and not isinstance(backbone, FastweightForCausalLM):
         with tempfile.TemporaryDirectory() as folder:
             backbone.save_pretrained(folder)

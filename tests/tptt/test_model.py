@@ -2,10 +2,11 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from hf.test_trainer import losses, trainer
+from hf.test_trainer import Texts, losses, trainer
 from safetensors.torch import load_file, save_file
 from tolerances import OUTPUT, assert_close
 from tptt.backbones import TEXTS, bpe_tokenizer, llama
@@ -188,13 +189,14 @@ def test_the_given_config_stays_as_it_was_and_makes_the_same_model_twice(folders
     assert torch.equal(first(ids_of(1, 9)).logits, second(ids_of(1, 9)).logits)
 
 
-@pytest.mark.parametrize("form", ["transformers", "model", "face", "folder"])
+@pytest.mark.parametrize("form", ["transformers", "model", "face", "folder", "path"])
 def test_a_backbone_may_be_handed_over_in_any_form(folders, form):
     forms = {
         "transformers": lambda: llama(tied=True),
         "model": lambda: load_pretrained(folders["tied"]),
         "face": lambda: FastweightForCausalLM.from_model(load_pretrained(folders["tied"])),
         "folder": lambda: folders["tied"],
+        "path": lambda: Path(folders["tied"]),
     }
     want = TpttModel(TpttConfig(base_model_name=folders["tied"])).eval()
     got = TpttModel(TpttConfig(base_model_name="not/read"), backbone=forms[form]()).eval()
@@ -207,6 +209,47 @@ def test_the_weights_dtype_can_be_chosen_and_the_memory_stays_float32(folders):
     assert model.dtype == torch.bfloat16
     mixer = model.model.blocks[0].mixer
     assert (mixer.memory.beta.weight.dtype, mixer.mag.dtype) == (torch.float32, torch.float32)
+
+
+@pytest.mark.parametrize("kept", [torch.float32, torch.float64])
+def test_a_chosen_dtype_leaves_the_callers_backbone_in_its_own(folders, kept):
+    backbone = load_pretrained(folders["tied"], dtype=kept)
+    model = TpttModel(TpttConfig(), backbone=backbone, dtype=torch.bfloat16)
+    assert {p.dtype for p in backbone.parameters()} == {kept}
+    assert (model.dtype, model.config.dtype) == (torch.bfloat16, torch.bfloat16)
+    assert {p.dtype for n, p in model.named_parameters() if ".mixer.memory." in n} == {torch.float32}
+
+
+def test_the_trainers_evaluation_is_the_mean_loss_of_all_labels(tmp_path, folders):
+    model = TpttModel(TpttConfig(base_model_name=folders["tied"])).eval()
+    run = trainer(model, tmp_path, per_device_eval_batch_size=8)
+    rows = [Texts()[i] for i in range(8)]
+    with torch.no_grad():
+        want = model(**{name: torch.stack([row[name] for row in rows]) for name in rows[0]}).loss.item()
+    assert run.evaluate(Texts())["eval_loss"] == pytest.approx(want, rel=1e-5)
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+def test_the_face_without_adapters_ends_and_generates_as_the_model_does(tmp_path, folders, lora):
+    config = TpttConfig(base_model_name=folders["tied"], lora_config=lora, pad_token_id=3, eos_token_id=5)
+    model = TpttModel(config)
+    model.generation_config.eos_token_id = [5, 7]
+    model.save_pretrained(tmp_path)
+    read = TpttModel.from_pretrained(tmp_path)
+    assert read.backbone.generation_config.eos_token_id == [5, 7]
+    face = model.merge_and_unload()
+    assert (face.config.pad_token_id, face.config.eos_token_id, face.config.bos_token_id) == (3, 5, 0)
+    assert face.generation_config.to_dict() == model.generation_config.to_dict()
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+def test_a_model_of_another_vocabulary_is_merged_into_a_folder_that_loads(tmp_path, folders, lora):
+    model = TpttModel(TpttConfig(base_model_name=folders["tied"], lora_config=lora)).eval()
+    model.resize_token_embeddings(70)
+    assert model._face[0].config.vocab_size == 70
+    model.merge_and_unload().save_pretrained(tmp_path)
+    read = FastweightForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(read(ids_of(2, 9)).logits, model(ids_of(2, 9)).logits)
 
 
 def test_get_tptt_model_converts_and_gives_a_cache(folders):
@@ -275,6 +318,68 @@ def test_an_unknown_target_is_refused_with_the_known_names(folders):
     config = TpttConfig(base_model_name=folders["tied"], lora_config=LORA | {"target_modules": ["q_prj"]})
     with pytest.raises(ValueError, match=r"'q_prj' fits no linear layer. Did you mean .*q_proj"):
         TpttModel(config)
+
+
+def adapted(folder, **lora):
+    return TpttModel(TpttConfig(base_model_name=folder, lora_config={"r": 2, "lora_alpha": 2} | lora))
+
+
+def ranks(model):
+    """{layer: (rank, scaling)} of the adapters in block 1."""
+    parts = model.model.blocks[1].named_modules()
+    return {name: (part.r["default"], part.scaling["default"]) for name, part in parts if hasattr(part, "lora_A")}
+
+
+@pytest.mark.parametrize("wish", [["o_proj"], ["out"], r".*\.o_proj"])
+def test_excluded_layers_of_the_pretrained_family_have_no_adapter(folders, wish):
+    model = adapted(folders["tied"], target_modules=["q_proj", "o_proj"], exclude_modules=wish)
+    assert set(ranks(model)) == {"mixer.qkv"}
+
+
+def test_a_layer_of_one_block_can_be_excluded(folders):
+    model = adapted(folders["tied"], target_modules=["o_proj"], exclude_modules=["model.layers.1.self_attn.o_proj"])
+    found = {name for name, part in model.model.named_modules() if hasattr(part, "lora_A")}
+    assert found == {"blocks.0.mixer.out", "blocks.2.mixer.out"}
+
+
+def test_ranks_and_scalings_reach_the_layers_that_the_family_names(folders):
+    targets = ["q_proj", "k_proj", "o_proj", "down_proj"]
+    patterns = {"rank_pattern": {"q_proj": 8, r"layers\.1\.mlp\..*": 4}, "alpha_pattern": {"o_proj": 6}}
+    model = adapted(folders["tied"], target_modules=targets, **patterns)
+    assert ranks(model) == {"mixer.qkv": (8, 0.25), "mixer.out": (2, 3.0), "feed_forward.down": (4, 0.5)}
+    down = model.model.blocks[0].feed_forward.down
+    assert down.r["default"] == 2
+
+
+@pytest.mark.parametrize("name", ["tied", "untied"])
+def test_modules_to_save_train_whole_and_survive_saving_and_merging(tmp_path, folders, name):
+    model = moved(
+        adapted(folders[name], target_modules=["q_proj"], modules_to_save=["lm_head", "embed_tokens", "norm"])
+    )
+    trained = {n.split(".modules_to_save")[0] for n, p in model.named_parameters() if p.requires_grad}
+    whole = {"model.embedding", "model.norm"} | ({"model.head"} if name == "untied" else set())
+    assert trained - {n for n in trained if "lora_" in n or ".mixer.memory." in n} == whole
+    want = model(ids_of(2, 9)).logits
+    model.save_pretrained(tmp_path)
+    assert torch.equal(TpttModel.from_pretrained(tmp_path).eval()(ids_of(2, 9)).logits, want)
+    assert_close(model.merge_and_unload()(ids_of(2, 9)).logits, want, OUTPUT[torch.float32])
+
+
+BAD_LAYERS = {
+    "excluded": ({"exclude_modules": ["o_prj"]}, "exclude_modules: 'o_prj' fits no linear layer. .*o_proj"),
+    "rank": ({"rank_pattern": {"zzz": 8}}, "rank_pattern: 'zzz' fits no linear layer. Known: .*q_proj"),
+    "alpha": ({"alpha_pattern": {"c_attn": 8}}, "alpha_pattern: 'c_attn' fits no linear layer"),
+    "saved": ({"modules_to_save": ["lm_hed"]}, "modules_to_save: 'lm_hed' fits no module.*lm_head"),
+    "a part": ({"exclude_modules": ["k_proj"]}, "a part of blocks.0.mixer.qkv, .*q_proj, .*v_proj"),
+    "two ranks": ({"rank_pattern": {"q_proj": 8, "k_proj": 4}}, "rank_pattern asks for .* of blocks.0.mixer.qkv"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_LAYERS)
+def test_names_of_layers_that_could_not_be_followed_are_refused(folders, name):
+    lora, message = BAD_LAYERS[name]
+    with pytest.raises(ValueError, match=message):
+        adapted(folders["tied"], target_modules=["q_proj", "o_proj"], **lora)
 
 
 def test_a_folder_that_does_not_exist_is_refused(monkeypatch):
