@@ -1,5 +1,6 @@
 """LaCT: sliding-window attention and a fast SwiGLU network that learns large chunks, on shared q, k, v."""
 
+import contextlib
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -113,7 +114,9 @@ class LowRank(nn.Module):
 
     def forward(self) -> Tensor:
         left, right = (t.to(state_dtype(t)) for t in (self.left, self.right))
-        with torch.autocast(left.device.type, enabled=False):  # fast weights are float32 or wider
+        kind = left.device.type
+        # Fast weights are float32 or wider. The meta device knows no autocast.
+        with contextlib.nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False):
             product = left @ right
         return product + 0.5 * torch.eye(left.shape[1], right.shape[2], dtype=left.dtype, device=left.device)
 
