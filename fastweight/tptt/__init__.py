@@ -6,6 +6,7 @@ Importing this module registers model type "tptt" with AutoConfig and AutoModelF
 from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from fastweight.hf import AdjustMaGWeightCallback
 from fastweight.hf import FastweightCache as LCache
@@ -17,6 +18,7 @@ from fastweight.tptt.pipeline import TpttPipeline
 
 AutoConfig.register(TpttConfig.model_type, TpttConfig, exist_ok=True)
 AutoModelForCausalLM.register(TpttConfig, TpttModel, exist_ok=True)
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[TpttConfig.model_type] = TpttModel.__name__  # as in fastweight.hf
 
 __all__ = [
     "AdjustMaGWeightCallback",

@@ -46,7 +46,7 @@ def translate_settings(model: Model, settings: dict[str, Any]) -> dict[str, Any]
     chosen = {n: k for n, k in linears.items() if isinstance(targets, str) or any(_ends(n, t) for t in targets)}
     for option in PATTERNS:
         if settings.get(option):
-            changed[option] = _by_layer(option, settings[option], chosen)
+            changed[option] = _by_layer(option, settings[option], linears, chosen)
     if settings.get("modules_to_save"):
         changed["modules_to_save"] = _saved(model, settings["modules_to_save"])
     return settings | changed
@@ -83,12 +83,12 @@ def _excluded(names: str | list[str], known: Names) -> list[str]:
     return _short(found, known)
 
 
-def _by_layer(option: str, values: dict[str, Any], known: Names) -> dict[str, Any]:
-    """A pattern's values by the names of our layers. The first key that fits counts, as in PEFT."""
+def _by_layer(option: str, values: dict[str, Any], known: Names, chosen_layers: Names) -> dict[str, Any]:
+    """A pattern's values by the names of our chosen layers. The first key that fits counts, as in PEFT."""
     for key in values:
         _find(f"{option}:", key, known, _ends_like)
     found: dict[str, Any] = {}
-    for own, names in known.items():
+    for own, names in chosen_layers.items():
         keys = [next((key for key in values if _ends_like(name, key)), None) for name in sorted(names)]
         chosen = {key: values[key] for key in keys if key is not None}
         require(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf.test_trainer import Texts, losses, trainer
+from hf.test_trainer import losses, trainer
 from safetensors.torch import load_file, save_file
 from tolerances import OUTPUT, assert_close
 from tptt.backbones import TEXTS, bpe_tokenizer, llama
@@ -221,12 +221,24 @@ def test_a_chosen_dtype_leaves_the_callers_backbone_in_its_own(folders, kept):
 
 
 def test_the_trainers_evaluation_is_the_mean_loss_of_all_labels(tmp_path, folders):
+    """Every token is a label, also the first, which nothing predicts and which must not be counted."""
     model = TpttModel(TpttConfig(base_model_name=folders["tied"])).eval()
-    run = trainer(model, tmp_path, per_device_eval_batch_size=8)
-    rows = [Texts()[i] for i in range(8)]
+    rows = [{"input_ids": ids, "labels": ids} for ids in ids_of(8, 5)]
     with torch.no_grad():
-        want = model(**{name: torch.stack([row[name] for row in rows]) for name in rows[0]}).loss.item()
-    assert run.evaluate(Texts())["eval_loss"] == pytest.approx(want, rel=1e-5)
+        want = model(ids_of(8, 5), labels=ids_of(8, 5)).loss.item()
+    run = trainer(model, tmp_path, per_device_eval_batch_size=8)
+    assert run.evaluate(rows)["eval_loss"] == pytest.approx(want, rel=1e-5)
+
+
+def test_smoothed_labels_are_shifted(tmp_path, folders):
+    model, ids = TpttModel(TpttConfig(base_model_name=folders["tied"])).eval(), ids_of(8, 5)
+    with torch.no_grad():
+        logits = model(ids).logits[:, :-1].flatten(0, 1)
+    want = torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten(), label_smoothing=0.1).item()
+    run = trainer(model, tmp_path, per_device_eval_batch_size=8, label_smoothing_factor=0.1)
+    assert run.evaluate([{"input_ids": row, "labels": row} for row in ids])["eval_loss"] == pytest.approx(
+        want, rel=1e-4
+    )
 
 
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
