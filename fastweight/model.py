@@ -61,9 +61,7 @@ class Model(nn.Module):
     def reset_parameters(self) -> None:
         """Draw new weights: normal with `init_std`, what each memory adds, then what the config asks for beside."""
         config = self.config
-        nn.init.normal_(
-            self.embedding.weight, std=config.init_std if config.embedding_std is None else config.embedding_std
-        )
+        nn.init.normal_(self.embedding.weight, std=config.std_of_embedding)
         if self.positions is not None:
             nn.init.normal_(self.positions.weight, std=self.config.init_std)
         init_linears(self, self.config.init_std)

@@ -221,6 +221,11 @@ class ModelConfig:
         return replace(self, loops=(start, stop, count), order=None)
 
     @property
+    def std_of_embedding(self) -> float:
+        """`embedding_std`, or `init_std` where it is None."""
+        return self.init_std if self.embedding_std is None else self.embedding_std
+
+    @property
     def visits(self) -> tuple[int, ...]:
         """`order`, as numbers of blocks."""
         assert self.order is not None

@@ -11,10 +11,15 @@ from fastweight.hf.callbacks import AdjustMaGWeightCallback, MagScheduleCallback
 from fastweight.hf.config import FastweightConfig
 from fastweight.hf.model import FastweightForCausalLM
 
-AutoConfig.register(FastweightConfig.model_type, FastweightConfig, exist_ok=True)
-AutoModelForCausalLM.register(FastweightConfig, FastweightForCausalLM, exist_ok=True)
-# Trainer looks here for whether a model's labels are to be shifted before it smooths them.
-MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[FastweightConfig.model_type] = FastweightForCausalLM.__name__
+
+def register(config: type[FastweightConfig], model: type[FastweightForCausalLM]) -> None:
+    """Make a face known to the Auto classes, and to the Trainer as one that shifts its labels."""
+    AutoConfig.register(config.model_type, config, exist_ok=True)
+    AutoModelForCausalLM.register(config, model, exist_ok=True)
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type] = model.__name__
+
+
+register(FastweightConfig, FastweightForCausalLM)
 
 __all__ = [
     "AdjustMaGWeightCallback",
@@ -22,4 +27,5 @@ __all__ = [
     "FastweightConfig",
     "FastweightForCausalLM",
     "MagScheduleCallback",
+    "register",
 ]

@@ -123,8 +123,7 @@ class FastweightForCausalLM(PreTrainedModel, GenerationMixin):
     def _draw_rows(self, first: int) -> None:
         """New weights for the tokens from `first` on."""
         config = self.model.config
-        std = config.init_std if config.embedding_std is None else config.embedding_std
-        self.model.embedding.weight[first:].normal_(std=std)
+        self.model.embedding.weight[first:].normal_(std=config.std_of_embedding)
         if self.model.head is not None:
             self.model.head.weight[first:].normal_(std=config.init_std)
 

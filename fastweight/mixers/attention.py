@@ -177,8 +177,7 @@ class AttentionLayer(Mixer):
             return q, k
         self._check_positions(positions)
         if self.rates is None or self.rates.device != q.device:
-            with torch.inference_mode(False):  # kept for training, too
-                self.rates = rope_rates(base, self.rotary_dim, scaling, q.device)
+            self.rates = rope_rates(base, self.rotary_dim, scaling, q.device)
         table, interleaved = rope_table(positions, self.rates, rope_scale(scaling)), self.config.rope_interleaved
         return rotate(q, table, interleaved=interleaved), rotate(k, table, interleaved=interleaved)
 

@@ -1,6 +1,5 @@
 """LaCT: sliding-window attention and a fast SwiGLU network that learns large chunks, on shared q, k, v."""
 
-import contextlib
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -14,6 +13,7 @@ from fastweight.layers import RMSNorm, state_dtype, token_dtype
 from fastweight.mixers.attention import settle_cache
 from fastweight.mixers.base import Mixer, MixerConfig, register
 from fastweight.ops.attention import AttentionState, attention
+from fastweight.ops.dispatch import without_autocast
 from fastweight.ops.elementwise import few_numbers, kernels_run, lact_heads, lact_rates, lact_scalars, rms_norm
 from fastweight.ops.lact import MUON, MUON_DTYPES, UPDATES, LactPending, LactState, Rule, init_lact, lact
 from fastweight.ops.lact.losses import chunk_losses
@@ -114,9 +114,7 @@ class LowRank(nn.Module):
 
     def forward(self) -> Tensor:
         left, right = (t.to(state_dtype(t)) for t in (self.left, self.right))
-        kind = left.device.type
-        # Fast weights are float32 or wider. The meta device knows no autocast.
-        with contextlib.nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False):
+        with without_autocast(left.device.type):  # fast weights are float32 or wider
             product = left @ right
         return product + 0.5 * torch.eye(left.shape[1], right.shape[2], dtype=left.dtype, device=left.device)
 
@@ -289,8 +287,7 @@ class Lact(Mixer):
     def _rotation(self, device: torch.device) -> Tensor:
         """Radians per position of each pair of channels, in both branches."""
         if self.rates is None or self.rates.device != device:
-            with torch.inference_mode(False):  # kept for training, too
-                self.rates = plain_rates(self.config.rope_base, self.head_dim, device)
+            self.rates = plain_rates(self.config.rope_base, self.head_dim, device)
         return self.rates
 
     def _rotate(self, z: Tensor, turns: Turns) -> Tensor:

@@ -15,7 +15,7 @@ from fastweight.ops.rope import apply_rope
 from fastweight.ops.sequences import token_positions
 from fastweight.ops.ttt import TTTState, TTTWeights, new_state, ttt_linear, ttt_mlp
 from fastweight.ops.ttt.naive import predict
-from fastweight.state import register_state
+from fastweight.state import map_tensors, register_state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,15 +112,12 @@ class _TTT(Mixer):
 
     def init_state(self, num_sequences: int) -> TTTMixerState:
         wide = state_dtype(self.q.weight)
-        # Copies: a state is a value, and an optimiser's step changes the weights in place.
-        weights = [
-            None
-            if t is None
-            else t.to(wide).expand(num_sequences, *t.shape).clone(memory_format=torch.contiguous_format)
-            for t in self.initial_weights()
-        ]
+
+        def own(t: Tensor) -> Tensor:  # a copy: a state is a value, and an optimiser's step changes weights in place
+            return t.to(wide).expand(num_sequences, *t.shape).clone(memory_format=torch.contiguous_format)
+
         tail = None if self.q_conv is None else self.q_conv.init_tail(num_sequences)
-        return TTTMixerState(new_state(TTTWeights(*weights)), tail)  # type: ignore[arg-type]  # same fields are None
+        return TTTMixerState(new_state(map_tensors(own, self.initial_weights())), tail)
 
     def parallel(
         self, x: Tensor, state: TTTMixerState, *, cu_seqlens: Tensor | None = None

@@ -1,5 +1,6 @@
 """Which implementation of an op runs: `auto` takes the fastest that accepts the inputs, a named one runs or raises."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -100,6 +101,13 @@ def call(op: str, backend: str, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     chosen = _OPS[op][choose(op, backend, x, *args, **kwargs)]
     opaque = torch.compiler.is_compiling() and not chosen.traceable(x, *args, **kwargs)
     return (_run_uncompiled if opaque else _run)(chosen.run, x.device.type, *args, **kwargs)
+
+
+def without_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:
+    """Inside, autocast rounds no product: a compiled graph calls the operators under whatever holds around it."""
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return contextlib.nullcontext()
+    return torch.autocast(device_type, enabled=False)
 
 
 def _run(run: Callable[..., Any], device_type: str, *args: Any, **kwargs: Any) -> Any:

@@ -52,11 +52,13 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor], *, interleaved: bool = False
     return torch.cat((turned.to(x.dtype), x[..., dim:]), -1) if dim < x.shape[-1] else turned.to(x.dtype)
 
 
+@torch.inference_mode(False)  # layers keep what is made here for training, too
 def plain_rates(base: float, dim: int, device: torch.device | str = "cpu") -> Tensor:
     """base^(-2i/dim), [dim/2] float32: radians per position of each channel pair without scaling."""
     return base ** (-torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim)
 
 
+@torch.inference_mode(False)  # as above
 def rope_rates(base: float, dim: int, scaling: dict[str, Any] | None, device: torch.device | str = "cpu") -> Tensor:
     """Radians per position of each of the dim / 2 channel pairs, float32.
 

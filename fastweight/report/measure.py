@@ -116,7 +116,7 @@ class Measurer:
             with self.bar(f"{name}: speed") as progress:
                 return [_plain_speed(x) for x in measure_speed(model, s.speed_lengths, progress=progress, **options)]
 
-        backends = [getattr(module, "backend", None) for module in model.modules() if hasattr(module, "backend")]
+        backends = [memory.backend for memory in model.memories()]
         key = key | {"machine": machine(model), "backends": backends, "lengths": s.speed_lengths, **options}
         return self.parts.get("speed", key, measure)
 

@@ -5,10 +5,7 @@ Importing this module registers model type "tptt" with AutoConfig and AutoModelF
 
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-from fastweight.hf import AdjustMaGWeightCallback
+from fastweight.hf import AdjustMaGWeightCallback, register
 from fastweight.hf import FastweightCache as LCache
 from fastweight.mixers.liza import Liza as LiZAttention
 from fastweight.tptt.callbacks import LiZACallback
@@ -16,9 +13,7 @@ from fastweight.tptt.config import TpttConfig
 from fastweight.tptt.model import TpttModel, get_tptt_model
 from fastweight.tptt.pipeline import TpttPipeline
 
-AutoConfig.register(TpttConfig.model_type, TpttConfig, exist_ok=True)
-AutoModelForCausalLM.register(TpttConfig, TpttModel, exist_ok=True)
-MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[TpttConfig.model_type] = TpttModel.__name__  # as in fastweight.hf
+register(TpttConfig, TpttModel)
 
 __all__ = [
     "AdjustMaGWeightCallback",

@@ -83,19 +83,20 @@ def _excluded(names: str | list[str], known: Names) -> list[str]:
     return _short(found, known)
 
 
-def _by_layer(option: str, values: dict[str, Any], known: Names, chosen_layers: Names) -> dict[str, Any]:
-    """A pattern's values by the names of our chosen layers. The first key that fits counts, as in PEFT."""
+def _by_layer(option: str, values: dict[str, Any], known: Names, targets: Names) -> dict[str, Any]:
+    """A pattern's values by the names of our layers with adapters. The first key that fits counts, as in PEFT."""
     for key in values:
         _find(f"{option}:", key, known, _ends_like)
     found: dict[str, Any] = {}
-    for own, names in chosen_layers.items():
+    for own, names in targets.items():
         keys = [next((key for key in values if _ends_like(name, key)), None) for name in sorted(names)]
         chosen = {key: values[key] for key in keys if key is not None}
         require(
             len(set(chosen.values())) < 2,
             f"lora_config: {option} asks for {chosen} of {own}, which is one layer here. Give one value.",
         )
-        found |= dict.fromkeys([re.escape(own)] if chosen else [], next(iter(chosen.values()), None))
+        for value in chosen.values():
+            found[re.escape(own)] = value
     return found
 
 

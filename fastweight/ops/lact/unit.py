@@ -5,7 +5,6 @@ goes a shorter way (`_Eager`) in half of the host's time. There are no second de
 sequential, all else is one batched product over the chunks.
 """
 
-import contextlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
 
+from fastweight.ops.dispatch import without_autocast
 from fastweight.ops.lact import Rule, backward, forward
 from fastweight.ops.lact.backward import Gradients
 from fastweight.ops.lact.grid import Memory, Tokens, Trail, learnable, make_grid
@@ -158,7 +158,7 @@ def _(
 
 def _forward(tokens: Tokens, memory: Memory, settings: Settings) -> tuple[Tensor, Memory, Tensor, Trail]:
     """`forward_pass`, replayed where it is recorded."""
-    with torch.cuda.device_of(tokens.q), _as_it_is(tokens.q):
+    with torch.cuda.device_of(tokens.q), without_autocast(tokens.q.device.type):
         desk = recorded.find(tokens, memory, settings)
         if desk is None:
             return forward_pass(tokens, memory, settings)
@@ -167,19 +167,11 @@ def _forward(tokens: Tokens, memory: Memory, settings: Settings) -> tuple[Tensor
 
 def _backward(tokens: Tokens, trail: Trail, good: Tensor, y: Tensor, end: Memory, settings: Settings) -> Gradients:
     """`backward_pass`, replayed where it is recorded."""
-    with torch.cuda.device_of(tokens.q), _as_it_is(tokens.q):
+    with torch.cuda.device_of(tokens.q), without_autocast(tokens.q.device.type):
         desk = recorded.find(tokens, end, settings, again=True)
         if desk is None:
             return backward_pass(tokens, trail, good, y, end, settings=settings)
         return desk.backward(tokens, trail, good, y, end)
-
-
-def _as_it_is(t: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Inside, autocast rounds no product: a compiled graph calls the operators under whatever holds around it."""
-    kind = t.device.type
-    if kind == "meta" or not torch.is_autocast_enabled(kind):
-        return contextlib.nullcontext()
-    return torch.autocast(kind, enabled=False)
 
 
 def forward_pass(tokens: Tokens, memory: Memory, settings: Settings) -> tuple[Tensor, Memory, Tensor, Trail]:

@@ -185,19 +185,19 @@ def _one_part_held(
             actives, d_middles, below1, errors, middles1, reads2, into.q, *shared, *into.sums, *sizes, eps, h,
             **constants, OPENING=opening,
         )  # fmt: skip
-    walked = (
+    given = (
         q, *tokens, part.base, seconds, totals1, units, grads2, statistics, *hidden, d_reads, d_writes2, actives,
         d_middles, below1, errors, middles1, reads2, pulled, d_z1, *sums, into.v, into.rate, into.last,
         into.gamma[own:], into.beta[own:], *into.memory, *into.sums, layout.length, part.first, part.stop, h,
     )  # fmt: skip
     if layout.walked:
         if layout.packed or part.stop > layout.length // chunk:
-            layout.launch(mlp_end_held, (n * h,), *walked, **constants, UNFINISHED=True)
-        layout.launch(mlp_walk_held, (n * h,), *walked, **constants)
+            layout.launch(mlp_end_held, (n * h,), *given, **constants, UNFINISHED=True)
+        layout.launch(mlp_walk_held, (n * h,), *given, **constants)
         if part.first == 0:
-            layout.launch(mlp_end_held, (n * h,), *walked, **constants, UNFINISHED=False)
+            layout.launch(mlp_end_held, (n * h,), *given, **constants, UNFINISHED=False)
     else:
-        layout.launch(mlp_backward_held, (n * h,), *walked, **constants)
+        layout.launch(mlp_backward_held, (n * h,), *given, **constants)
     layout.launch(
         mlp_keys_held, places, position, ends, *where, firsts, d_keys, pulled, d_z1, into.k, *sizes, h, **constants
     )  # fmt: skip
