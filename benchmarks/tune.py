@@ -29,7 +29,7 @@ from benchmarks.ops import draw, works
 from benchmarks.timing import machine, print_table, write_json
 from fastweight.ops.examples import Shape
 from fastweight.ops.lact import recorded
-from fastweight.ops.ttt.layout import LAUNCH, MLP_DESIGN, block
+from fastweight.ops.ttt.layout import LATE_MARKS, LAUNCH, MLP_DESIGN, block
 
 TTT, LACT = "fastweight.ops.ttt.layout", "fastweight.ops.lact."
 DEVICE = "cuda"
@@ -79,19 +79,20 @@ def _launches() -> Iterator[Change]:
 def _runs(kernel: str) -> bool:
     """Whether calls of the benchmark's size use this kernel: of TTT-MLP's designs one for each pass."""
     design = MLP_DESIGN["forward" if "forward" in kernel else "backward"]
-    only = {"mlp_walk_held": "walked", "mlp_backward_held": "held", "mlp_end_held": None}  # the last is no long work
-    if kernel in only:
-        return design == only[kernel]
-    return not kernel.startswith("mlp") or kernel.endswith("_held") == (design != "streamed")
+    if kernel == "mlp_end_held":
+        return False  # no long work
+    return not kernel.startswith("mlp") or kernel.endswith("_held") == (design == "held")
 
 
 def _sizes() -> Iterator[Change]:
-    for part, designs in (("forward", ("streamed", "held")), ("backward", ("streamed", "held", "walked"))):
-        yield from (Change("TTT-MLP", (TTT, "MLP_DESIGN", part), design) for design in designs)
+    for part in ("forward", "backward"):
+        yield from (Change("TTT-MLP", (TTT, "MLP_DESIGN", part), design) for design in ("streamed", "held"))
     for work in ("TTT-Linear", "TTT-MLP"):
-        yield Change(work, (TTT, "MARKS"), torch.int16)
-        yield from (Change(work, (TTT, "KEEP_EVERY"), every) for every in (4, 8, 16))
+        yield Change(work, (TTT, "MARKS"), torch.int8)
+        yield from (Change(work, (TTT, "KEEP_EVERY"), every) for every in (4, 8, 16, 32))
         yield from (Change(work, (TTT, "REPLAY_BYTES"), 1 << power) for power in (28, 30, 32))
+    yield from (Change("TTT-MLP", (TTT, "LATE_MARKS", kernel), torch.int16) for kernel in LATE_MARKS)
+    yield from (Change("TTT-MLP", (TTT, "READ_AT_ONCE"), step) for step in (1, 2, 8))
     yield from (Change("TTT-MLP", (TTT, "HIDDEN_BLOCK"), size) for size in (32, 64, 128))
 
 

@@ -31,14 +31,14 @@ def test_every_planned_change_differs_from_what_there_is_and_has_a_name_of_its_o
     assert len({tune.key_of([c]) for c in changes}) == len(changes) > 60
     assert all(tune.present(c.path) != c.value for c in changes)
     assert {c.work for c in changes} == {"TTT-Linear", "TTT-MLP", "LaCT, momentum + Muon"}
-    assert {c.path[2] for c in tune.plan("mlp_backward")} == {"mlp_backward_held"}
+    assert {c.path[2] for c in tune.plan("mlp_walk")} == {"mlp_walk_held"}
 
 
 def test_only_kernels_of_the_present_designs_are_tried(tune, monkeypatch):
     monkeypatch.setitem(layout.MLP_DESIGN, "backward", "streamed")
     kernels = {c.path[2] for c in tune.plan("LAUNCH[mlp")}
     assert kernels == {"mlp_forward_held", "mlp_replay", "mlp_reads", "mlp_backward"}
-    monkeypatch.setitem(layout.MLP_DESIGN, "backward", "walked")
+    monkeypatch.setitem(layout.MLP_DESIGN, "backward", "held")
     kernels = {c.path[2] for c in tune.plan("LAUNCH[mlp")}
     assert kernels == {f"mlp_{part}_held" for part in ("forward", "replay", "reads", "walk", "keys")}
 
@@ -129,7 +129,7 @@ def test_a_change_must_give_the_values_of_the_unchanged_tables(tune, monkeypatch
     found = bench([change])
     assert found == {"ms": 1.0, "unchanged_ms": 2.0, "distance": found["distance"]}
     assert found["distance"] < 1e-6
-    assert layout.KEEP_EVERY == 8
+    assert layout.KEEP_EVERY == 16
     monkeypatch.setattr(tune, "LIMIT", -1.0)
     with pytest.raises(ValueError, match="gives other values"):
         bench([change])

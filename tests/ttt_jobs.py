@@ -1,16 +1,25 @@
 """The TTT kernels as jobs for `ahead_of_time.compile_for`: the arguments' types follow from their names."""
 
 import importlib
+import math
 
 import torch
 
-from fastweight.ops.ttt.layout import HIDDEN_BLOCK, KEEP_EVERY, LAUNCH, block, launch_options
+from fastweight.ops.ttt.layout import (
+    HIDDEN_BLOCK,
+    KEEP_EVERY,
+    LATE_MARKS,
+    LAUNCH,
+    MARKS,
+    READ_AT_ONCE,
+    block,
+    launch_options,
+)
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 INTEGERS = {
     "position": "*i64",
     "cu_seqlens": "*i64",
-    "flags": "*i8",
     "suspects": "*i32",
     "owner": "*i32",
     "base": "*i32",
@@ -32,11 +41,13 @@ def job(name: str, dim: int, dtype: str = "bf16", chunk: int = 16, **constants: 
     module = f"fastweight.ops.ttt.kernels_{part}"
     values = {
         "D": dim, "BLOCK_D": block(dim), "CHUNK": chunk, "BLOCK_K": block(chunk), "EVERY": KEEP_EVERY,
-        "C": 4 * dim, "BLOCK_C": HIDDEN_BLOCK, "WHOLE": block(4 * dim), "OPENING": False, "UNFINISHED": False,
+        "C": 4 * dim, "BLOCK_C": HIDDEN_BLOCK, "WHOLE": block(4 * dim),
+        "WARPS": LAUNCH["mlp_walk_held"].get(dim, [8])[0],
+        "STEP": math.gcd(READ_AT_ONCE, KEEP_EVERY), "OPENING": False, "UNFINISHED": False,
         "GUARD": False, "PRECISION": "ieee" if dtype == "fp32" else "tf32",
     } | constants  # fmt: skip
     parameters = importlib.import_module(module).__dict__[name].arg_names
-    signature = {p: _type(p, dtype) for p in parameters}
+    signature = {p: _type(p, dtype, name) for p in parameters}
     return {
         "kernel": f"{module}:{name}",
         "signature": signature,
@@ -45,9 +56,12 @@ def job(name: str, dim: int, dtype: str = "bf16", chunk: int = 16, **constants: 
     }
 
 
-def _type(parameter: str, dtype: str) -> str:
+def _type(parameter: str, dtype: str, kernel: str) -> str:
     if parameter.isupper() and parameter not in SIZES:
         return "constexpr"
     if parameter in SIZES:
         return "i32"
+    if parameter == "flags":
+        marks = LATE_MARKS.get("mlp_walk_held" if kernel == "mlp_end_held" else kernel, MARKS)
+        return {torch.int8: "*i8", torch.int16: "*i16"}[marks]
     return INTEGERS.get(parameter, f"*{dtype}" if parameter in TOKENS else "*fp32")

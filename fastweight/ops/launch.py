@@ -5,15 +5,19 @@ pointer. For forty arguments that takes the host longer than most kernels take t
 call to call, so the compiled kernel is kept by it, and is started with addresses: the driver is asked nothing.
 """
 
+import ctypes
 import functools
 import operator
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 ALIGNED = 16  # bytes: kernels are compiled for addresses that are multiples of it, as torch's allocator gives them
 WIDE = 2**31  # from here on an integer is an argument of another type
+_PREFERRED_CARVEOUT = 9  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT of cuda.h
 
 
 class _Ready(NamedTuple):
@@ -53,5 +57,38 @@ def launch(
         return
     found = kernel[grid](*tensors, *numbers, **constants, **options)
     if found is not None:  # the interpreter compiles nothing
+        if found.n_spills:
+            leave_to_cache(found, tensors[0].get_device())
         names = kernel.arg_names[len(tensors) + len(numbers) :]
         _ready[key] = _Ready(found.__getitem__, tuple([constants[name] for name in names]))
+
+
+def leave_to_cache(kernel: Any, device: int) -> None:
+    """Give the L1 cache what the shared memory of a compiled kernel's blocks leaves of their multiprocessor's.
+
+    Triton asks for all of it as shared memory wherever a block wants more than 48 KiB. What threads keep in local
+    memory then goes to L2, which takes some 250 cycles in place of 30.
+    """
+    about = torch.cuda.get_device_properties(device)
+    share = shared_share(
+        kernel.n_regs, 32 * kernel.metadata.num_warps, kernel.metadata.shared, about.regs_per_multiprocessor,
+        about.shared_memory_per_multiprocessor,
+    )  # fmt: skip
+    failed = _driver().cuFuncSetAttribute(ctypes.c_void_p(kernel.function), _PREFERRED_CARVEOUT, share)
+    if failed:
+        raise RuntimeError(f"the CUDA driver took no carveout of {share} % for {kernel.name}: error {failed}.")
+
+
+def shared_share(registers: int, threads: int, shared: int, all_registers: int, all_shared: int) -> int:
+    """Percent of a multiprocessor's memory that as many blocks use as its registers and that memory let run at once.
+
+    registers: of a thread; shared: bytes of a block, of which the system takes another KiB.
+    """
+    of_block, taken = (registers + 7) // 8 * 8 * threads, shared + 1024
+    blocks = max(1, min(all_registers // of_block, all_shared // taken))
+    return min(100, -(-100 * blocks * taken // all_shared))
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")

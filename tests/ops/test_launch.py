@@ -11,6 +11,7 @@ from interpreter import needs_triton
 
 from benchmarks.host import count
 from fastweight.ops.examples import Shape, examples
+from fastweight.ops.launch import shared_share
 
 TESTS = Path(__file__).parents[1]
 
@@ -45,3 +46,17 @@ def test_a_call_asks_no_more_of_the_host_than_is_written_down(kind, kernels, lau
     found = count(example, Shape(2, 40, 2, 16))["forward+backward"]
     assert found["kernel"] == kernels
     assert found["torch launch"] <= launches
+
+
+@pytest.mark.parametrize(
+    ("registers", "threads", "shared", "percent"),
+    [
+        (255, 256, 88_128, 39),  # the registers of one block are all there are: 89,152 bytes of 233,472
+        (128, 256, 88_128, 77),  # two blocks
+        (32, 64, 100, 16),  # 32 blocks, 1,124 bytes each
+        (255, 256, 232_448, 100),
+        (255, 512, 0, 1),  # one block, even where the sizes leave no room for it
+    ],
+)
+def test_the_cache_gets_what_blocks_that_fit_do_not_use(registers, threads, shared, percent):
+    assert shared_share(registers, threads, shared, 65_536, 233_472) == percent

@@ -5,24 +5,24 @@ from ahead_of_time import SHARED_LIMIT, compile_for
 from interpreter import needs_triton
 from ttt_jobs import job
 
-from fastweight.ops.ttt.layout import HELD_SHARED, WALKED_SHARED, shared_bytes
+from fastweight.ops.ttt.layout import HELD_SHARED, shared_bytes
 
 pytestmark = needs_triton
 # Bytes of local memory per thread, by head dimension (96 uses the tiles of 128): what there was, rounded up. More means
 # that a change made a kernel outgrow the registers.
 SPILLS = {
     64: {
-        "linear_forward": 216, "linear_replay": 24, "linear_reads": 0, "linear_backward": 216, "linear_step": 0,
+        "linear_forward": 216, "linear_replay": 32, "linear_reads": 0, "linear_backward": 144, "linear_step": 0,
         "shared_totals": 0,
-        "mlp_forward": 40, "mlp_reads": 88, "mlp_backward": 960, "mlp_step": 0,
-        "mlp_forward_held": 816, "mlp_replay_held": 488, "mlp_reads_held": 528, "mlp_backward_held": 1520,
-        "mlp_walk_held": 448, "mlp_end_held": 2072, "mlp_keys_held": 0,
+        "mlp_forward": 40, "mlp_reads": 64, "mlp_backward": 944, "mlp_step": 0,
+        "mlp_forward_held": 816, "mlp_replay_held": 488, "mlp_reads_held": 200,
+        "mlp_walk_held": 448, "mlp_end_held": 1952, "mlp_keys_held": 0,
     },
     32: {
-        "mlp_forward_held": 344, "mlp_replay_held": 16, "mlp_reads_held": 0, "mlp_backward_held": 608,
+        "mlp_forward_held": 344, "mlp_replay_held": 32, "mlp_reads_held": 0,
         "mlp_walk_held": 72, "mlp_end_held": 584, "mlp_keys_held": 0,
     },
-    128: {"linear_forward": 1304, "linear_reads": 0, "linear_backward": 640, "mlp_forward": 704, "mlp_backward": 896},
+    128: {"linear_forward": 1304, "linear_reads": 0, "linear_backward": 448, "mlp_forward": 704, "mlp_backward": 928},
 }  # fmt: skip
 
 
@@ -31,7 +31,6 @@ def test_the_kernels_fit_on_a_hopper_gpu():
     found = compile_for(90, [job(name, dim) for name, dim, _ in cases])
     for (name, dim, most), kernel in zip(cases, found, strict=True):
         bound = HELD_SHARED if name.endswith("held") else shared_bytes(dim, 16, torch.bfloat16)
-        bound = WALKED_SHARED if name == "mlp_walk_held" else bound
         assert kernel["shared"] <= min(SHARED_LIMIT, bound), name
         assert kernel["spills"] <= most, f"{name}, {dim}: {kernel['spills']} bytes of local memory per thread"
 
@@ -39,19 +38,19 @@ def test_the_kernels_fit_on_a_hopper_gpu():
 def test_the_reads_of_first_mini_batches_fit_on_a_hopper_gpu():
     (found,) = compile_for(90, [job("mlp_reads_held", 64, OPENING=True)])
     assert found["shared"] <= HELD_SHARED
-    assert found["spills"] <= 1840
+    assert found["spills"] <= 1000
 
 
 def test_products_are_made_by_warps_where_the_table_says_so():
-    alone, together = compile_for(90, [job("mlp_walk_held", 64), job("mlp_backward_held", 64)])
+    alone, together = compile_for(90, [job("mlp_walk_held", 64), job("mlp_forward_held", 64)])
     assert not alone["wgmma"]
     assert together["wgmma"]
 
 
 def test_an_unfinished_mini_batch_fits_on_a_hopper_gpu():
     (found,) = compile_for(90, [job("mlp_end_held", 64, UNFINISHED=True)])
-    assert found["shared"] <= WALKED_SHARED
-    assert found["spills"] <= 1520
+    assert found["shared"] <= HELD_SHARED
+    assert found["spills"] <= 1600
 
 
 def test_a_kernel_compiles_for_an_ampere_gpu():

@@ -14,9 +14,8 @@ from fastweight.state import Faults, map_tensors, tensors
 pytestmark = needs_triton
 KINDS = ["linear", "mlp"]
 kinds = pytest.mark.parametrize("kind", KINDS)
-# Of TTT-MLP, by pass; there is no other forward pass to go with "walked".
+# Of TTT-MLP, by pass.
 DESIGNS = {design: {"forward": design, "backward": design} for design in ("held", "streamed")}
-DESIGNS["walked"] = {"forward": "held", "backward": "walked"}
 HALF = {"output": OUTPUT[torch.bfloat16], "gradient": GRADIENT[torch.bfloat16]}
 SINGLE = {"output": OUTPUT[torch.float32], "gradient": GRADIENT[torch.float32]}
 
@@ -82,9 +81,7 @@ def test_a_memory_held_in_registers_equals_the_definition(design, batch, length,
     compare("mlp", halves(batch, length, chunk), random_state("mlp", batch, torch.float32, chunk, width=width), **HALF)
 
 
-@pytest.mark.parametrize("design", ["held", "walked"])
-def test_a_memory_held_in_registers_equals_the_definition_for_packed_documents_in_several_parts(design, monkeypatch):
-    monkeypatch.setattr(layout, "MLP_DESIGN", DESIGNS[design])
+def test_a_memory_held_in_registers_equals_the_definition_for_packed_documents_in_several_parts(monkeypatch):
     monkeypatch.setattr(layout, "KEEP_EVERY", 2)
     monkeypatch.setattr(layout, "REPLAY_BYTES", 1)
     ends = torch.tensor([0, 1, 18, 23])
@@ -92,9 +89,7 @@ def test_a_memory_held_in_registers_equals_the_definition_for_packed_documents_i
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize("design", ["held", "walked"])
-def test_a_token_with_a_fault_teaches_a_memory_in_registers_nothing(design, monkeypatch):
-    monkeypatch.setattr(layout, "MLP_DESIGN", DESIGNS[design])
+def test_a_token_with_a_fault_teaches_a_memory_in_registers_nothing():
     args, state = halves(2, 20), random_state("mlp", 2, torch.float32)
     silent = [x.double() for x in args]
     silent[3][0, 11, 0] = 0
@@ -108,11 +103,11 @@ def test_a_token_with_a_fault_teaches_a_memory_in_registers_nothing(design, monk
 
 @kinds
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_marks_of_two_bytes_say_the_same(kind, monkeypatch):
+def test_marks_of_any_size_say_the_same(kind, monkeypatch):
     args, state = inputs(1, 20, torch.float32, 8), random_state(kind, 1, torch.float32, 8)
     args[1][0, 11, 0, 2] = float("nan")
     want = values_and_gradients(kind, args, state, "triton")
-    monkeypatch.setattr(layout, "MARKS", torch.int16)
+    monkeypatch.setattr(layout, "MARKS", torch.int8)
     got = values_and_gradients(kind, args, state, "triton")
     assert got[1].faults.count.tolist() == [1]
     assert all(torch.equal(a, b) for (_, a), (_, b) in zip(tensors(got), tensors(want), strict=True))
@@ -143,12 +138,8 @@ def test_what_does_not_fit_into_registers_is_streamed(monkeypatch):
     assert not held("forward")
     assert not any(held(**{k: v}) for k, v in {"dim": 65, "chunk": 17, "dtype": torch.float32, "width": 257}.items())
     assert not held(dim=16)  # four hidden units for each channel, at most
-    monkeypatch.setattr(layout, "shared_memory", lambda _device: 200 << 10)
-    assert held()
-    monkeypatch.setattr(layout, "MLP_DESIGN", DESIGNS["walked"])
-    assert not held()
     monkeypatch.setattr(layout, "shared_memory", lambda _device: 163 << 10)
-    assert not held("forward")
+    assert not held()
 
 
 @kinds

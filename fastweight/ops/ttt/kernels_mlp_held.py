@@ -11,6 +11,7 @@ a later one) is left to `mini_batch` of kernels_mlp.py, before and after the loo
 import triton
 import triton.language as tl
 
+from fastweight.ops.ttt.kernels_handed_on import store_folded
 from fastweight.ops.ttt.kernels_mlp import copy_memory, finish, mini_batch
 from fastweight.ops.ttt.kernels_shared import (
     causal,
@@ -207,12 +208,13 @@ def mlp_replay_held(
     kept_w1, kept_b1, kept_w2, kept_b2, owner, base, firsts, biases1, seconds, biases2, totals1,
     units, grads2, statistics, xs, writes1, slopes, bends, num_tokens, num_sequences, first, eps, H,
     D: tl.constexpr, BLOCK_D: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, EVERY: tl.constexpr, packed,
+    CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, EVERY: tl.constexpr, packed, WARPS: tl.constexpr,
 ):  # fmt: skip
     """Grid: (stretches, heads), as `mlp_replay`. Written for each mini-batch and head, [stretches · EVERY, H, …]:
 
-    in q's dtype the rounded W1 and W2ᵀ [·, D, C], x, P1, φ'(z1), E ⊙ φ''(z1) [·, CHUNK, C]; in float32 b1, b2, the sum
-    of P1 (not rounded) [·, C], unit and G [·, CHUNK, D], and the five statistics of `inner_step` [·, CHUNK, 8].
+    in q's dtype the rounded W1 and W2ᵀ [·, D, C], x, P1 [·, CHUNK, C] and, as `store_folded` does, φ'(z1) and
+    E ⊙ φ''(z1); in float32 b1, b2, the sum of P1 (not rounded) [·, C], folded unit and G, and the five statistics of
+    `inner_step` [·, CHUNK, 8].
     """
     stretch, h, i = tl.program_id(0), tl.program_id(1), tl.arange(0, BLOCK_K)
     n = tl.load(owner + stretch)
@@ -221,6 +223,8 @@ def mlp_replay_held(
     start, length, phase = span_of(cu_seqlens, position, n, num_tokens, CHUNK, packed)
     begin = first + (stretch - tl.load(base + n)) * EVERY
     end = tl.minimum(begin + EVERY, (phase + length + CHUNK - 1) // CHUNK)
+    if begin >= end:
+        return
     gamma = load_vector(ln_weight, h, D, BLOCK_D)[None, :]
     beta = load_vector(ln_bias, h, D, BLOCK_D)[None, :]
     last = tl.load(tau + CHUNK - 1).to(tl.float32)
@@ -247,8 +251,8 @@ def mlp_replay_held(
             gap = beta - (values.to(tl.float32) - keys.to(tl.float32))
             grad2, unit, inverse, mean_u, mean_uu, once, twice = inner_step(z2, gap, gamma, eps, D, BLOCK_D)
             own = place * CHUNK + i
-            store_tile(units, unit, own, here, D, BLOCK_D)
-            store_tile(grads2, grad2, own, here, D, BLOCK_D)
+            store_folded(units, unit, place, CHUNK, BLOCK_K, D, BLOCK_D, WARPS)
+            store_folded(grads2, grad2, place, CHUNK, BLOCK_K, D, BLOCK_D, WARPS)
             which = tl.arange(0, 8)[None, :]
             found = tl.where(which == 1, mean_u[:, None], tl.where(which == 2, mean_uu[:, None], inverse[:, None]))
             found = tl.where(which == 3, once[:, None], tl.where(which == 4, twice[:, None], found))
@@ -259,8 +263,8 @@ def mlp_replay_held(
             write1, total1 = wide1.to(keys.dtype), tl.sum(wide1, 0)
             store_tile(xs, x, own, here, C, WHOLE)
             store_tile(writes1, write1, own, here, C, WHOLE)
-            store_tile(slopes, slope, own, here, C, WHOLE)
-            store_tile(bends, error * curve, own, here, C, WHOLE)
+            store_folded(slopes, slope, place, CHUNK, BLOCK_K, C, WHOLE, WARPS)
+            store_folded(bends, error * curve, place, CHUNK, BLOCK_K, C, WHOLE, WARPS)
             store_vector(totals1, total1, place, C, WHOLE)
             one = tl.dot(tl.trans(scaled(keys, step)), write1, one)
             two = tl.dot(tl.trans((wide2 * step).to(keys.dtype)), x, two)

@@ -1,8 +1,8 @@
 # pyright: reportGeneralTypeIssues=false
-"""TTT-MLP on a GPU with the memory in registers: another `mlp_backward_held`, in two kernels (layout.py: "walked").
+"""TTT-MLP on a GPU with the memory in registers: back through the mini-batches (kernels_mlp_held_backward.py).
 
-The same arithmetic, names as in kernels_mlp_held_backward.py. `mlp_walk_held` does whole mini-batches but the first of
-a sequence; `mlp_end_held` does one: the unfinished one at the end, which adds to the sums' gradient in place of the
+`mlp_walk_held`, one program per sequence and head, does whole mini-batches but the first of a sequence, from the last
+to the first; `mlp_end_held` does one: the unfinished one at the end, which adds to the sums' gradient in place of the
 memory's, or the first, which takes along the sums from before the call. A loop with those cases in it, waiting
 intermediates, and products of four warps (layout.py: BY_WARPS) need three times the local memory.
 """
@@ -10,6 +10,7 @@ intermediates, and products of four warps (layout.py: BY_WARPS) need three times
 import triton
 import triton.language as tl
 
+from fastweight.ops.ttt.kernels_handed_on import load_folded, load_own, load_whole, store_own
 from fastweight.ops.ttt.kernels_mlp_held import load_memory, store_memory
 from fastweight.ops.ttt.kernels_mlp_held_backward import inner_step_backward
 from fastweight.ops.ttt.kernels_shared import (
@@ -24,37 +25,10 @@ from fastweight.ops.ttt.kernels_shared import (
 
 
 @triton.jit
-def load_own(x, place, i, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """What x [·, CHUNK, SIZE] holds of mini-batch and head `place`: [BLOCK_K, BLOCK], zero beyond."""
-    j = tl.arange(0, BLOCK)
-    at = x + place * (CHUNK * SIZE) + (i[:, None] * SIZE + j[None, :])  # from one place on: short offsets of a thread
-    if (CHUNK == BLOCK_K) and (SIZE == BLOCK):
-        return tl.load(at)
-    return tl.load(at, mask=(i < CHUNK)[:, None] & (j < SIZE)[None, :], other=0.0)
-
-
-@triton.jit
-def store_own(x, value, place, i, CHUNK: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    j = tl.arange(0, BLOCK)
-    at = x + place * (CHUNK * SIZE) + (i[:, None] * SIZE + j[None, :])
-    tl.store(at, value.to(x.dtype.element_ty), mask=(i < CHUNK)[:, None] & (j < SIZE)[None, :])
-
-
-@triton.jit
-def load_whole(x, place, D: tl.constexpr, BLOCK_D: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr):
-    """Matrix `place` of x [·, D, C]."""
-    d, j = tl.arange(0, BLOCK_D)[:, None], tl.arange(0, WHOLE)[None, :]
-    at = x + place * (D * C) + (d * C + j)
-    if (D == BLOCK_D) and (C == WHOLE):
-        return tl.load(at)
-    return tl.load(at, mask=(d < D) & (j < C), other=0.0)
-
-
-@triton.jit
 def walk_one(
     c, place, carry, totals, tokens, made, read, left, span, norm, num_tokens,
     D: tl.constexpr, BLOCK_D: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, UNFINISHED: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, WARPS: tl.constexpr, UNFINISHED: tl.constexpr,
 ):  # fmt: skip
     """carry (U1, u1, U2ᵀ, u2) and totals (of dγ, dβ and λ's factors) before mini-batch c from those after it.
 
@@ -76,21 +50,21 @@ def walk_one(
     counts = 0.0 if UNFINISHED else tl.where(refused, 0.0, 1.0)
     scale = 1.0 if UNFINISHED else -last * counts
     u_one, u_two = one.to(keys.dtype), two.to(keys.dtype)
-    slope = load_own(slopes, place, i, CHUNK, BLOCK_K, C, WHOLE).to(tl.float32)
+    slope = load_folded(slopes, place, BLOCK_K, WHOLE, WARPS).to(tl.float32)
     pull1 = tl.dot(keys, u_one) + bias1[None, :]
     forced = (pull1 * slope).to(keys.dtype)
     # dz1 and dE as far as they are known: what waits in registers until then would not fit there.
-    bend = load_own(bends, place, i, CHUNK, BLOCK_K, C, WHOLE).to(tl.float32)
-    wide1 = load_own(below1, place, i, CHUNK, BLOCK_K, C, WHOLE).to(tl.float32) + scale * pull1 * bend
-    d_error = load_own(errors, place, i, CHUNK, BLOCK_K, C, WHOLE).to(tl.float32) + scale * forced.to(tl.float32)
+    bend = load_folded(bends, place, BLOCK_K, WHOLE, WARPS).to(tl.float32)
+    wide1 = load_folded(below1, place, BLOCK_K, WHOLE, WARPS).to(tl.float32) + scale * pull1 * bend
+    d_error = load_folded(errors, place, BLOCK_K, WHOLE, WARPS).to(tl.float32) + scale * forced.to(tl.float32)
     d_error = d_error.to(keys.dtype)
     pull2 = tl.dot(load_own(xs, place, i, CHUNK, BLOCK_K, C, WHOLE), tl.trans(u_two)) + bias2[None, :]
     pull_key = tl.dot(load_own(writes1, place, i, CHUNK, BLOCK_K, C, WHOLE), tl.trans(u_one))
     second = load_whole(seconds, place, D, BLOCK_D, C, WHOLE)
     pull2_all = tl.dot(forced, tl.trans(second), pull2)
-    d_write2 = load_own(d_writes2, place, i, CHUNK, BLOCK_K, D, BLOCK_D) + scale * pull2_all
-    unit = load_own(units, place, i, CHUNK, BLOCK_K, D, BLOCK_D)
-    grad2 = load_own(grads2, place, i, CHUNK, BLOCK_K, D, BLOCK_D)
+    d_write2 = load_folded(d_writes2, place, BLOCK_K, BLOCK_D, WARPS) + scale * pull2_all
+    unit = load_folded(units, place, BLOCK_K, BLOCK_D, WARPS)
+    grad2 = load_folded(grads2, place, BLOCK_K, BLOCK_D, WARPS)
     write2 = (rates[:, None] * grad2).to(keys.dtype)
     # The condition always holds: it keeps the compiler from loading for this product ahead of those above.
     if num_tokens > -1:
@@ -113,7 +87,7 @@ def walk_one(
     last1 += counts * bias1 * load_vector(totals1, place, C, WHOLE)
     d_x = tl.dot((scale * write2.to(tl.float32)).to(keys.dtype), u_two)
     d_x = tl.dot(dz2, second, d_x)
-    wide1 += d_x * load_own(slopes, place, i, CHUNK, BLOCK_K, C, WHOLE).to(tl.float32)
+    wide1 += d_x * load_folded(slopes, place, BLOCK_K, WHOLE, WARPS).to(tl.float32)
     dz1 = wide1.to(keys.dtype)
     store_own(d_z1, dz1, place, i, CHUNK, C, WHOLE)
     queries = load_tile(q, rows, inside, D, BLOCK_D)
@@ -151,7 +125,7 @@ def mlp_walk_held(
     ds1_out, dt1_out, ds2_out, dt2_out, dv, drate, dlast, dgamma, dbeta,
     dw1, db1, dw2, db2, ds1, dt1, ds2, dt2, num_tokens, first, stop, H,
     D: tl.constexpr, BLOCK_D: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, EVERY: tl.constexpr, packed,
+    CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, EVERY: tl.constexpr, packed, WARPS: tl.constexpr,
 ):  # fmt: skip
     """Grid: sequences · heads. Whole mini-batches stop − 1 … first of each sequence, backwards, but not its first one.
 
@@ -178,7 +152,7 @@ def mlp_walk_held(
         place = (stretch * EVERY + c - first) * H + h
         carry, totals = walk_one(
             c, place, carry, totals, tokens, made, read, left, span, norm, num_tokens,
-            D, BLOCK_D, C, WHOLE, CHUNK, BLOCK_K, False,
+            D, BLOCK_D, C, WHOLE, CHUNK, BLOCK_K, WARPS, False,
         )  # fmt: skip
     store_memory(dw1, db1, dw2, db2, carry[0], carry[1], carry[2], carry[3], pid, D, BLOCK_D, C, WHOLE)
     add_totals(totals, 0.0, dgamma, dbeta, dlast, pid, D, BLOCK_D)
@@ -192,7 +166,8 @@ def mlp_end_held(
     ds1_out, dt1_out, ds2_out, dt2_out, dv, drate, dlast, dgamma, dbeta,
     dw1, db1, dw2, db2, ds1, dt1, ds2, dt2, num_tokens, first, stop, H,
     D: tl.constexpr, BLOCK_D: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, EVERY: tl.constexpr, packed, UNFINISHED: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, EVERY: tl.constexpr, packed, WARPS: tl.constexpr,
+    UNFINISHED: tl.constexpr,
 ):  # fmt: skip
     """As `mlp_walk_held` for one mini-batch of each sequence: its unfinished one, if there is one and it is among first
     … stop − 1, or its first one, if that is whole. With mini-batch 0 ds1 … , the gradient of the sums, is added to."""
@@ -236,7 +211,7 @@ def mlp_end_held(
     place = (tl.load(base + n).to(tl.int64) * EVERY + c - first) * H + h
     carry, totals = walk_one(
         c, place, (one, bias1, two, bias2), no_totals(BLOCK_K, BLOCK_D, WHOLE), tokens, made, read, left, span,
-        (gamma, beta, last), num_tokens, D, BLOCK_D, C, WHOLE, CHUNK, BLOCK_K, UNFINISHED,
+        (gamma, beta, last), num_tokens, D, BLOCK_D, C, WHOLE, CHUNK, BLOCK_K, WARPS, UNFINISHED,
     )  # fmt: skip
     one, bias1, two, bias2 = carry
     if UNFINISHED:

@@ -1,6 +1,7 @@
 """How the kernels of both memories are cut up and launched: tile sizes, kept states, and stretches to replay."""
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -8,20 +9,20 @@ from torch import Tensor
 
 from fastweight.ops.launch import block, launch
 
-KEEP_EVERY = 8  # mini-batches between two kept states
+KEEP_EVERY = 16  # mini-batches between two kept states
+READ_AT_ONCE = 8  # mini-batches that one program reads in a row where TTT-MLP's memory is held
 REPLAY_BYTES = 3 << 29  # most that the replayed states of one part of the backward pass may take
 MAX_DIM, MAX_CHUNK = 128, 64
 HIDDEN_BLOCK = 64  # hidden units of a memory in registers at once
 # Where TTT-MLP's memory is between mini-batches, by pass: "held" in registers where it fits, or "streamed" through L2.
-# "walked" backward: held, the walk in two kernels; faster, for GPUs with more shared memory (kernels_mlp_held_walk.py).
 MLP_DESIGN = {"forward": "held", "backward": "held"}
 HELD_DIM, HELD_WIDTH, HELD_CHUNK = 64, 256, 16  # the largest memory and mini-batch of the kernels that hold it,
-HELD_SHARED = 176 << 10  # and the bytes of shared memory that they need then
-WALKED_SHARED = 204 << 10
+HELD_SHARED = 204 << 10  # and the bytes of shared memory that they need then
 
 # Of the marks of faults. They choose among what the kernels backward multiply, and Triton lays operands out for the
-# narrowest number that decides about them.
-MARKS = torch.int8
+# narrowest number that decides about them: most kernels are shorter for two bytes, these for one.
+MARKS = torch.int16
+LATE_MARKS = {"mlp_reads_held": torch.int8, "mlp_walk_held": torch.int8}
 
 # (num_warps, num_stages) of each kernel, by the width of its tiles over D.
 LAUNCH = {
@@ -37,8 +38,7 @@ LAUNCH = {
     "mlp_backward": {16: (2, 1), 32: (4, 1), 64: (4, 1), 128: (8, 1)},
     "mlp_forward_held": {16: (2, 2), 32: (4, 2), 64: (8, 2)},
     "mlp_replay_held": {16: (2, 1), 32: (4, 1), 64: (8, 1)},
-    "mlp_reads_held": {16: (2, 1), 32: (4, 1), 64: (8, 1)},
-    "mlp_backward_held": {16: (2, 2), 32: (4, 2), 64: (8, 2)},
+    "mlp_reads_held": {16: (2, 2), 32: (4, 2), 64: (8, 2)},
     "mlp_walk_held": {16: (2, 2), 32: (4, 2), 64: (8, 2)},
     "mlp_end_held": {16: (2, 1), 32: (4, 1), 64: (8, 1)},
     "mlp_keys_held": {16: (2, 1), 32: (4, 1), 64: (4, 1)},
@@ -109,6 +109,11 @@ class Layout(NamedTuple):
         return KEEP_EVERY
 
     @property
+    def reads(self) -> int:
+        """Mini-batches that one program reads: a divisor of `every`."""
+        return math.gcd(READ_AT_ONCE, KEEP_EVERY)
+
+    @property
     def slots(self) -> int:
         """Room for the kept states of one head, whatever the lengths and phases of the sequences."""
         return self.tokens // (self.chunk * KEEP_EVERY) + 2 * self.sequences
@@ -126,18 +131,18 @@ class Layout(NamedTuple):
         """Whether TTT-MLP's kernels of this pass hold a memory of `width` hidden units in registers, on this device."""
         wide, units = block(self.dim), block(width)
         fits = wide <= HELD_DIM and units <= min(HELD_WIDTH, 4 * wide) and block(self.chunk) <= HELD_CHUNK
-        needed = WALKED_SHARED if MLP_DESIGN[stage] == "walked" else HELD_SHARED
-        return MLP_DESIGN[stage] != "streamed" and fits and self.dtype.itemsize == 2 and shared_memory(device) >= needed
-
-    @property
-    def walked(self) -> bool:
-        """Whether the backward pass of a held memory walks in two kernels."""
-        return MLP_DESIGN["backward"] == "walked"
+        fits &= self.dtype.itemsize == 2 and shared_memory(device) >= HELD_SHARED
+        return fits and MLP_DESIGN[stage] == "held"
 
     def held_constants(self, width: int) -> dict[str, Any]:
         """What the kernels that hold the memory are compiled for."""
         unused = ("BLOCK_C", "PRECISION")
         return {k: v for k, v in self.constants(width).items() if k not in unused} | {"WHOLE": block(width)}
+
+    @property
+    def warps(self) -> int:
+        """Whose accumulators the kernels of a held memory fold what they hand on by."""
+        return LAUNCH["mlp_walk_held"][block(self.dim)][0]
 
     def launch(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
         """Start `kernel` with the warps and stages that the table has for it. arguments: tensors, then numbers."""

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastweight.ops.ttt.layout import Layout, Part, empty_marks, parts
+from fastweight.ops.ttt.layout import LATE_MARKS, Layout, Part, empty_marks, parts
 from fastweight.ops.ttt.unit import Run, differentiable
 
 Tensors = tuple[Tensor, ...]
@@ -66,7 +66,9 @@ def _gradients(
     tokens = (
         k, v, rate, tau, ln_weight, ln_bias, *like, position, position if cu_seqlens is None else cu_seqlens, flags
     )  # fmt: skip
-    one_part, held = (_one_part_held, True) if layout.held("backward", width, q.device) else (_one_part, False)
+    one_part, held = _one_part, layout.held("backward", width, q.device)
+    if held:
+        one_part = functools.partial(_one_part_held, late={x: flags.to(dtype) for x, dtype in LATE_MARKS.items()})
     todo = parts(layout, position, cu_seqlens, _bytes_of_one(layout, width, q, held))
     into = _Gradients.empty(layout, todo, (q, k, v, rate), like, memory)
     sums, place = sums or [torch.zeros_like(x) for x in like], 0
@@ -152,52 +154,56 @@ def _one_part(
 
 def _one_part_held(
     layout: Layout, width: int, part: Part, first: int, dy: Tensor, q: Tensor, tokens: Tensors, sums: list[Tensor],
-    kept: list[Tensor], eps: float, into: _Gradients,
+    kept: list[Tensor], eps: float, into: _Gradients, late: dict[str, Tensor],
 ) -> None:  # fmt: skip
-    """As `_one_part`, with the memory in registers. Products of gradients with W1 come last, again side by side."""
+    """As `_one_part`, with the memory in registers. Products of gradients with W1 come last, again side by side.
+
+    late: the flags as the kernels take them that follow the replay.
+    """
     from fastweight.ops.ttt.kernels_mlp_held import mlp_replay_held
-    from fastweight.ops.ttt.kernels_mlp_held_backward import mlp_backward_held, mlp_keys_held, mlp_reads_held
+    from fastweight.ops.ttt.kernels_mlp_held_backward import mlp_keys_held, mlp_reads_held
     from fastweight.ops.ttt.kernels_mlp_held_walk import mlp_end_held, mlp_walk_held
 
     n, h, d, chunk, constants = layout.sequences, layout.heads, layout.dim, layout.chunk, layout.held_constants(width)
-    k, v, rate, tau, ln_weight, _ln_bias, s1, t1, s2, t2, position, ends, flags = tokens
+    folding = constants | {"WARPS": layout.warps}
+    k, _v, rate, tau, ln_weight, _ln_bias, s1, t1, s2, t2, position, ends, _flags = tokens
     stretches = part.owner.shape[0]
     places, empty = (stretches * layout.every, h), kept[0].new_empty
     firsts, seconds = (q.new_empty(*places, d, width) for _ in range(2))
     biases1, totals1, middles1 = (empty(*places, width) for _ in range(3))
     biases2, reads2 = (empty(*places, d) for _ in range(2))
-    units, grads2, d_writes2, d_keys, pulled = (empty(*places, chunk, d) for _ in range(5))
+    d_keys, pulled = (empty(*places, chunk, d) for _ in range(2))
     statistics, d_reads = empty(*places, chunk, 8), q.new_empty(*places, chunk, d)
-    xs, writes1, slopes, bends, actives, d_middles, below1, errors, d_z1 = (
-        q.new_empty(*places, chunk, width) for _ in range(9)
-    )
+    xs, writes1, actives, d_middles, d_z1 = (q.new_empty(*places, chunk, width) for _ in range(5))
+    wide, tile = constants["BLOCK_K"] * constants["BLOCK_D"], constants["BLOCK_K"] * constants["WHOLE"]
+    units, grads2, d_writes2 = (empty(*places, wide) for _ in range(3))
+    slopes, bends, below1, errors = (q.new_empty(*places, tile) for _ in range(4))
     shared, own = (into.tau[first:], into.gamma[first:], into.beta[first:]), -n
     where, sizes = (part.owner, part.base), (layout.length, n, part.first)
     hidden = (xs, writes1, slopes, bends)
     layout.launch(
         mlp_replay_held, (stretches, h), *tokens, *kept, *where, firsts, biases1, seconds, biases2, totals1, units,
-        grads2, statistics, *hidden, *sizes, eps, h, **constants,
+        grads2, statistics, *hidden, *sizes, eps, h, **folding,
     )  # fmt: skip
     for opening in (False, True) if part.first == 0 else (False,):
+        grid = (n, h) if opening else (places[0] // layout.reads, h)
         layout.launch(
-            mlp_reads_held, (n, h) if opening else places, dy, q, k, rate, tau, ln_weight, s1, t1, s2, t2, position,
-            ends, flags, *where, firsts, biases1, seconds, biases2, grads2, *hidden, d_reads, d_writes2, d_keys,
-            actives, d_middles, below1, errors, middles1, reads2, into.q, *shared, *into.sums, *sizes, eps, h,
-            **constants, OPENING=opening,
+            mlp_reads_held, grid, dy, q, k, rate, tau, ln_weight, s1, t1, s2, t2, position, ends,
+            late["mlp_reads_held"], *where, firsts, biases1, seconds, biases2, grads2, *hidden, d_reads, d_writes2,
+            d_keys, actives, d_middles, below1, errors, middles1, reads2, into.q, *shared, *into.sums, *sizes, eps, h,
+            **folding, STEP=layout.reads, OPENING=opening,
         )  # fmt: skip
     given = (
-        q, *tokens, part.base, seconds, totals1, units, grads2, statistics, *hidden, d_reads, d_writes2, actives,
-        d_middles, below1, errors, middles1, reads2, pulled, d_z1, *sums, into.v, into.rate, into.last,
-        into.gamma[own:], into.beta[own:], *into.memory, *into.sums, layout.length, part.first, part.stop, h,
+        q, *tokens[:-1], late["mlp_walk_held"], part.base, seconds, totals1, units, grads2, statistics, *hidden,
+        d_reads, d_writes2, actives, d_middles, below1, errors, middles1, reads2, pulled, d_z1, *sums, into.v,
+        into.rate, into.last, into.gamma[own:], into.beta[own:], *into.memory, *into.sums, layout.length, part.first,
+        part.stop, h,
     )  # fmt: skip
-    if layout.walked:
-        if layout.packed or part.stop > layout.length // chunk:
-            layout.launch(mlp_end_held, (n * h,), *given, **constants, UNFINISHED=True)
-        layout.launch(mlp_walk_held, (n * h,), *given, **constants)
-        if part.first == 0:
-            layout.launch(mlp_end_held, (n * h,), *given, **constants, UNFINISHED=False)
-    else:
-        layout.launch(mlp_backward_held, (n * h,), *given, **constants)
+    if layout.packed or part.stop > layout.length // chunk:
+        layout.launch(mlp_end_held, (n * h,), *given, **folding, UNFINISHED=True)
+    layout.launch(mlp_walk_held, (n * h,), *given, **folding)
+    if part.first == 0:
+        layout.launch(mlp_end_held, (n * h,), *given, **folding, UNFINISHED=False)
     layout.launch(
         mlp_keys_held, places, position, ends, *where, firsts, d_keys, pulled, d_z1, into.k, *sizes, h, **constants
     )  # fmt: skip
