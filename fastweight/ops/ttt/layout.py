@@ -118,6 +118,11 @@ class Layout(NamedTuple):
         """Room for the kept states of one head, whatever the lengths and phases of the sequences."""
         return self.tokens // (self.chunk * KEEP_EVERY) + 2 * self.sequences
 
+    @property
+    def mini_batches(self) -> int:
+        """Room for those of one head, whatever the lengths and phases: sequence n begins at its start / chunk + 2 n."""
+        return self.tokens // self.chunk + 2 * self.sequences
+
     def constants(self, width: int | None = None) -> dict[str, Any]:
         """What kernels are compiled for, and whether sequences are packed. width: the memory's hidden units, if any."""
         hidden = {} if width is None else {"C": width, "BLOCK_C": min(HIDDEN_BLOCK, block(width))}
