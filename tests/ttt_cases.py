@@ -36,16 +36,19 @@ def run(kind, args, state, backend, **options):
     return OPS[kind](*args, state, chunk_size=args[4].numel(), backend=backend, **options)
 
 
-def values_and_gradients(kind, args, state, backend, **options):
-    """y, the new state, and the gradients of a random function of both, for every input and initial weight."""
+def values_and_gradients(kind, args, state, backend, *, to_sums=True, **options):
+    """y, the new state, and the gradients of a random function of both, for every input and initial weight, and for the
+    sums of started mini-batches if to_sums."""
     leaf = lambda t: t.clone().requires_grad_() if t.is_floating_point() else t  # noqa: E731
-    args, state = [leaf(x) for x in args], map_tensors(leaf, state)
+    args, sums = [leaf(x) for x in args], state.pending
+    state = map_tensors(leaf, state)
+    state = state if to_sums else state._replace(pending=sums)
     y, after = run(kind, args, state, backend, **options)
     results = [y, *(t for _, t in tensors((after.weights, after.pending)))]
     mixing = torch.Generator().manual_seed(7)
     loss = sum((r.double() * torch.randn(r.shape, generator=mixing, dtype=torch.float64)).sum() for r in results)
     # Before a mini-batch starts its sums are zero by definition; nothing reads them then.
-    started = bool((state.position % args[4].numel()).any())
+    started = to_sums and bool((state.position % args[4].numel()).any())
     leaves = args + [t for _, t in tensors((state.weights, state.pending if started else None))]
     return y, after, torch.autograd.grad(loss, leaves, materialize_grads=True)
 

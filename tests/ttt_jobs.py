@@ -26,7 +26,7 @@ INTEGERS = {
     "eps": "fp32",
 }
 SIZES = ("num_tokens", "num_sequences", "first", "stop", "memory_given", "sums_given", "H", "packed", "keep")
-SIZES += ("num_rows", "turn")
+SIZES += ("num_rows", "turn", "to_sums")
 TOKENS = ("q", "k", "v", "y", "dy", "dq", "dk", "dv", "all_w")  # in the dtype of q
 TOKENS += ("d_reads", "actives", "d_middles", "d_hiddens", "d_writes1")
 TOKENS += ("seen_actives", "seen_slopes", "seen_units")

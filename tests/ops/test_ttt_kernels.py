@@ -81,6 +81,15 @@ def test_a_memory_held_in_registers_equals_the_definition(design, batch, length,
     compare("mlp", halves(batch, length, chunk), random_state("mlp", batch, torch.float32, chunk, width=width), **HALF)
 
 
+@pytest.mark.parametrize("phases", [False, True])
+@pytest.mark.parametrize("length", [5, 20, 24])
+def test_a_memory_held_in_registers_equals_the_definition_where_nobody_asks_for_gradients_of_sums(
+    phases, length, poisoned_empty
+):
+    state = random_state("mlp", 2, torch.float32, phases=phases)
+    compare("mlp", halves(2, length), state, **HALF, to_sums=False)
+
+
 def test_a_memory_held_in_registers_equals_the_definition_for_packed_documents_in_several_parts(monkeypatch):
     monkeypatch.setattr(layout, "KEEP_EVERY", 2)
     monkeypatch.setattr(layout, "REPLAY_BYTES", 1)

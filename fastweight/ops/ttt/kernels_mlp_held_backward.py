@@ -131,12 +131,12 @@ def read_one(
     store_own(d_keys, tl.dot(tl.trans(d_raw1), queries), place, i, CHUNK, D, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_sequences", "first", "packed"])
+@triton.jit(do_not_specialize=["num_tokens", "num_sequences", "first", "to_sums", "packed"])
 def mlp_reads_held(
     dy, q, k, rate, tau, ln_weight, s1, t1, s2, t2, position, cu_seqlens, flags, owner, base,
     firsts, seconds, grads2, xs, writes1, slopes, bends, seen_actives, seen_slopes, seen_units, seen_inverses,
     d_reads, d_writes2, d_keys, d_middles, below1, errors, middles1, reads2,
-    dq, dtau, dgamma, dbeta, ds1, dt1, ds2, dt2, num_tokens, num_sequences, first, H,
+    dq, dtau, dgamma, dbeta, ds1, dt1, ds2, dt2, num_tokens, num_sequences, first, to_sums, H,
     D: tl.constexpr, BLOCK_D: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, EVERY: tl.constexpr, packed, WARPS: tl.constexpr,
     STEP: tl.constexpr, OPENING: tl.constexpr,
@@ -144,7 +144,8 @@ def mlp_reads_held(
     """Grid: (places / STEP, heads), a place being one mini-batch: stretches · EVERY of them (see `linear_replay`). Each
     program reads STEP in a row, a divisor of EVERY.
 
-    OPENING: (sequences, heads) and only the first mini-batch of each sequence, else all but those.
+    OPENING: (sequences, heads) and only the first mini-batch of each sequence that began before the call, or of each
+    where a gradient goes to the sums; else all but those.
     Written per place and head: d_reads in q's dtype, d_keys in float32 [·, CHUNK, D], d_writes2 folded; in q's dtype dm
     [·, CHUNK, C], folded A0, E0; in float32 the sums of dm [·, C] and d read [·, D], not rounded, dtau [·, CHUNK],
     dgamma, dbeta [·, D]; dq for the tokens; OPENING: ds1 …, too.
@@ -159,9 +160,10 @@ def mlp_reads_held(
         n, c, start, length, phase, there = _place(
             at, owner, base, first, num_sequences, position, cu_seqlens, num_tokens, CHUNK, EVERY, packed
         )  # fmt: skip
-    if (there == 0) | (OPENING & (c > 0)):
+    special = (c == 0) & ((phase > 0) | (to_sums > 0))
+    if (there == 0) | (OPENING & (special == 0)):
         return
-    lowest = tl.where((c == 0) & (not OPENING), 1, 0)
+    lowest = tl.where(special & (not OPENING), 1, 0)
     above = tl.minimum(STEP, (phase + length + CHUNK - 1) // CHUNK - c)
     gamma = load_vector(ln_weight, h, D, BLOCK_D)[None, :]
     i = tl.arange(0, BLOCK_K)

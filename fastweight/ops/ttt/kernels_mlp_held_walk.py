@@ -119,17 +119,18 @@ def add_totals(totals, opening, dgamma, dbeta, dlast, pid, D: tl.constexpr, BLOC
     tl.store(dlast + pid, tl.load(dlast + pid) - d_last)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "first", "stop", "packed"])
+@triton.jit(do_not_specialize=["num_tokens", "first", "stop", "to_sums", "packed"])
 def mlp_walk_held(
     q, k, v, rate, tau, ln_weight, ln_bias, s1, t1, s2, t2, position, cu_seqlens, flags, base,
     seconds, totals1, units, grads2, statistics, xs, writes1, slopes, bends,
     d_reads, d_writes2, actives, d_middles, below1, errors, middles1, reads2, pulled, d_z1,
     ds1_out, dt1_out, ds2_out, dt2_out, dv, drate, dlast, dgamma, dbeta,
-    dw1, db1, dw2, db2, ds1, dt1, ds2, dt2, num_tokens, first, stop, H,
+    dw1, db1, dw2, db2, ds1, dt1, ds2, dt2, num_tokens, first, stop, to_sums, H,
     D: tl.constexpr, BLOCK_D: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, EVERY: tl.constexpr, packed, WARPS: tl.constexpr,
 ):  # fmt: skip
-    """Grid: sequences · heads. Whole mini-batches stop − 1 … first of each sequence, backwards, but not its first one.
+    """Grid: sequences · heads. Whole mini-batches stop − 1 … first of each sequence, backwards, but not its first one
+    if that began before the call or a gradient goes to the sums (to_sums).
 
     In place: dw1, db1, dw2, db2 (the gradient of the memory after these mini-batches, then before them), dlast [N, H]
     (of τ_last), dgamma, dbeta [N, H, D] (added to). Written: dv, drate, dz1 in q's dtype, and in `pulled` what of dk is
@@ -138,7 +139,8 @@ def mlp_walk_held(
     pid = tl.program_id(0)
     n, h = pid // H, pid % H
     start, length, phase = span_of(cu_seqlens, position, n, num_tokens, CHUNK, packed)
-    lowest, above = tl.maximum(first, 1), tl.minimum(stop, (phase + length) // CHUNK)
+    special = (phase > 0) | (to_sums > 0)
+    lowest, above = tl.maximum(first, tl.where(special, 1, 0)), tl.minimum(stop, (phase + length) // CHUNK)
     if lowest >= above:
         return
     gamma = load_vector(ln_weight, h, D, BLOCK_D)[None, :]
@@ -164,19 +166,20 @@ def mlp_walk_held(
     add_totals(totals, 0.0, dgamma, dbeta, dlast, pid, D, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "first", "stop", "packed"])
+@triton.jit(do_not_specialize=["num_tokens", "first", "stop", "to_sums", "packed"])
 def mlp_end_held(
     q, k, v, rate, tau, ln_weight, ln_bias, s1, t1, s2, t2, position, cu_seqlens, flags, base,
     seconds, totals1, units, grads2, statistics, xs, writes1, slopes, bends,
     d_reads, d_writes2, actives, d_middles, below1, errors, middles1, reads2, pulled, d_z1,
     ds1_out, dt1_out, ds2_out, dt2_out, dv, drate, dlast, dgamma, dbeta,
-    dw1, db1, dw2, db2, ds1, dt1, ds2, dt2, num_tokens, first, stop, H,
+    dw1, db1, dw2, db2, ds1, dt1, ds2, dt2, num_tokens, first, stop, to_sums, H,
     D: tl.constexpr, BLOCK_D: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, EVERY: tl.constexpr, packed, WARPS: tl.constexpr,
     UNFINISHED: tl.constexpr,
 ):  # fmt: skip
     """As `mlp_walk_held` for one mini-batch of each sequence: its unfinished one, if there is one and it is among first
-    … stop − 1, or its first one, if that is whole. With mini-batch 0 ds1 … , the gradient of the sums, is added to."""
+    … stop − 1, or its first one, if that is whole and `mlp_walk_held` left it out. With mini-batch 0 ds1 … , the
+    gradient of the sums, is added to."""
     pid = tl.program_id(0)
     n, h = pid // H, pid % H
     start, length, phase = span_of(cu_seqlens, position, n, num_tokens, CHUNK, packed)
@@ -186,7 +189,7 @@ def mlp_end_held(
         absent = (whole * CHUNK == phase + length) | (c < first) | (c >= stop)
     else:
         c = 0
-        absent = (whole == 0) | (first > 0)
+        absent = (whole == 0) | (first > 0) | ((phase == 0) & (to_sums == 0))
     if absent:
         return
     gamma = load_vector(ln_weight, h, D, BLOCK_D)[None, :]

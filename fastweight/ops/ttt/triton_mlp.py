@@ -64,17 +64,17 @@ mlp.register_fake(_results)
 def _gradients(
     dy: Tensor, memory: list[Tensor], sums: list[Tensor], q: Tensor, k: Tensor, v: Tensor, rate: Tensor,
     tau: Tensor, ln_weight: Tensor, ln_bias: Tensor, s1: Tensor, t1: Tensor, s2: Tensor, t2: Tensor, position: Tensor,
-    cu_seqlens: Tensor | None, flags: Tensor, kept: list[Tensor], eps: float,
+    cu_seqlens: Tensor | None, flags: Tensor, kept: list[Tensor], eps: float, to_sums: bool,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of q, k, v, rate, tau, ln_weight, ln_bias, W1 … b2 and the sums. memory, sums: those of the results,
-    each four, or empty for zeros."""
+    each four, or empty for zeros. to_sums: whether anybody asks for those of the sums; they may be anything if not."""
     layout, width, like = Layout.of(q, tau, cu_seqlens), s1.shape[-1], (s1, t1, s2, t2)
     tokens = (
         k, v, rate, tau, ln_weight, ln_bias, *like, position, position if cu_seqlens is None else cu_seqlens, flags
     )  # fmt: skip
     one_part, held = _one_part, layout.held("backward", width, q.device)
     if held:
-        one_part = functools.partial(_one_part_held, late={x: flags.to(dtype) for x, dtype in LATE_MARKS.items()})
+        one_part = functools.partial(_one_part_held, late=_late(flags), to_sums=int(to_sums))
     todo = parts(layout, position, cu_seqlens, _bytes_of_one(layout, width, q, held))
     into = _Gradients.empty(layout, todo, (q, k, v, rate), like, memory)
     sums, place = sums or [torch.zeros_like(x) for x in like], 0
@@ -87,6 +87,11 @@ def _gradients(
     shared = (of_tau, into.gamma.sum(0), into.beta.sum(0))
     shared = [total.to(x.dtype) for total, x in zip(shared, (tau, ln_weight, ln_bias), strict=True)]
     return [into.q, into.k, into.v, into.rate, *shared, *into.memory, *into.sums]
+
+
+def _late(flags: Tensor) -> dict[str, Tensor]:
+    """The flags as the kernels take them that follow the replay."""
+    return {kernel: flags.to(dtype) for kernel, dtype in LATE_MARKS.items()}
 
 
 class _Gradients(NamedTuple):
@@ -161,11 +166,9 @@ def _one_part(
 def _one_part_held(
     layout: Layout, width: int, part: Part, first: int, dy: Tensor, q: Tensor, tokens: Tensors, sums: list[Tensor],
     kept: list[Tensor], eps: float, into: _Gradients, late: dict[str, Tensor],
+    to_sums: int,
 ) -> None:  # fmt: skip
-    """As `_one_part`, with the memory in registers. Products of gradients with W1 come last, again side by side.
-
-    late: the flags as the kernels take them that follow the replay.
-    """
+    """As `_one_part`, with the memory in registers. Products of gradients with W1 come last, again side by side."""
     from fastweight.ops.ttt.kernels_mlp_held import mlp_replay_held
     from fastweight.ops.ttt.kernels_mlp_held_backward import mlp_keys_held, mlp_reads_held
     from fastweight.ops.ttt.kernels_mlp_held_walk import mlp_end_held, mlp_walk_held
@@ -195,14 +198,14 @@ def _one_part_held(
         layout.launch(
             mlp_reads_held, grid, dy, q, k, rate, tau, ln_weight, s1, t1, s2, t2, position, ends,
             late["mlp_reads_held"], *where, firsts, seconds, grads2, *hidden, *kept[4:], d_reads, d_writes2,
-            d_keys, d_middles, below1, errors, middles1, reads2, into.q, *shared, *into.sums, *sizes, h,
+            d_keys, d_middles, below1, errors, middles1, reads2, into.q, *shared, *into.sums, *sizes, to_sums, h,
             **folding, STEP=layout.reads, OPENING=opening,
         )  # fmt: skip
     given = (
         q, *tokens[:-1], late["mlp_walk_held"], part.base, seconds, totals1, units, grads2, statistics, *hidden,
         d_reads, d_writes2, kept[4], d_middles, below1, errors, middles1, reads2, pulled, d_z1, *sums, into.v,
         into.rate, into.last, into.gamma[own:], into.beta[own:], *into.memory, *into.sums, layout.length, part.first,
-        part.stop, h,
+        part.stop, to_sums, h,
     )  # fmt: skip
     if layout.packed or part.stop > layout.length // chunk:
         layout.launch(mlp_end_held, (n * h,), *given, **folding, UNFINISHED=True)
@@ -241,8 +244,9 @@ def _backward(ctx, gradients: Sequence[Tensor | None], run: Run) -> tuple:
     q, like = saved[0], saved[7:11]
     dy, *given = gradients[:9]
     dy = torch.zeros_like(q) if dy is None else dy.contiguous()
-    found = run(dy, _four(given[:4], like), _four(given[4:], like), *saved[:14], list(saved[14:]), ctx.eps)
-    return (*found, None, None, None, None)
+    asked = any(ctx.needs_input_grad[11:15])
+    found = run(dy, _four(given[:4], like), _four(given[4:], like), *saved[:14], list(saved[14:]), ctx.eps, asked)
+    return (*(found if asked else [*found[:11], None, None, None, None]), None, None, None, None)
 
 
 mlp.register_autograd(functools.partial(_backward, run=mlp_gradients), setup_context=_remember)
