@@ -29,7 +29,6 @@ SIZES = ("num_tokens", "num_sequences", "first", "stop", "memory_given", "sums_g
 SIZES += ("num_rows", "turn", "to_sums")
 TOKENS = ("q", "k", "v", "y", "dy", "dq", "dk", "dv", "all_w")  # in the dtype of q
 TOKENS += ("d_reads", "actives", "d_middles", "d_hiddens", "d_writes1")
-TOKENS += ("seen_actives", "seen_slopes", "seen_units")
 TOKENS += ("firsts", "seconds", "xs", "writes1", "slopes", "bends", "below1", "errors", "d_z1")  # while W is held
 
 
@@ -43,7 +42,7 @@ def job(name: str, dim: int, dtype: str = "bf16", chunk: int = 16, **constants: 
     values = {
         "D": dim, "BLOCK_D": block(dim), "CHUNK": chunk, "BLOCK_K": block(chunk), "EVERY": KEEP_EVERY,
         "C": 4 * dim, "BLOCK_C": HIDDEN_BLOCK, "WHOLE": block(4 * dim),
-        "WARPS": LAUNCH["mlp_walk_held"][dim][0] if dim in LAUNCH["mlp_walk_held"] else 0,
+        "WARPS": LAUNCH["mlp_walk_held"].get(dim, [8])[0],
         "STEP": math.gcd(READ_AT_ONCE, KEEP_EVERY), "OPENING": False, "UNFINISHED": False,
         "GUARD": False, "PRECISION": "ieee" if dtype == "fp32" else "tf32",
     } | constants  # fmt: skip

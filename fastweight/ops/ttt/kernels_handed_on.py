@@ -38,46 +38,33 @@ def load_whole(x, place, D: tl.constexpr, BLOCK_D: tl.constexpr, C: tl.constexpr
 
 
 @triton.jit
-def store_folded(x, tile, place, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, WARPS: tl.constexpr):
-    """A tile [BLOCK_K, BLOCK] as number `place` of x [·, BLOCK_K · BLOCK].
+def store_folded(
+    x, tile, place, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
+    WARPS: tl.constexpr,
+):  # fmt: skip
+    """A tile [BLOCK_K, BLOCK] as number `place` of x [·, BLOCK_K · BLOCK], zero beyond [CHUNK, SIZE].
 
     Any order is right that `load_folded` knows. This one is that of 16-row accumulators whose columns are dealt to the
-    warps eight by eight: of a thread, rows g and g + 8, columns 2 c and 2 c + 1 of every eight that its warp has.
+    warps eight by eight: of a thread, rows g and g + 8, columns 2 c and 2 c + 1 of every eighth its warp has.
     """
-    many: tl.constexpr = BLOCK // (8 * WARPS)
+    if (CHUNK < BLOCK_K) or (SIZE < BLOCK):
+        inside = (tl.arange(0, BLOCK_K) < CHUNK)[:, None] & (tl.arange(0, BLOCK) < SIZE)[None, :]
+        tile = tl.where(inside, tile, 0.0)
+    warps: tl.constexpr = min(WARPS, BLOCK // 8)
+    many: tl.constexpr = BLOCK // (8 * warps)
     inner: tl.constexpr = min(many, 32 // x.dtype.element_ty.primitive_bitwidth)
-    parts = tl.reshape(tile, [2, BLOCK_K // 2, many // inner, inner, WARPS, 4, 2])
+    parts = tl.reshape(tile, [2, BLOCK_K // 2, many // inner, inner, warps, 4, 2])
     flat = tl.reshape(tl.permute(parts, [2, 4, 1, 5, 3, 0, 6]), [BLOCK_K * BLOCK])
     at = x + place * (BLOCK_K * BLOCK) + tl.arange(0, BLOCK_K * BLOCK)
     tl.store(at, flat.to(x.dtype.element_ty))
 
 
 @triton.jit
-def store_part_folded(
-    x, part, place, column, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, SIZE: tl.constexpr, WARPS: tl.constexpr
-):  # fmt: skip
-    """Columns `column` … column + SIZE − 1 of such a tile: part [BLOCK_K, SIZE], each number where it belongs."""
-    many: tl.constexpr = BLOCK // (8 * WARPS)
-    inner: tl.constexpr = min(many, 32 // x.dtype.element_ty.primitive_bitwidth)
-    i, j = tl.arange(0, BLOCK_K)[:, None], column + tl.arange(0, SIZE)[None, :]
-    eight = j // 8
-    turn, warp = eight // WARPS, eight % WARPS
-    at = ((turn // inner * WARPS + warp) * (BLOCK_K // 2) + i % (BLOCK_K // 2)) * 4 + j % 8 // 2
-    at = ((at * inner + turn % inner) * 2 + i // (BLOCK_K // 2)) * 2 + j % 2
-    tl.store(x + place * (BLOCK_K * BLOCK) + at, part.to(x.dtype.element_ty), mask=j + 0 * i < BLOCK)
-
-
-@triton.jit
-def load_folded(
-    x, place, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, WARPS: tl.constexpr
-):  # fmt: skip
-    """Tile number `place` of x as `store_folded` left it: [BLOCK_K, BLOCK], zero beyond [CHUNK, SIZE]."""
-    many: tl.constexpr = BLOCK // (8 * WARPS)
+def load_folded(x, place, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, WARPS: tl.constexpr):
+    """Tile number `place` of x as `store_folded` left it: [BLOCK_K, BLOCK]."""
+    warps: tl.constexpr = min(WARPS, BLOCK // 8)
+    many: tl.constexpr = BLOCK // (8 * warps)
     inner: tl.constexpr = min(many, 32 // x.dtype.element_ty.primitive_bitwidth)
     flat = tl.load(x + place * (BLOCK_K * BLOCK) + tl.arange(0, BLOCK_K * BLOCK))
-    parts = tl.reshape(flat, [many // inner, WARPS, BLOCK_K // 2, 4, inner, 2, 2])
-    tile = tl.reshape(tl.permute(parts, [5, 2, 0, 4, 1, 3, 6]), [BLOCK_K, BLOCK])
-    if (CHUNK < BLOCK_K) or (SIZE < BLOCK):
-        inside = (tl.arange(0, BLOCK_K) < CHUNK)[:, None] & (tl.arange(0, BLOCK) < SIZE)[None, :]
-        tile = tl.where(inside, tile, 0.0).to(x.dtype.element_ty)
-    return tile
+    parts = tl.reshape(flat, [many // inner, warps, BLOCK_K // 2, 4, inner, 2, 2])
+    return tl.reshape(tl.permute(parts, [5, 2, 0, 4, 1, 3, 6]), [BLOCK_K, BLOCK])

@@ -13,7 +13,6 @@ last read = a W2 + b2 − τ T2 P2 − τ (a S2 + t2) with T2 = tril(a xᵀ + 1)
 import triton
 import triton.language as tl
 
-from fastweight.ops.ttt.kernels_handed_on import store_folded, store_part_folded
 from fastweight.ops.ttt.kernels_shared import (
     causal,
     count_not_finite,
@@ -127,15 +126,14 @@ def copy_memory(
 
 @triton.jit
 def mini_batch(
-    c, bias2, faults, tokens, span, norm, memory, sums, left, kept, seen, slot, keep,
+    c, bias2, faults, tokens, span, norm, memory, sums, left, kept, slot, keep,
     D: tl.constexpr, BLOCK_D: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr, CHUNK: tl.constexpr,
-    BLOCK_K: tl.constexpr, EVERY: tl.constexpr, PRECISION: tl.constexpr, GUARD: tl.constexpr, WARPS: tl.constexpr,
+    BLOCK_K: tl.constexpr, EVERY: tl.constexpr, PRECISION: tl.constexpr, GUARD: tl.constexpr,
 ):  # fmt: skip
     """Read mini-batch c and learn from it: b2 after it, and `faults` with what is not finite in the sums left behind.
 
     memory: pointers to W1, b1, W2, in place; sums, left: to S and to where an unfinished mini-batch leaves them; kept:
-    to the states kept, the first at `slot`; seen: to what is kept of each read where the backward pass is held (WARPS
-    > 0), see `mlp_forward_held`.
+    to the states kept, the first at `slot`.
     """
     q, k, v, rate, y, flags = tokens
     start, length, phase, pid, h, H = span
@@ -145,8 +143,6 @@ def mini_batch(
     s1_out, t1_out, s2_out, t2_out = left
     kept_w1, kept_b1, kept_w2, kept_b2 = kept
     i = tl.arange(0, BLOCK_K)
-    seen_actives, seen_slopes, seen_units, seen_inverses = seen
-    number = ((start // CHUNK + 2 * (pid // H) + c) * H + h).to(tl.int64)
     if (keep > 0) & (c % EVERY == 0):
         index = (slot + c // EVERY) * H + h
         copy_memory(w1_out, b1_out, w2_out, pid, kept_w1, kept_b1, kept_w2, index, D, BLOCK_D, C, BLOCK_C)
@@ -209,13 +205,7 @@ def mini_batch(
             middle -= taus * (before + earlier_b[None, :])
             total1 += earlier1
             total_b += earlier_b
-        active, turn, _curve = gelu(middle)
-        active = active.to(queries.dtype)
-        if (WARPS > 0) and (keep > 0):
-            at = number * (CHUNK * C) + i[:, None] * C + (column + tl.arange(0, BLOCK_C))[None, :]
-            tl.store(seen_actives + at, active, mask=(i < CHUNK)[:, None] & in_b[None, :])
-            whole: tl.constexpr = max(16, triton.next_power_of_2(C))
-            store_part_folded(seen_slopes, turn, number, column, BLOCK_K, whole, BLOCK_C, WARPS)
+        active = gelu(middle)[0].to(queries.dtype)
         mixed += tl.dot(active, tl.trans(x), input_precision=PRECISION)
         read += tl.dot(active, second.to(queries.dtype), input_precision=PRECISION)
         if opening:
@@ -238,10 +228,7 @@ def mini_batch(
     if full == 0:
         store_vector(t2_out, bias_total, pid, D, BLOCK_D)
         faults += count_not_finite(bias_total)
-    unit, inverse = standardised(read, eps, D, BLOCK_D)
-    if (WARPS > 0) and (keep > 0):
-        store_folded(seen_units, unit, number, BLOCK_K, BLOCK_D, WARPS)
-        tl.store(seen_inverses + number * BLOCK_K + i[:, None], inverse)
+    unit = standardised(read, eps, D, BLOCK_D)[0]
     store_tile(y, queries.to(tl.float32) + unit * gamma + beta, rows, inside, D, BLOCK_D)
     tl.debug_barrier()  # the next mini-batch reads what other threads have stored
     return new_bias2, faults
@@ -273,10 +260,10 @@ def finish(
 def mlp_forward(
     q, k, v, rate, tau, ln_weight, ln_bias, w1, b1, w2, b2, s1, t1, s2, t2, position, cu_seqlens,
     y, w1_out, b1_out, w2_out, b2_out, s1_out, t1_out, s2_out, t2_out, flags, suspects,
-    kept_w1, kept_b1, kept_w2, kept_b2, seen_actives, seen_slopes, seen_units, seen_inverses, num_tokens, eps, H,
+    kept_w1, kept_b1, kept_w2, kept_b2, num_tokens, eps, H,
     D: tl.constexpr, BLOCK_D: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, EVERY: tl.constexpr,
-    packed, keep, PRECISION: tl.constexpr, GUARD: tl.constexpr, WARPS: tl.constexpr,
+    packed, keep, PRECISION: tl.constexpr, GUARD: tl.constexpr,
 ):  # fmt: skip
     """Grid: sequences · heads. Arguments as in `linear_forward`, with four parts of a memory for its two."""
     pid = tl.program_id(0)
@@ -292,13 +279,12 @@ def mlp_forward(
     tokens, span, norm = (q, k, v, rate, y, flags), (start, length, phase, pid, h, H), (gamma, beta, taus, last, eps)
     memory, kept = (w1_out, b1_out, w2_out), (kept_w1, kept_b1, kept_w2, kept_b2)
     sums, left = (s1, t1, s2, t2), (s1_out, t1_out, s2_out, t2_out)
-    seen = (seen_actives, seen_slopes, seen_units, seen_inverses)
     copy_memory(w1, b1, w2, pid, w1_out, b1_out, w2_out, pid, D, BLOCK_D, C, BLOCK_C)
     bias2, faults = load_vector(b2, pid, D, BLOCK_D), 0
     for c in range((phase + length + CHUNK - 1) // CHUNK):
         bias2, faults = mini_batch(
-            c, bias2, faults, tokens, span, norm, memory, sums, left, kept, seen, slot, keep,
-            D, BLOCK_D, C, BLOCK_C, CHUNK, BLOCK_K, EVERY, PRECISION, GUARD, WARPS,
+            c, bias2, faults, tokens, span, norm, memory, sums, left, kept, slot, keep,
+            D, BLOCK_D, C, BLOCK_C, CHUNK, BLOCK_K, EVERY, PRECISION, GUARD,
         )  # fmt: skip
     store_vector(b2_out, bias2, pid, D, BLOCK_D)
     faults += finish(memory, bias2, left, pid, (phase + length) % CHUNK == 0, D, BLOCK_D, C, BLOCK_C)

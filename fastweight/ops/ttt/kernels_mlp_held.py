@@ -11,7 +11,7 @@ a later one) is left to `mini_batch` of kernels_mlp.py, before and after the loo
 import triton
 import triton.language as tl
 
-from fastweight.ops.ttt.kernels_handed_on import store_folded, store_own
+from fastweight.ops.ttt.kernels_handed_on import store_folded
 from fastweight.ops.ttt.kernels_mlp import copy_memory, finish, mini_batch
 from fastweight.ops.ttt.kernels_shared import (
     causal,
@@ -125,17 +125,11 @@ def store_memory(
 def mlp_forward_held(
     q, k, v, rate, tau, ln_weight, ln_bias, w1, b1, w2, b2, s1, t1, s2, t2, position, cu_seqlens,
     y, w1_out, b1_out, w2_out, b2_out, s1_out, t1_out, s2_out, t2_out, flags, suspects,
-    kept_w1, kept_b1, kept_w2, kept_b2, seen_actives, seen_slopes, seen_units, seen_inverses, num_tokens, eps, H,
+    kept_w1, kept_b1, kept_w2, kept_b2, num_tokens, eps, H,
     D: tl.constexpr, BLOCK_D: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr, WHOLE: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, EVERY: tl.constexpr, packed, keep, PRECISION: tl.constexpr,
-    WARPS: tl.constexpr,
 ):  # fmt: skip
-    """Grid: sequences · heads. Arguments and results as of `mlp_forward`, without its guard. WHOLE ≥ C.
-
-    If the backward pass is held (WARPS > 0), and comes (keep), it finds of each mini-batch and head, in q's dtype, a in
-    seen_actives [·, CHUNK, C] and, folded, φ'(m1) in seen_slopes and the read's unit in seen_units; its 1 / s in
-    seen_inverses [·, BLOCK_K].
-    """
+    """Grid: sequences · heads. Arguments and results as of `mlp_forward`, without its guard. WHOLE ≥ C."""
     pid = tl.program_id(0)
     n, h, i = pid // H, pid % H, tl.arange(0, BLOCK_K)
     start, length, phase = span_of(cu_seqlens, position, n, num_tokens, CHUNK, packed)
@@ -148,14 +142,13 @@ def mlp_forward_held(
     tokens, span, norm = (q, k, v, rate, y, flags), (start, length, phase, pid, h, H), (gamma, beta, taus, last, eps)
     memory, kept = (w1_out, b1_out, w2_out), (kept_w1, kept_b1, kept_w2, kept_b2)
     sums, left = (s1, t1, s2, t2), (s1_out, t1_out, s2_out, t2_out)
-    seen = (seen_actives, seen_slopes, seen_units, seen_inverses)
     copy_memory(w1, b1, w2, pid, w1_out, b1_out, w2_out, pid, D, BLOCK_D, C, BLOCK_C)
     bias2, faults = load_vector(b2, pid, D, BLOCK_D), 0
     begin = tl.where(phase > 0, tl.minimum(chunks, 1), 0)
     for c in range(begin):
         bias2, faults = mini_batch(
-            c, bias2, faults, tokens, span, norm, memory, sums, left, kept, seen, slot, keep,
-            D, BLOCK_D, C, BLOCK_C, CHUNK, BLOCK_K, EVERY, PRECISION, False, WARPS,
+            c, bias2, faults, tokens, span, norm, memory, sums, left, kept, slot, keep,
+            D, BLOCK_D, C, BLOCK_C, CHUNK, BLOCK_K, EVERY, PRECISION, False,
         )  # fmt: skip
     store_vector(b2_out, bias2, pid, D, BLOCK_D)
     tl.debug_barrier()
@@ -167,7 +160,6 @@ def mlp_forward_held(
                 kept_w1, kept_b1, kept_w2, kept_b2, first, bias1, second, bias2, index, D, BLOCK_D, C, WHOLE
             )  # fmt: skip
         for c in range(tl.maximum(s * EVERY, begin), tl.minimum((s + 1) * EVERY, whole)):
-            number = ((start // CHUNK + 2 * n + c) * H + h).to(tl.int64)
             rows, inside = rows_of(c, start, length, phase, h, H, CHUNK, BLOCK_K)
             queries, keys = load_tile(q, rows, inside, D, BLOCK_D), load_tile(k, rows, inside, D, BLOCK_D)
             values = load_tile(v, rows, inside, D, BLOCK_D)
@@ -184,20 +176,13 @@ def mlp_forward_held(
             wide1 = tl.dot(write2, two) * slope
             write1 = wide1.to(keys.dtype)
             middle = tl.dot(scores.to(keys.dtype), write1, middle)
-            active, turn, _curve = quick_gelu(middle)
-            active = active.to(keys.dtype)
-            if (WARPS > 0) and (keep > 0):
-                store_own(seen_actives, active, number, i, CHUNK, C, WHOLE)
-                store_folded(seen_slopes, turn, number, BLOCK_K, WHOLE, WARPS)
+            active = (middle * gate_of(middle)[0]).to(keys.dtype)
             mixed = causal(tl.dot(active, tl.trans(x)) + 1.0, BLOCK_K) * -taus
             read = tl.dot(active, tl.trans(two))
             read = tl.dot(mixed.to(keys.dtype), write2, read) + bias2[None, :]
             mean, inverse = moments(read, eps, D)
-            unit = (read - mean) * inverse
-            store_tile(y, queries.to(tl.float32) + unit * gamma + beta, rows, inside, D, BLOCK_D)
-            if (WARPS > 0) and (keep > 0):
-                store_folded(seen_units, unit, number, BLOCK_K, BLOCK_D, WARPS)
-                tl.store(seen_inverses + number * BLOCK_K + i[:, None], inverse)
+            result = queries.to(tl.float32) + (read - mean) * inverse * gamma + beta
+            store_tile(y, result, rows, inside, D, BLOCK_D)
             first = tl.dot(tl.trans(scaled(keys, -last)), write1, first)
             second = tl.dot(tl.trans((wide2 * -last).to(keys.dtype)), x, second)
             bias1 -= last * tl.sum(wide1, 0)
@@ -207,8 +192,8 @@ def mlp_forward_held(
     bias2 = load_vector(b2_out, pid, D, BLOCK_D)
     for c in range(tl.maximum(whole, begin), chunks):
         bias2, faults = mini_batch(
-            c, bias2, faults, tokens, span, norm, memory, sums, left, kept, seen, slot, keep,
-            D, BLOCK_D, C, BLOCK_C, CHUNK, BLOCK_K, EVERY, PRECISION, False, WARPS,
+            c, bias2, faults, tokens, span, norm, memory, sums, left, kept, slot, keep,
+            D, BLOCK_D, C, BLOCK_C, CHUNK, BLOCK_K, EVERY, PRECISION, False,
         )  # fmt: skip
     store_vector(b2_out, bias2, pid, D, BLOCK_D)
     faults += finish(
@@ -220,7 +205,7 @@ def mlp_forward_held(
 @triton.jit(do_not_specialize=["num_tokens", "num_sequences", "first", "packed"])
 def mlp_replay_held(
     k, v, rate, tau, ln_weight, ln_bias, s1, t1, s2, t2, position, cu_seqlens, flags,
-    kept_w1, kept_b1, kept_w2, kept_b2, owner, base, firsts, seconds, totals1,
+    kept_w1, kept_b1, kept_w2, kept_b2, owner, base, firsts, biases1, seconds, biases2, totals1,
     units, grads2, statistics, xs, writes1, slopes, bends, num_tokens, num_sequences, first, eps, H,
     D: tl.constexpr, BLOCK_D: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, EVERY: tl.constexpr, packed, WARPS: tl.constexpr,
@@ -228,7 +213,7 @@ def mlp_replay_held(
     """Grid: (stretches, heads), as `mlp_replay`. Written for each mini-batch and head, [stretches · EVERY, H, …]:
 
     in q's dtype the rounded W1 and W2ᵀ [·, D, C], x, P1 [·, CHUNK, C] and, as `store_folded` does, φ'(z1) and
-    E ⊙ φ''(z1); in float32 the sum of P1 (not rounded) [·, C], folded unit and G, and the five statistics of
+    E ⊙ φ''(z1); in float32 b1, b2, the sum of P1 (not rounded) [·, C], folded unit and G, and the five statistics of
     `inner_step` [·, CHUNK, 8].
     """
     stretch, h, i = tl.program_id(0), tl.program_id(1), tl.arange(0, BLOCK_K)
@@ -258,14 +243,16 @@ def mlp_replay_held(
             at1, _at2, there = turned_at(place, D, BLOCK_D, C, WHOLE)
             tl.store(firsts + at1, first1, mask=there)
             tl.store(seconds + at1, second1, mask=there)
+            store_vector(biases1, bias1, place, C, WHOLE)
+            store_vector(biases2, bias2, place, D, BLOCK_D)
             x, slope, curve = quick_gelu(tl.dot(keys, first1) + bias1[None, :])
             x = x.to(keys.dtype)
             z2 = tl.dot(x, tl.trans(second1)) + bias2[None, :]
             gap = beta - (values.to(tl.float32) - keys.to(tl.float32))
             grad2, unit, inverse, mean_u, mean_uu, once, twice = inner_step(z2, gap, gamma, eps, D, BLOCK_D)
             own = place * CHUNK + i
-            store_folded(units, unit, place, BLOCK_K, BLOCK_D, WARPS)
-            store_folded(grads2, grad2, place, BLOCK_K, BLOCK_D, WARPS)
+            store_folded(units, unit, place, CHUNK, BLOCK_K, D, BLOCK_D, WARPS)
+            store_folded(grads2, grad2, place, CHUNK, BLOCK_K, D, BLOCK_D, WARPS)
             which = tl.arange(0, 8)[None, :]
             found = tl.where(which == 1, mean_u[:, None], tl.where(which == 2, mean_uu[:, None], inverse[:, None]))
             found = tl.where(which == 3, once[:, None], tl.where(which == 4, twice[:, None], found))
@@ -276,8 +263,8 @@ def mlp_replay_held(
             write1, total1 = wide1.to(keys.dtype), tl.sum(wide1, 0)
             store_tile(xs, x, own, here, C, WHOLE)
             store_tile(writes1, write1, own, here, C, WHOLE)
-            store_folded(slopes, slope, place, BLOCK_K, WHOLE, WARPS)
-            store_folded(bends, error * curve, place, BLOCK_K, WHOLE, WARPS)
+            store_folded(slopes, slope, place, CHUNK, BLOCK_K, C, WHOLE, WARPS)
+            store_folded(bends, error * curve, place, CHUNK, BLOCK_K, C, WHOLE, WARPS)
             store_vector(totals1, total1, place, C, WHOLE)
             one = tl.dot(tl.trans(scaled(keys, step)), write1, one)
             two = tl.dot(tl.trans((wide2 * step).to(keys.dtype)), x, two)

@@ -18,6 +18,8 @@ import triton.language as tl
 from fastweight.ops.ttt.kernels_handed_on import load_folded, load_own, load_whole, store_folded, store_own
 from fastweight.ops.ttt.kernels_mlp_held import (
     load_memory,
+    moments,
+    quick_gelu,
     store_memory,
 )
 from fastweight.ops.ttt.kernels_shared import (
@@ -46,38 +48,50 @@ def _place(at, owner, base, first, num_sequences, position, cu_seqlens, num_toke
 
 @triton.jit
 def read_one(
-    c, place, tokens, made, left, dq, shared, sums, d_sums, span, gamma, taus,
+    c, place, tokens, made, left, dq, shared, sums, d_sums, span, gamma, taus, eps,
     D: tl.constexpr, BLOCK_D: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, WARPS: tl.constexpr, OPENING: tl.constexpr,
 ):  # fmt: skip
-    """What follows from dy alone for mini-batch c, number `place` of those replayed. Pointers: tokens: dy, q, k, rate,
-    flags; made: what `mlp_replay_held` and `mlp_forward_held` left; left: what is handed on; shared: dτ, dγ, dβ."""
+    """What follows from dy alone for mini-batch c, which is number `place` of those kept. Pointers: tokens: dy, q, k,
+    rate, flags; made: what `mlp_replay_held` left; left: what is handed on; shared: dτ, dγ, dβ."""
     dy, q, k, rate, flags = tokens
-    firsts, seconds, grads2, xs, writes1, slopes, bends, seen_actives, seen_slopes, seen_units, seen_inverses = made
-    d_reads, d_writes2, d_keys, d_middles, below1, errors, middles1, reads2 = left
+    firsts, biases1, seconds, biases2, grads2, xs, writes1, slopes, bends = made
+    d_reads, d_writes2, d_keys, actives, d_middles, below1, errors, middles1, reads2 = left
     dtau, dgamma, dbeta = shared
     s1, t1, s2, t2 = sums
     ds1, dt1, ds2, dt2 = d_sums
     start, length, phase, pid, h, H = span
     i = tl.arange(0, BLOCK_K)
-    seen = ((start // CHUNK + 2 * (pid // H) + c) * H + h).to(tl.int64)
+    bias1, bias2 = load_vector(biases1, place, C, WHOLE)[None, :], load_vector(biases2, place, D, BLOCK_D)[None, :]
     rows, inside = rows_of(c, start, length, phase, h, H, CHUNK, BLOCK_K)
     keys, _keys, rates, kept, refused = load_learning(k, k, rate, flags, rows, inside, D, BLOCK_D)
     queries, given = load_tile(q, rows, inside, D, BLOCK_D), load_tile(dy, rows, inside, D, BLOCK_D).to(tl.float32)
     one, two = load_whole(firsts, place, D, BLOCK_D, C, WHOLE), load_whole(seconds, place, D, BLOCK_D, C, WHOLE)
     x = load_own(xs, place, i, CHUNK, BLOCK_K, C, WHOLE)
     write1 = load_own(writes1, place, i, CHUNK, BLOCK_K, C, WHOLE)
-    inner_slope = load_folded(slopes, place, CHUNK, BLOCK_K, C, WHOLE, WARPS)
-    bend = load_folded(bends, place, CHUNK, BLOCK_K, C, WHOLE, WARPS)
-    write2 = (rates[:, None] * load_folded(grads2, place, CHUNK, BLOCK_K, D, BLOCK_D, WARPS)).to(keys.dtype)
+    inner_slope = load_folded(slopes, place, BLOCK_K, WHOLE, WARPS)
+    bend = load_folded(bends, place, BLOCK_K, WHOLE, WARPS)
+    write2 = (rates[:, None] * load_folded(grads2, place, BLOCK_K, BLOCK_D, WARPS)).to(keys.dtype)
     raw1 = causal(tl.dot(queries, tl.trans(keys)) + 1.0, BLOCK_K)
     scores1 = (raw1 * -taus).to(keys.dtype)
-    active = load_own(seen_actives, seen, i, CHUNK, BLOCK_K, C, WHOLE)
-    slope = load_folded(seen_slopes, seen, CHUNK, BLOCK_K, C, WHOLE, WARPS).to(tl.float32)
+    middle = tl.dot(queries, one) + bias1
+    middle = tl.dot(scores1, write1, middle)
+    if OPENING:
+        s_one, s_bias1, s_two, s_bias2 = load_memory(s1, t1, s2, t2, pid, D, BLOCK_D, C, WHOLE)
+        s_one, s_two = s_one.to(keys.dtype), s_two.to(keys.dtype)
+        before1 = tl.dot(queries, s_one) + s_bias1[None, :]
+        middle -= taus * before1
+    active, slope, _curve = quick_gelu(middle)
+    active = active.to(keys.dtype)
     raw2 = causal(tl.dot(active, tl.trans(x)) + 1.0, BLOCK_K)
     scores2 = (raw2 * -taus).to(keys.dtype)
-    unit = load_folded(seen_units, seen, CHUNK, BLOCK_K, D, BLOCK_D, WARPS).to(tl.float32)
-    inverse = tl.load(seen_inverses + seen * BLOCK_K + i)[:, None]
+    read = tl.dot(active, tl.trans(two))
+    read = tl.dot(scores2, write2, read) + bias2
+    if OPENING:
+        before2 = tl.dot(active, tl.trans(s_two)) + s_bias2[None, :]
+        read -= taus * before2
+    mean, inverse = moments(read, eps, D)
+    unit = within((read - mean) * inverse, D, BLOCK_D)
     store_vector(dgamma, tl.sum(given * unit, 0), place, D, BLOCK_D)
     store_vector(dbeta, tl.sum(given, 0), place, D, BLOCK_D)
     scaled = given * gamma + 0.0 * unit
@@ -92,27 +106,24 @@ def read_one(
     d_active = tl.dot(d_read, two)
     d_active = tl.dot(d_mixed, x, d_active)
     if OPENING:
-        s_one, s_bias1, s_two, s_bias2 = load_memory(s1, t1, s2, t2, pid, D, BLOCK_D, C, WHOLE)
-        s_one, s_two = s_one.to(keys.dtype), s_two.to(keys.dtype)
-        before1 = tl.dot(queries, s_one) + s_bias1[None, :]
-        before2 = tl.dot(active, tl.trans(s_two)) + s_bias2[None, :]
         d_tau = tl.sum(wide * before2, 1)
         scaled_read = (taus * wide).to(keys.dtype)
         d_active -= tl.dot(scaled_read, s_two)
     wide_middle = d_active * slope
     d_middle = wide_middle.to(keys.dtype)
+    store_own(actives, active, place, i, CHUNK, C, WHOLE)
     store_own(d_middles, d_middle, place, i, CHUNK, C, WHOLE)
     store_vector(middles1, tl.sum(wide_middle, 0), place, C, WHOLE)
     d_write1 = tl.dot(tl.trans(scores1), d_middle)
     d_x = tl.dot(tl.trans(d_mixed), active)
     inner_slope = inner_slope.to(tl.float32)
     error = (d_write1 * inner_slope).to(keys.dtype)
-    store_folded(errors, error, place, BLOCK_K, WHOLE, WARPS)
+    store_folded(errors, error, place, CHUNK, BLOCK_K, C, WHOLE, WARPS)
     below = d_x * inner_slope + d_write1 * bend.to(tl.float32)
-    store_folded(below1, below, place, BLOCK_K, WHOLE, WARPS)
+    store_folded(below1, below, place, CHUNK, BLOCK_K, C, WHOLE, WARPS)
     d_write2 = tl.dot(tl.trans(scores2), d_read)
     d_write2 = tl.dot(error, tl.trans(two), d_write2)
-    store_folded(d_writes2, d_write2, place, BLOCK_K, BLOCK_D, WARPS)
+    store_folded(d_writes2, d_write2, place, CHUNK, BLOCK_K, D, BLOCK_D, WARPS)
     d_raw1 = causal(tl.dot(d_middle, tl.trans(write1)), BLOCK_K)
     d_query = tl.dot(d_middle, tl.trans(one))
     if OPENING:
@@ -134,9 +145,9 @@ def read_one(
 @triton.jit(do_not_specialize=["num_tokens", "num_sequences", "first", "to_sums", "packed"])
 def mlp_reads_held(
     dy, q, k, rate, tau, ln_weight, s1, t1, s2, t2, position, cu_seqlens, flags, owner, base,
-    firsts, seconds, grads2, xs, writes1, slopes, bends, seen_actives, seen_slopes, seen_units, seen_inverses,
-    d_reads, d_writes2, d_keys, d_middles, below1, errors, middles1, reads2,
-    dq, dtau, dgamma, dbeta, ds1, dt1, ds2, dt2, num_tokens, num_sequences, first, to_sums, H,
+    firsts, biases1, seconds, biases2, grads2, xs, writes1, slopes, bends,
+    d_reads, d_writes2, d_keys, actives, d_middles, below1, errors, middles1, reads2,
+    dq, dtau, dgamma, dbeta, ds1, dt1, ds2, dt2, num_tokens, num_sequences, first, to_sums, eps, H,
     D: tl.constexpr, BLOCK_D: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, EVERY: tl.constexpr, packed, WARPS: tl.constexpr,
     STEP: tl.constexpr, OPENING: tl.constexpr,
@@ -146,8 +157,8 @@ def mlp_reads_held(
 
     OPENING: (sequences, heads) and only the first mini-batch of each sequence that began before the call, or of each
     where a gradient goes to the sums; else all but those.
-    Written per place and head: d_reads in q's dtype, d_keys in float32 [·, CHUNK, D], d_writes2 folded; in q's dtype dm
-    [·, CHUNK, C], folded A0, E0; in float32 the sums of dm [·, C] and d read [·, D], not rounded, dtau [·, CHUNK],
+    Written per place and head: d_reads in q's dtype, d_keys in float32 [·, CHUNK, D], d_writes2 folded; in q's dtype a,
+    dm [·, CHUNK, C], folded A0, E0; in float32 the sums of dm [·, C] and d read [·, D], not rounded, dtau [·, CHUNK],
     dgamma, dbeta [·, D]; dq for the tokens; OPENING: ds1 …, too.
     """
     at, h = tl.program_id(0), tl.program_id(1)
@@ -168,14 +179,14 @@ def mlp_reads_held(
     gamma = load_vector(ln_weight, h, D, BLOCK_D)[None, :]
     i = tl.arange(0, BLOCK_K)
     taus = tl.load(tau + i, mask=i < CHUNK, other=0.0).to(tl.float32)[:, None]
-    made = (firsts, seconds, grads2, xs, writes1, slopes, bends, seen_actives, seen_slopes, seen_units, seen_inverses)
-    left = (d_reads, d_writes2, d_keys, d_middles, below1, errors, middles1, reads2)
+    made = (firsts, biases1, seconds, biases2, grads2, xs, writes1, slopes, bends)
+    left = (d_reads, d_writes2, d_keys, actives, d_middles, below1, errors, middles1, reads2)
     shared, sums, d_sums = (dtau, dgamma, dbeta), (s1, t1, s2, t2), (ds1, dt1, ds2, dt2)
     for ahead in range(lowest, 1 if OPENING else above):
         place = (at + ahead).to(tl.int64) * H + h
         read_one(
             c + ahead, place, (dy, q, k, rate, flags), made, left, dq, shared, sums, d_sums,
-            (start, length, phase, n * H + h, h, H), gamma, taus, D, BLOCK_D, C, WHOLE, CHUNK, BLOCK_K, WARPS,
+            (start, length, phase, n * H + h, h, H), gamma, taus, eps, D, BLOCK_D, C, WHOLE, CHUNK, BLOCK_K, WARPS,
             OPENING,
         )  # fmt: skip
 

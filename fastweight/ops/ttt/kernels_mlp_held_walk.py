@@ -33,8 +33,7 @@ def walk_one(
     """carry (U1, u1, U2ᵀ, u2) and totals (of dγ, dβ and λ's factors) before mini-batch c from those after it.
 
     tokens: q, k, v, rate, flags. made: what `mlp_replay_held` left, read: what `mlp_reads_held` left. left: where dv,
-    drate, `pulled` and dz1 go. span: start, length, phase of the sequence, which
-    number its first mini-batch has among those that the forward pass saw, its head, heads. norm: γ, β, τ_last.
+    drate, `pulled` and dz1 go. span: start, length, phase of the sequence, its head, heads. norm: γ, β, τ_last.
     """
     one, bias1, two, bias2 = carry
     gammas, betas, lasts, last1 = totals
@@ -42,8 +41,7 @@ def walk_one(
     seconds, totals1, units, grads2, statistics, xs, writes1, slopes, bends = made
     d_reads, d_writes2, actives, d_middles, below1, errors, middles1, reads2 = read
     dv, drate, pulled, d_z1 = left
-    start, length, phase, number, h, H = span
-    seen = (number + c) * H + h
+    start, length, phase, h, H = span
     gamma, beta, last = norm
     i = tl.arange(0, BLOCK_K)
     here = i < CHUNK
@@ -52,21 +50,21 @@ def walk_one(
     counts = 0.0 if UNFINISHED else tl.where(refused, 0.0, 1.0)
     scale = 1.0 if UNFINISHED else -last * counts
     u_one, u_two = one.to(keys.dtype), two.to(keys.dtype)
-    slope = load_folded(slopes, place, CHUNK, BLOCK_K, C, WHOLE, WARPS).to(tl.float32)
+    slope = load_folded(slopes, place, BLOCK_K, WHOLE, WARPS).to(tl.float32)
     pull1 = tl.dot(keys, u_one) + bias1[None, :]
     forced = (pull1 * slope).to(keys.dtype)
     # dz1 and dE as far as they are known: what waits in registers until then would not fit there.
-    bend = load_folded(bends, place, CHUNK, BLOCK_K, C, WHOLE, WARPS).to(tl.float32)
-    wide1 = load_folded(below1, place, CHUNK, BLOCK_K, C, WHOLE, WARPS).to(tl.float32) + scale * pull1 * bend
-    d_error = load_folded(errors, place, CHUNK, BLOCK_K, C, WHOLE, WARPS).to(tl.float32) + scale * forced.to(tl.float32)
+    bend = load_folded(bends, place, BLOCK_K, WHOLE, WARPS).to(tl.float32)
+    wide1 = load_folded(below1, place, BLOCK_K, WHOLE, WARPS).to(tl.float32) + scale * pull1 * bend
+    d_error = load_folded(errors, place, BLOCK_K, WHOLE, WARPS).to(tl.float32) + scale * forced.to(tl.float32)
     d_error = d_error.to(keys.dtype)
     pull2 = tl.dot(load_own(xs, place, i, CHUNK, BLOCK_K, C, WHOLE), tl.trans(u_two)) + bias2[None, :]
     pull_key = tl.dot(load_own(writes1, place, i, CHUNK, BLOCK_K, C, WHOLE), tl.trans(u_one))
     second = load_whole(seconds, place, D, BLOCK_D, C, WHOLE)
     pull2_all = tl.dot(forced, tl.trans(second), pull2)
-    d_write2 = load_folded(d_writes2, place, CHUNK, BLOCK_K, D, BLOCK_D, WARPS) + scale * pull2_all
-    unit = load_folded(units, place, CHUNK, BLOCK_K, D, BLOCK_D, WARPS)
-    grad2 = load_folded(grads2, place, CHUNK, BLOCK_K, D, BLOCK_D, WARPS)
+    d_write2 = load_folded(d_writes2, place, BLOCK_K, BLOCK_D, WARPS) + scale * pull2_all
+    unit = load_folded(units, place, BLOCK_K, BLOCK_D, WARPS)
+    grad2 = load_folded(grads2, place, BLOCK_K, BLOCK_D, WARPS)
     write2 = (rates[:, None] * grad2).to(keys.dtype)
     # The condition always holds: it keeps the compiler from loading for this product ahead of those above.
     if num_tokens > -1:
@@ -89,13 +87,13 @@ def walk_one(
     last1 += counts * bias1 * load_vector(totals1, place, C, WHOLE)
     d_x = tl.dot((scale * write2.to(tl.float32)).to(keys.dtype), u_two)
     d_x = tl.dot(dz2, second, d_x)
-    wide1 += d_x * load_folded(slopes, place, CHUNK, BLOCK_K, C, WHOLE, WARPS).to(tl.float32)
+    wide1 += d_x * load_folded(slopes, place, BLOCK_K, WHOLE, WARPS).to(tl.float32)
     dz1 = wide1.to(keys.dtype)
     store_own(d_z1, dz1, place, i, CHUNK, C, WHOLE)
     queries = load_tile(q, rows, inside, D, BLOCK_D)
     d_read = load_own(d_reads, place, i, CHUNK, BLOCK_K, D, BLOCK_D)
     one = tl.dot(tl.trans(queries), load_own(d_middles, place, i, CHUNK, BLOCK_K, C, WHOLE), one)
-    two = tl.dot(tl.trans(d_read), load_own(actives, seen, i, CHUNK, BLOCK_K, C, WHOLE), two)
+    two = tl.dot(tl.trans(d_read), load_own(actives, place, i, CHUNK, BLOCK_K, C, WHOLE), two)
     two = tl.dot(tl.trans(dz2), load_own(xs, place, i, CHUNK, BLOCK_K, C, WHOLE), two)
     one = tl.dot(tl.trans(keys), dz1, one)
     bias1 += load_vector(middles1, place, C, WHOLE) + tl.sum(wide1, 0)
@@ -146,11 +144,7 @@ def mlp_walk_held(
     gamma = load_vector(ln_weight, h, D, BLOCK_D)[None, :]
     beta = load_vector(ln_bias, h, D, BLOCK_D)[None, :]
     norm = (gamma, beta, tl.load(tau + CHUNK - 1).to(tl.float32))
-    tokens, left, span = (
-        (q, k, v, rate, flags),
-        (dv, drate, pulled, d_z1),
-        (start, length, phase, start // CHUNK + 2 * n, h, H),
-    )
+    tokens, left, span = (q, k, v, rate, flags), (dv, drate, pulled, d_z1), (start, length, phase, h, H)
     made = (seconds, totals1, units, grads2, statistics, xs, writes1, slopes, bends)
     read = (d_reads, d_writes2, actives, d_middles, below1, errors, middles1, reads2)
     carry = load_memory(dw1, db1, dw2, db2, pid, D, BLOCK_D, C, WHOLE)
@@ -214,11 +208,7 @@ def mlp_end_held(
             ds1, dt1, ds2, dt2, s_one + scale * one, s_bias1 + scale * bias1, s_two + scale * two,
             s_bias2 + scale * bias2, pid, D, BLOCK_D, C, WHOLE,
         )  # fmt: skip
-    tokens, left, span = (
-        (q, k, v, rate, flags),
-        (dv, drate, pulled, d_z1),
-        (start, length, phase, start // CHUNK + 2 * n, h, H),
-    )
+    tokens, left, span = (q, k, v, rate, flags), (dv, drate, pulled, d_z1), (start, length, phase, h, H)
     made = (seconds, totals1, units, grads2, statistics, xs, writes1, slopes, bends)
     read = (d_reads, d_writes2, actives, d_middles, below1, errors, middles1, reads2)
     place = (tl.load(base + n).to(tl.int64) * EVERY + c - first) * H + h

@@ -59,7 +59,7 @@ def launch_options(kernel: str, dim: int, dtype: torch.dtype) -> dict[str, int |
     # Products in float32 are made without matrix units and need more threads.
     warps = min(8, 2 * warps) if dtype == torch.float32 else warps
     # Left without a bound, the assembler gives some of the largest kernels 32 registers and local memory for the rest.
-    registers = REGISTERS.get(kernel, {}).get(block(dim), 255)
+    registers = min(REGISTERS.get(kernel, {}).get(block(dim), 255), 2048 // warps)  # of 64 Ki of a multiprocessor
     options = {"num_warps": warps, "num_stages": stages, "maxnreg": registers}
     # Triton's own representation is made as for sm_80, machine code for the GPU that there is.
     return options | ({"arch": "sm80"} if BY_WARPS.get(kernel) else {})
@@ -117,11 +117,6 @@ class Layout(NamedTuple):
     def slots(self) -> int:
         """Room for the kept states of one head, whatever the lengths and phases of the sequences."""
         return self.tokens // (self.chunk * KEEP_EVERY) + 2 * self.sequences
-
-    @property
-    def mini_batches(self) -> int:
-        """Room for those of one head, whatever the lengths and phases: sequence n begins at its start / chunk + 2 n."""
-        return self.tokens // self.chunk + 2 * self.sequences
 
     def constants(self, width: int | None = None) -> dict[str, Any]:
         """What kernels are compiled for, and whether sequences are packed. width: the memory's hidden units, if any."""

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastweight.ops.ttt.layout import LATE_MARKS, Layout, Part, block, empty_marks, parts
+from fastweight.ops.ttt.layout import LATE_MARKS, Layout, Part, empty_marks, parts
 from fastweight.ops.ttt.unit import Run, differentiable
 
 Tensors = tuple[Tensor, ...]
@@ -18,7 +18,7 @@ def _run(
     w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, s1: Tensor, t1: Tensor, s2: Tensor, t2: Tensor,
     position: Tensor, cu_seqlens: Tensor | None, eps: float, keep: bool,
 ) -> list[Tensor]:  # fmt: skip
-    """y, new W1, b1, W2, b2, new sums, flags [tokens, H], and, if `keep`, states and reads for the backward pass."""
+    """y, new W1, b1, W2, b2, new sums, flags [tokens, H], and, if `keep`, states for the backward pass."""
     from fastweight.ops.ttt.kernels_mlp import mlp_forward
     from fastweight.ops.ttt.kernels_mlp_held import mlp_forward_held
 
@@ -28,7 +28,7 @@ def _run(
     suspects = torch.empty(layout.sequences, layout.heads, dtype=torch.int32, device=q.device)
     ends, constants = position if cu_seqlens is None else cu_seqlens, layout.constants(w1.shape[-1])
     grid, given = (layout.sequences * layout.heads,), (*inputs, ends, *results[:10], suspects, *results[10:])
-    options = {"keep": int(keep), "WARPS": layout.warps if results[-1].numel() else 0, **constants}
+    options = {"keep": int(keep), **constants}
     with torch.cuda.device_of(q):
         if layout.held("forward", w1.shape[-1], q.device):
             whole = layout.held_constants(w1.shape[-1])["WHOLE"]
@@ -44,16 +44,10 @@ def _results(
     w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, s1: Tensor, t1: Tensor, s2: Tensor, t2: Tensor,
     position: Tensor, cu_seqlens: Tensor | None, eps: float, keep: bool,
 ) -> list[Tensor]:  # fmt: skip
-    layout = Layout.of(q, tau, cu_seqlens)
-    slots = layout.slots if keep else 0
-    seen = layout.mini_batches if keep and layout.held("backward", w1.shape[-1], q.device) else 0
-    rows, dim, width = block(layout.chunk), block(layout.dim), block(w1.shape[-1])
+    slots = Layout.of(q, tau, cu_seqlens).slots if keep else 0
     flags = empty_marks(q).zero_()
     memory, sums = (w1, b1, w2, b2), (s1, t1, s2, t2)
     kept = [x.new_empty(slots, *x.shape[1:]) for x in memory]
-    kept += [q.new_empty(seen, layout.heads, layout.chunk, w1.shape[-1])]
-    kept += [q.new_empty(seen, layout.heads, rows * size) for size in (width, dim)]
-    kept += [w1.new_empty(seen, layout.heads, rows)]
     return [torch.empty_like(q), *(torch.empty_like(x) for x in (*memory, *sums)), flags, *kept]
 
 
@@ -123,7 +117,7 @@ def _bytes_of_one(layout: Layout, width: int, q: Tensor, held: bool) -> int:
     """What one mini-batch of one head takes between the kernels of a part."""
     if held:
         vectors = 4 * (3 * width + 4 * layout.dim + layout.chunk)
-        tiles = layout.chunk * (4 * (5 * layout.dim + 8) + q.element_size() * (layout.dim + 8 * width))
+        tiles = layout.chunk * (4 * (5 * layout.dim + 8) + q.element_size() * (layout.dim + 9 * width))
         return vectors + tiles + q.element_size() * 2 * layout.dim * width
     memory = 4 * (2 * layout.dim * width + width + layout.dim)
     return memory + layout.chunk * (3 * 4 * layout.dim + q.element_size() * (layout.dim + 4 * width))
@@ -143,13 +137,13 @@ def _one_part(
     h, d, constants = layout.heads, layout.dim, layout.constants(width)
     stretches = part.owner.shape[0]
     places = (stretches * layout.every, h)
-    memory = [kept[0].new_empty(*places, *x.shape[2:]) for x in kept[:4]]
+    memory = [kept[0].new_empty(*places, *x.shape[2:]) for x in kept]
     wide = [kept[0].new_empty(*places, layout.chunk, d) for _ in range(3)]
     narrow = [q.new_empty(*places, layout.chunk, size) for size in (d, width, width, width, width)]
     scratch = (wide[0], narrow[0], *wide[1:], *narrow[1:])
     shared, own = (into.tau[first:], into.gamma[first:], into.beta[first:]), -layout.sequences
     layout.launch(
-        mlp_replay, (stretches, h), *tokens, *kept[:4], part.owner, part.base, *memory,
+        mlp_replay, (stretches, h), *tokens, *kept, part.owner, part.base, *memory,
         layout.length, layout.sequences, part.first, eps, h, **constants,
     )  # fmt: skip
     layout.launch(
@@ -179,10 +173,11 @@ def _one_part_held(
     stretches = part.owner.shape[0]
     places, empty = (stretches * layout.every, h), kept[0].new_empty
     firsts, seconds = (q.new_empty(*places, d, width) for _ in range(2))
-    totals1, middles1, reads2 = empty(*places, width), empty(*places, width), empty(*places, d)
+    biases1, totals1, middles1 = (empty(*places, width) for _ in range(3))
+    biases2, reads2 = (empty(*places, d) for _ in range(2))
     d_keys, pulled = (empty(*places, chunk, d) for _ in range(2))
     statistics, d_reads = empty(*places, chunk, 8), q.new_empty(*places, chunk, d)
-    xs, writes1, d_middles, d_z1 = (q.new_empty(*places, chunk, width) for _ in range(4))
+    xs, writes1, actives, d_middles, d_z1 = (q.new_empty(*places, chunk, width) for _ in range(5))
     wide, tile = constants["BLOCK_K"] * constants["BLOCK_D"], constants["BLOCK_K"] * constants["WHOLE"]
     units, grads2, d_writes2 = (empty(*places, wide) for _ in range(3))
     slopes, bends, below1, errors = (q.new_empty(*places, tile) for _ in range(4))
@@ -190,20 +185,21 @@ def _one_part_held(
     where, sizes = (part.owner, part.base), (layout.length, n, part.first)
     hidden = (xs, writes1, slopes, bends)
     layout.launch(
-        mlp_replay_held, (stretches, h), *tokens, *kept[:4], *where, firsts, seconds, totals1, units, grads2,
-        statistics, *hidden, *sizes, eps, h, **folding,
+        mlp_replay_held, (stretches, h), *tokens, *kept, *where, firsts, biases1, seconds, biases2, totals1, units,
+        grads2, statistics, *hidden, *sizes, eps, h, **folding,
     )  # fmt: skip
     for opening in (False, True) if part.first == 0 else (False,):
         grid = (n, h) if opening else (places[0] // layout.reads, h)
         layout.launch(
             mlp_reads_held, grid, dy, q, k, rate, tau, ln_weight, s1, t1, s2, t2, position, ends,
-            late["mlp_reads_held"], *where, firsts, seconds, grads2, *hidden, *kept[4:], d_reads, d_writes2,
-            d_keys, d_middles, below1, errors, middles1, reads2, into.q, *shared, *into.sums, *sizes, to_sums, h,
+            late["mlp_reads_held"], *where, firsts, biases1, seconds, biases2, grads2, *hidden, d_reads, d_writes2,
+            d_keys, actives, d_middles, below1, errors, middles1, reads2, into.q, *shared, *into.sums, *sizes, to_sums,
+            eps, h,
             **folding, STEP=layout.reads, OPENING=opening,
         )  # fmt: skip
     given = (
         q, *tokens[:-1], late["mlp_walk_held"], part.base, seconds, totals1, units, grads2, statistics, *hidden,
-        d_reads, d_writes2, kept[4], d_middles, below1, errors, middles1, reads2, pulled, d_z1, *sums, into.v,
+        d_reads, d_writes2, actives, d_middles, below1, errors, middles1, reads2, pulled, d_z1, *sums, into.v,
         into.rate, into.last, into.gamma[own:], into.beta[own:], *into.memory, *into.sums, layout.length, part.first,
         part.stop, to_sums, h,
     )  # fmt: skip
