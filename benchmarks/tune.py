@@ -29,7 +29,7 @@ from benchmarks.ops import draw, works
 from benchmarks.timing import machine, print_table, write_json
 from fastweight.ops.examples import Shape
 from fastweight.ops.lact import recorded
-from fastweight.ops.ttt.layout import LATE_MARKS, LAUNCH, MLP_DESIGN, block
+from fastweight.ops.ttt.layout import LAUNCH, MLP_DESIGN, block
 
 TTT, LACT = "fastweight.ops.ttt.layout", "fastweight.ops.lact."
 DEVICE = "cuda"
@@ -91,8 +91,8 @@ def _sizes() -> Iterator[Change]:
         yield Change(work, (TTT, "MARKS"), torch.int8)
         yield from (Change(work, (TTT, "KEEP_EVERY"), every) for every in (4, 8, 16, 32))
         yield from (Change(work, (TTT, "REPLAY_BYTES"), 1 << power) for power in (28, 30, 32))
-    yield from (Change("TTT-MLP", (TTT, "LATE_MARKS", kernel), torch.int16) for kernel in LATE_MARKS)
-    yield from (Change("TTT-MLP", (TTT, "READ_AT_ONCE"), step) for step in (1, 2, 8))
+    yield Change("TTT-MLP", (TTT, "WALK_MARKS"), torch.int16)
+    yield from (Change("TTT-MLP", (TTT, "READ_AT_ONCE"), step) for step in (1, 4, 16))
     yield from (Change("TTT-MLP", (TTT, "HIDDEN_BLOCK"), size) for size in (32, 64, 128))
 
 

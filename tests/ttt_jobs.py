@@ -8,10 +8,10 @@ import torch
 from fastweight.ops.ttt.layout import (
     HIDDEN_BLOCK,
     KEEP_EVERY,
-    LATE_MARKS,
     LAUNCH,
     MARKS,
     READ_AT_ONCE,
+    WALK_MARKS,
     block,
     launch_options,
 )
@@ -62,6 +62,6 @@ def _type(parameter: str, dtype: str, kernel: str) -> str:
     if parameter in SIZES:
         return "i32"
     if parameter == "flags":
-        marks = LATE_MARKS.get("mlp_walk_held" if kernel == "mlp_end_held" else kernel, MARKS)
+        marks = WALK_MARKS if kernel in ("mlp_walk_held", "mlp_end_held") else MARKS
         return {torch.int8: "*i8", torch.int16: "*i16"}[marks]
     return INTEGERS.get(parameter, f"*{dtype}" if parameter in TOKENS else "*fp32")

@@ -15,12 +15,12 @@ SPILLS = {
         "linear_forward": 216, "linear_replay": 32, "linear_reads": 0, "linear_backward": 144, "linear_step": 0,
         "shared_totals": 0,
         "mlp_forward": 40, "mlp_reads": 64, "mlp_backward": 944, "mlp_step": 0,
-        "mlp_forward_held": 816, "mlp_replay_held": 488, "mlp_reads_held": 200,
-        "mlp_walk_held": 448, "mlp_end_held": 1952, "mlp_keys_held": 0,
+        "mlp_forward_held": 752, "mlp_replay_held": 480, "mlp_reads_held": 184,
+        "mlp_walk_held": 368, "mlp_end_held": 2112, "mlp_keys_held": 0,
     },
     32: {
-        "mlp_forward_held": 344, "mlp_replay_held": 32, "mlp_reads_held": 0,
-        "mlp_walk_held": 72, "mlp_end_held": 584, "mlp_keys_held": 0,
+        "mlp_forward_held": 320, "mlp_replay_held": 32, "mlp_reads_held": 0,
+        "mlp_walk_held": 16, "mlp_end_held": 512, "mlp_keys_held": 0,
     },
     128: {"linear_forward": 1304, "linear_reads": 0, "linear_backward": 448, "mlp_forward": 704, "mlp_backward": 928},
 }  # fmt: skip

@@ -160,10 +160,12 @@ def init_lact(
         tuple(per_sequence(w) for w in chosen) if prenorm else None,
     )
 
-    def buffer(*shape: int, dtype: torch.dtype = dtype) -> Tensor:  # one zero, seen everywhere: see `is_fresh`
-        return torch.zeros((), dtype=dtype, device=w1.device).expand(num_sequences, chunk_size, heads, *shape)
-
     keys = token_dtype or dtype
+    zeros = {kind: torch.zeros((), dtype=kind, device=w1.device) for kind in {keys, dtype}}
+
+    def buffer(*shape: int, dtype: torch.dtype = dtype) -> Tensor:  # one zero, seen everywhere: see `is_fresh`
+        return zeros[dtype].expand(num_sequences, chunk_size, heads, *shape)
+
     pending = LactPending(
         buffer(dim, dtype=keys), buffer(dim, dtype=keys), buffer(3, lr_dim), buffer() if momentum else None
     )

@@ -60,12 +60,13 @@ def walk_one(
     d_error = d_error.to(keys.dtype)
     pull2 = tl.dot(load_own(xs, place, i, CHUNK, BLOCK_K, C, WHOLE), tl.trans(u_two)) + bias2[None, :]
     pull_key = tl.dot(load_own(writes1, place, i, CHUNK, BLOCK_K, C, WHOLE), tl.trans(u_one))
+    grad2 = load_folded(grads2, place, BLOCK_K, BLOCK_D, WARPS)
+    write2 = (rates[:, None] * grad2).to(keys.dtype)
+    lasts += counts * (keys.to(tl.float32) * pull_key + pull2 * write2.to(tl.float32))
     second = load_whole(seconds, place, D, BLOCK_D, C, WHOLE)
     pull2_all = tl.dot(forced, tl.trans(second), pull2)
     d_write2 = load_folded(d_writes2, place, BLOCK_K, BLOCK_D, WARPS) + scale * pull2_all
     unit = load_folded(units, place, BLOCK_K, BLOCK_D, WARPS)
-    grad2 = load_folded(grads2, place, BLOCK_K, BLOCK_D, WARPS)
-    write2 = (rates[:, None] * grad2).to(keys.dtype)
     # The condition always holds: it keeps the compiler from loading for this product ahead of those above.
     if num_tokens > -1:
         two = tl.dot(tl.trans(write2), d_error, two)
@@ -83,7 +84,6 @@ def walk_one(
     store_own(pulled, scale * pull_key + gamma * du, place, i, CHUNK, D, BLOCK_D)
     gammas += du * (2.0 * unit * gamma + gap)
     betas += du * gamma
-    lasts += counts * (keys.to(tl.float32) * pull_key + pull2 * write2.to(tl.float32))
     last1 += counts * bias1 * load_vector(totals1, place, C, WHOLE)
     d_x = tl.dot((scale * write2.to(tl.float32)).to(keys.dtype), u_two)
     d_x = tl.dot(dz2, second, d_x)

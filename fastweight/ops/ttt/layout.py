@@ -11,7 +11,7 @@ from fastweight.ops.launch import block, launch
 
 KEEP_EVERY = 16  # mini-batches between two kept states
 READ_AT_ONCE = 8  # mini-batches that one program reads in a row where TTT-MLP's memory is held
-REPLAY_BYTES = 3 << 29  # most that the replayed states of one part of the backward pass may take
+REPLAY_BYTES = 1 << 31  # most that the replayed states of one part of the backward pass may take
 MAX_DIM, MAX_CHUNK = 128, 64
 HIDDEN_BLOCK = 64  # hidden units of a memory in registers at once
 # Where TTT-MLP's memory is between mini-batches, by pass: "held" in registers where it fits, or "streamed" through L2.
@@ -20,9 +20,8 @@ HELD_DIM, HELD_WIDTH, HELD_CHUNK = 64, 256, 16  # the largest memory and mini-ba
 HELD_SHARED = 204 << 10  # and the bytes of shared memory that they need then
 
 # Of the marks of faults. They choose among what the kernels backward multiply, and Triton lays operands out for the
-# narrowest number that decides about them: most kernels are shorter for two bytes, these for one.
-MARKS = torch.int16
-LATE_MARKS = {"mlp_reads_held": torch.int8, "mlp_walk_held": torch.int8}
+# narrowest number that is loaded to decide about them: kernels are shorter for two bytes, but that of the walk.
+MARKS, WALK_MARKS = torch.int16, torch.int8
 
 # (num_warps, num_stages) of each kernel, by the width of its tiles over D.
 LAUNCH = {
@@ -68,6 +67,11 @@ def launch_options(kernel: str, dim: int, dtype: torch.dtype) -> dict[str, int |
 def empty_marks(q: Tensor) -> Tensor:
     """For the marks of faults of each token and head: [B, T, H], to be filled."""
     return q.new_empty(q.shape[:3], dtype=MARKS)
+
+
+def marks_of_walk(flags: Tensor) -> Tensor:
+    """The marks as the walk of TTT-MLP's backward pass takes them."""
+    return flags.to(WALK_MARKS)
 
 
 def shared_bytes(dim: int, chunk: int, dtype: torch.dtype) -> int:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastweight.ops.ttt.layout import LATE_MARKS, Layout, Part, empty_marks, parts
+from fastweight.ops.ttt.layout import Layout, Part, empty_marks, marks_of_walk, parts
 from fastweight.ops.ttt.unit import Run, differentiable
 
 Tensors = tuple[Tensor, ...]
@@ -68,7 +68,7 @@ def _gradients(
     )  # fmt: skip
     one_part, held = _one_part, layout.held("backward", width, q.device)
     if held:
-        one_part = functools.partial(_one_part_held, late=_late(flags), to_sums=int(to_sums))
+        one_part = functools.partial(_one_part_held, marks=marks_of_walk(flags), to_sums=int(to_sums))
     todo = parts(layout, position, cu_seqlens, _bytes_of_one(layout, width, q, held))
     into = _Gradients.empty(layout, todo, (q, k, v, rate), like, memory)
     sums, place = sums or [torch.zeros_like(x) for x in like], 0
@@ -81,11 +81,6 @@ def _gradients(
     shared = (of_tau, into.gamma.sum(0), into.beta.sum(0))
     shared = [total.to(x.dtype) for total, x in zip(shared, (tau, ln_weight, ln_bias), strict=True)]
     return [into.q, into.k, into.v, into.rate, *shared, *into.memory, *into.sums]
-
-
-def _late(flags: Tensor) -> dict[str, Tensor]:
-    """The flags as the kernels take them that follow the replay."""
-    return {kernel: flags.to(dtype) for kernel, dtype in LATE_MARKS.items()}
 
 
 class _Gradients(NamedTuple):
@@ -159,17 +154,20 @@ def _one_part(
 
 def _one_part_held(
     layout: Layout, width: int, part: Part, first: int, dy: Tensor, q: Tensor, tokens: Tensors, sums: list[Tensor],
-    kept: list[Tensor], eps: float, into: _Gradients, late: dict[str, Tensor],
+    kept: list[Tensor], eps: float, into: _Gradients, marks: Tensor,
     to_sums: int,
 ) -> None:  # fmt: skip
-    """As `_one_part`, with the memory in registers. Products of gradients with W1 come last, again side by side."""
+    """As `_one_part`, with the memory in registers. Products of gradients with W1 come last, again side by side.
+
+    marks: the flags for the walk. to_sums: 1 if somebody asks for the gradients of the sums.
+    """
     from fastweight.ops.ttt.kernels_mlp_held import mlp_replay_held
     from fastweight.ops.ttt.kernels_mlp_held_backward import mlp_keys_held, mlp_reads_held
     from fastweight.ops.ttt.kernels_mlp_held_walk import mlp_end_held, mlp_walk_held
 
     n, h, d, chunk, constants = layout.sequences, layout.heads, layout.dim, layout.chunk, layout.held_constants(width)
     folding = constants | {"WARPS": layout.warps}
-    k, _v, rate, tau, ln_weight, _ln_bias, s1, t1, s2, t2, position, ends, _flags = tokens
+    k, _v, rate, tau, ln_weight, _ln_bias, s1, t1, s2, t2, position, ends, flags = tokens
     stretches = part.owner.shape[0]
     places, empty = (stretches * layout.every, h), kept[0].new_empty
     firsts, seconds = (q.new_empty(*places, d, width) for _ in range(2))
@@ -191,14 +189,13 @@ def _one_part_held(
     for opening in (False, True) if part.first == 0 else (False,):
         grid = (n, h) if opening else (places[0] // layout.reads, h)
         layout.launch(
-            mlp_reads_held, grid, dy, q, k, rate, tau, ln_weight, s1, t1, s2, t2, position, ends,
-            late["mlp_reads_held"], *where, firsts, biases1, seconds, biases2, grads2, *hidden, d_reads, d_writes2,
-            d_keys, actives, d_middles, below1, errors, middles1, reads2, into.q, *shared, *into.sums, *sizes, to_sums,
-            eps, h,
+            mlp_reads_held, grid, dy, q, k, rate, tau, ln_weight, s1, t1, s2, t2, position, ends, flags, *where,
+            firsts, biases1, seconds, biases2, grads2, *hidden, d_reads, d_writes2, d_keys, actives, d_middles, below1,
+            errors, middles1, reads2, into.q, *shared, *into.sums, *sizes, to_sums, eps, h,
             **folding, STEP=layout.reads, OPENING=opening,
         )  # fmt: skip
     given = (
-        q, *tokens[:-1], late["mlp_walk_held"], part.base, seconds, totals1, units, grads2, statistics, *hidden,
+        q, *tokens[:-1], marks, part.base, seconds, totals1, units, grads2, statistics, *hidden,
         d_reads, d_writes2, actives, d_middles, below1, errors, middles1, reads2, pulled, d_z1, *sums, into.v,
         into.rate, into.last, into.gamma[own:], into.beta[own:], *into.memory, *into.sums, layout.length, part.first,
         part.stop, to_sums, h,
