@@ -4,7 +4,6 @@ python -m benchmarks.model --json FILE. On a GPU: LaCT-760M and a transformer of
 by side, at 32,768 tokens in bfloat16, compiled. On a CPU: tiny models.
 """
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +24,14 @@ def training(presets: tuple[str, ...], options: train.Options) -> list[dict[str,
     """One record per preset; one that does not fit the device says so."""
     found = []
     for preset in presets:
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                timing = train.time_steps(preset, "adamw", options, Path(folder))
-            except torch.OutOfMemoryError as error:
-                print(f"training {preset}: out of memory: {str(error).splitlines()[0]}", flush=True)
-                continue
-        rate = 1e3 * options.seq_len * options.batch_size / timing["median_ms"]
+        try:
+            timing = train.time_steps(preset, "adamw", options)
+        except torch.OutOfMemoryError as error:
+            print(f"training {preset}: out of memory: {str(error).splitlines()[0]}", flush=True)
+            continue
+        rate = timing["tokens_per_second"]
         print(f"training {preset}: {rate:,.0f} tokens/s, {timing['median_ms']:.0f} ms", flush=True)
-        found.append({"preset": preset, "tokens_per_second": rate, **timing})
+        found.append({"preset": preset, **timing})
     return found
 
 
@@ -93,6 +91,9 @@ def main(
                 decoded.append(decode.measure(preset, at, torch.device(where), compiled))
             print(f"decoding {' / '.join(decode.cells(decoded[-1]))}", flush=True)
             write_json(json, {"machine": about, "training": trained, "decoding": decoded})
+    for record in trained if profile else ():  # last: see `profile_steps`
+        record["profile"] = train.profile_steps(record["preset"], "adamw", options)
+        write_json(json, {"machine": about, "training": trained, "decoding": decoded})
     print_table("One decoding step and the state", decode.columns(at), [decode.cells(row) for row in decoded])
 
 

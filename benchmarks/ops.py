@@ -44,10 +44,8 @@ def draw(example: Example, shape: Shape, device: str) -> Inputs:
     return {name: x.requires_grad_() for name, x in inputs.items()}
 
 
-def time_one(
-    run: Callable[[], Tensor], inputs: Inputs, device: str, seconds: float, at_least: int, profile: bool
-) -> dict[str, Any]:
-    """Milliseconds of the forward pass alone, and with the backward pass to every input; a profile of both if asked."""
+def passes(run: Callable[[], Tensor], inputs: Inputs) -> dict[str, Callable[[], object]]:
+    """The forward pass alone, and with the backward pass to every input ("both")."""
     leaves = list(inputs.values())
     weight = torch.randn_like(run().detach())
 
@@ -58,11 +56,7 @@ def time_one(
     def both() -> None:
         torch.autograd.grad(run(), leaves, weight, allow_unused=True)
 
-    slow = {"seconds": seconds, "at_least": at_least}
-    found: dict[str, Any] = {"forward": measure(forward, device, **slow), "both": measure(both, device, **slow)}
-    if profile:
-        found |= {"profile_forward": profiled(forward), "profile_both": profiled(both)}
-    return found
+    return {"forward": forward, "both": both}
 
 
 def runners(name: str, example: Example, inputs: Inputs, device: str, sizes: dict[str, int]) -> Iterator[tuple]:
@@ -85,6 +79,7 @@ def shown(result: dict[str, float]) -> str:
     memory = f", {result['peak_gib']:.1f} GiB" if "peak_gib" in result else ""
     memory += f", {result['reserved_gib']:.1f} reserved" if "reserved_gib" in result else ""
     alone = f", alone {result['alone_ms']:.2f}" if "alone_ms" in result else ""
+    alone += f", host {result['host_ms']:.2f}" if "host_ms" in result else ""
     return f"{result['median_ms']:.2f} ({result['low_ms']:.2f}-{result['high_ms']:.2f}{alone}{memory})"
 
 
@@ -99,33 +94,59 @@ def against(limit: Ceilings, work: Cost, result: dict[str, float]) -> dict[str, 
 
 
 def time_work(
-    name: str,
-    shape: Shape,
-    example: Example,
-    sizes: dict[str, int],
-    device: str,
-    seconds: float,
-    limit: Ceilings,
-    profile: bool,
-) -> Iterator[dict[str, Any]]:
-    """One record per backend and peer."""
+    name: str, shape: Shape, example: Example, sizes: dict[str, int], device: str, seconds: float, limit: Ceilings
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """One record per backend and peer: milliseconds of both `passes`."""
     inputs = draw(example, shape, device)
     element = 2 if device.startswith("cuda") else 4
     for who, run in runners(name, example, inputs, device, sizes):
+        slow = {"seconds": seconds, "at_least": 3 if who == "naive" else 5}
         try:
-            result = time_one(run, inputs, device, seconds, 3 if who == "naive" else 5, profile)
+            result: dict[str, Any] = {p: measure(call, device, **slow) for p, call in passes(run, inputs).items()}
         except (RuntimeError, TypeError) as error:  # a peer that does not run here says so, the table goes on
             print(f"{name} [{who}]: failed: {str(error).splitlines()[0]}", flush=True)
             continue
-        for part in ("forward", "both"):
+        for part, found in result.items():
             work = cost(
                 name, shape, element, chunk=sizes["chunk"], window=sizes["window"], backward=part == "both"
             )  # fmt: skip
-            result[part] |= against(limit, work, result[part])
+            found |= against(limit, work, found)
         print(f"{name} [{who}]: {shown(result['forward'])} / {shown(result['both'])}", flush=True)
-        for part in ("profile_forward", "profile_both") if profile else ():
-            print("\n".join(lines(result[part])), flush=True)
         yield {"name": name, "op": example.op, "shape": str(shape), "by": who, **result}
+
+
+def profile_work(
+    name: str, shape: Shape, example: Example, sizes: dict[str, int], device: str, records: list[dict[str, Any]]
+) -> None:  # fmt: skip
+    """Add to the records of this work where the time of both `passes` goes."""
+    inputs = draw(example, shape, device)
+    for who, run in runners(name, example, inputs, device, sizes):
+        for record in (r for r in records if (r["name"], r["by"]) == (name, who)):
+            for part, call in passes(run, inputs).items():
+                call()
+                record[f"profile_{part}"] = profiled(call)
+                print("\n".join([f"{name} [{who}], {part}:", *lines(record[f"profile_{part}"])]), flush=True)
+
+
+def time_all(
+    device: str, seconds: float, only: str, limit: Ceilings, save: Callable[[list[dict[str, Any]]], None], *,
+    profile: bool,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """The records of all works whose name contains `only`, saved after each.
+
+    After a profile launches seem to take longer (a LaCT call of 3.4 ms took 4.2), so everything is timed first.
+    """
+    found: list[dict[str, Any]] = []
+    chosen = [work for work in works(device) if only in work[0]]
+    for work in chosen:
+        recorded.forget()
+        found += time_work(*work, device, seconds, limit)
+        save(found)
+    for work in chosen if profile else ():
+        recorded.forget()
+        profile_work(*work, device, found)
+        save(found)
+    return found
 
 
 def row(r: dict[str, Any]) -> list[str]:
@@ -156,12 +177,11 @@ def main(
     if profile and where != "cuda":
         raise SystemExit("--profile looks at the kernels of a GPU, and there is none. Leave it out.")
     limit = ceilings(where)
-    found = []
-    for name, shape, example, sizes in works(where):
-        if only in name:
-            recorded.forget()
-            found += time_work(name, shape, example, sizes, where, seconds, limit, profile)
-            write_json(json, {"machine": machine(where), "ceilings": limit._asdict(), "results": found})
+
+    def save(found: list[dict[str, Any]]) -> None:
+        write_json(json, {"machine": machine(where), "ceilings": limit._asdict(), "results": found})
+
+    found = time_all(where, seconds, only, limit, save, profile=profile)
     about = machine(where)
     title = f"{about['device']}, torch {about['torch']}, {about['threads']} threads; {limit}"
     print_table(title, COLUMNS, [row(r) for r in found])

@@ -24,8 +24,8 @@ def measure(run: Callable[[], object], device: str, *, seconds: float = 2.0, at_
     """Median and quartiles in milliseconds of repeated calls, after two calls of warm-up.
 
     On a GPU calls are queued one behind the other, as in training, where the host runs ahead; `alone_ms` is the median
-    of calls that each find the device idle, the host's launches included. Also the peak memory there, that of tensors
-    and all that is taken from the device.
+    of calls that each find the device idle, the host's launches included, and `host_ms` what the host itself needs.
+    Also the peak memory there, that of tensors and all that is taken from the device.
     """
     cuda = device.startswith("cuda")
     with torch.cuda.device(device) if cuda else contextlib.nullcontext():  # events are those of the current GPU
@@ -47,7 +47,7 @@ def _measured(run: Callable[[], object], cuda: bool, seconds: float, at_least: i
     low, _, high = statistics.quantiles(times, n=4)
     result = {"median_ms": statistics.median(times), "low_ms": low, "high_ms": high, "runs": len(times)}
     if cuda:
-        result["alone_ms"] = statistics.median(alone)
+        result["alone_ms"], result["host_ms"] = statistics.median(alone), host_ms(run, 5)
         result["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         # Also what recorded passes keep for themselves, and what the allocator holds without need.
         result["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
@@ -89,6 +89,17 @@ def _in_a_row(run: Callable[[], object], seconds: float, at_least: int, expected
     marks[-1].record()
     torch.cuda.synchronize()
     return [start.elapsed_time(end) for start, end in itertools.pairwise(marks)]
+
+
+def host_ms(run: Callable[[], object], times: int) -> float:
+    """Median milliseconds until a call returns that began on an idle device."""
+    found = []
+    for _ in range(times + 3):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        run()
+        found.append(1e3 * (time.perf_counter() - began))
+    return statistics.median(found[3:])
 
 
 class Ceilings(NamedTuple):

@@ -4,6 +4,8 @@ Every tiny preset with AdamW, and the first one also with Muon, on random bytes:
 """
 
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,9 +59,9 @@ def random_store(folder: Path, num_tokens: int) -> Store:
     return Store.open(folder)
 
 
-def time_steps(preset: str, optimizer: str, options: Options, folder: Path) -> dict[str, Any]:
-    """Milliseconds of one step: median and quartiles; and where they go, if that is asked for."""
-    store = random_store(folder / "store", 64 * options.seq_len * options.batch_size)
+@contextmanager
+def trained(preset: str, optimizer: str, options: Options) -> Iterator[tuple[Model, Callable[[], object]]]:
+    """A model and a function that trains it for one step."""
     config = TrainConfig(
         model=ModelSource(preset=preset),
         data=DataConfig(seq_len=options.seq_len, batch_size=options.batch_size),
@@ -73,21 +75,37 @@ def time_steps(preset: str, optimizer: str, options: Options, folder: Path) -> d
     )
     torch.manual_seed(0)
     model = Model.from_preset(preset).to(options.device)
-    metrics = Metrics(folder, config.log, 0, {})
-    trainer = Trainer(config, folder, model, store, Tally(), Report(config, quiet=True), metrics)
-    steps = step_batches(store.split("train"), config.data, seed=0, start_step=0)
-    with prepared(model, config):
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        store = random_store(folder / "store", 64 * options.seq_len * options.batch_size)
+        metrics = Metrics(folder, config.log, 0, {})
+        trainer = Trainer(config, folder, model, store, Tally(), Report(config, quiet=True), metrics)
+        steps = step_batches(store.split("train"), config.data, seed=0, start_step=0)
+        with prepared(model, config):
+            yield model, lambda: trainer.step(next(steps))
+        metrics.close()
 
-        def run() -> object:
-            return trainer.step(next(steps))
 
-        result: dict[str, Any] = measure(run, options.device, seconds=options.seconds)
-        if options.profile:
-            result["profile"] = profiled(run)
-            print("\n".join(lines(result["profile"])), flush=True)
-    metrics.close()
-    operations = 3 * forward_flops(model) * options.seq_len * options.batch_size
-    return result | {"parameters": model.num_parameters, "tflops": operations / result["median_ms"] / 1e9}
+def time_steps(preset: str, optimizer: str, options: Options) -> dict[str, Any]:
+    """Milliseconds of one step, median and quartiles; what the model is; what it reaches."""
+    with trained(preset, optimizer, options) as (model, step):
+        result: dict[str, Any] = measure(step, options.device, seconds=options.seconds)
+    tokens = options.seq_len * options.batch_size
+    operations = 3 * forward_flops(model) * tokens
+    return result | {
+        "parameters": model.num_parameters, "tflops": operations / result["median_ms"] / 1e9,
+        "tokens_per_second": 1e3 * tokens / result["median_ms"],
+    }  # fmt: skip
+
+
+def profile_steps(preset: str, optimizer: str, options: Options) -> dict[str, Any]:
+    """Where the time of a step goes, on a GPU. Time before: see `profiled`."""
+    with trained(preset, optimizer, options) as (_model, step):
+        for _ in range(2):
+            step()
+        found = profiled(step)
+    print("\n".join([f"{preset}, {optimizer}:", *lines(found)]), flush=True)
+    return found
 
 
 def row(r: dict[str, Any]) -> list[str]:
@@ -102,12 +120,9 @@ def row(r: dict[str, Any]) -> list[str]:
 
 def main(options: Options) -> None:
     runs = [(preset, "adamw") for preset in options.presets] + [(options.presets[0], "muon")]
-    tokens, records = options.seq_len * options.batch_size, []
-    for preset, optimizer in runs:
-        with tempfile.TemporaryDirectory() as folder:
-            timing = time_steps(preset, optimizer, options, Path(folder))
-        rate = 1e3 * tokens / timing["median_ms"]
-        records.append({"preset": preset, "optimizer": optimizer, "tokens_per_second": rate, **timing})
+    records = [{"preset": p, "optimizer": o, **time_steps(p, o, options)} for p, o in runs]
+    for record in records if options.profile else ():
+        record["profile"] = profile_steps(record["preset"], record["optimizer"], options)
     where = machine(options.device)
     title = f"Training, {options.batch_size} × {options.seq_len} tokens per step, {options.precision}, {where}"
     print_table(title, COLUMNS, [row(r) for r in records])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks import tune_flex
+from benchmarks import ops, tune_flex
 from benchmarks.costs import cost
 from benchmarks.document import TARGET, page
 from benchmarks.ops import draw, works
@@ -75,3 +75,25 @@ def test_a_candidate_that_fails_is_recorded_and_the_next_one_is_tried(monkeypatc
         else:
             assert record["distance"] == (1.0 if record["tiles"].get("fwd_USE_TMA") else 0.0)
             assert record["time"]["median_ms"] == 1
+
+
+def test_everything_is_timed_before_anything_is_profiled(monkeypatch):
+    done, saved = [], []
+
+    def measure(*_args, **_options):
+        done.append("timed")
+        return dict.fromkeys(("median_ms", "low_ms", "high_ms"), 1.0)
+
+    def profiled(_run):
+        done.append("profiled")
+        return {"device_ms": 1.0, "launches": 1, "kernels": []}
+
+    small = [(name, Shape(1, 9, 2, 16), example, SIZES) for name, example in examples(**SIZES).items()]
+    for name, stand_in in (("works", lambda _device: small), ("measure", measure), ("profiled", profiled)):
+        monkeypatch.setattr(ops, name, stand_in)
+    limit = ops.Ceilings(1e12, 1e12)
+    found = ops.time_all("cpu", 0.0, "delta", limit, lambda records: saved.append(len(records)), profile=True)
+    assert {r["by"] for r in found} == {"chunked", "naive"}
+    assert all("profile_forward" in r and "profile_both" in r for r in found)
+    assert done == ["timed"] * 2 * len(found) + ["profiled"] * 2 * len(found)
+    assert saved == [2, 4, 4, 4]
