@@ -81,12 +81,12 @@ def _runs(kernel: str) -> bool:
     design = MLP_DESIGN["forward" if "forward" in kernel else "backward"]
     if kernel == "mlp_end_held":
         return False  # no long work
-    return not kernel.startswith("mlp") or kernel.endswith("_held") == (design == "held")
+    return not kernel.startswith("mlp") or kernel.endswith("_held") == (design != "streamed")
 
 
 def _sizes() -> Iterator[Change]:
     for part in ("forward", "backward"):
-        yield from (Change("TTT-MLP", (TTT, "MLP_DESIGN", part), design) for design in ("streamed", "held"))
+        yield from (Change("TTT-MLP", (TTT, "MLP_DESIGN", part), design) for design in ("streamed", "held", "upright"))
     for work in ("TTT-Linear", "TTT-MLP"):
         yield Change(work, (TTT, "MARKS"), torch.int8)
         yield from (Change(work, (TTT, "KEEP_EVERY"), every) for every in (4, 8, 16, 32))

@@ -11,9 +11,10 @@ from fastweight.ops.ttt.layout import (
     LAUNCH,
     MARKS,
     READ_AT_ONCE,
-    WALK_MARKS,
     block,
     launch_options,
+    marks_of_walk,
+    upright,
 )
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -43,7 +44,7 @@ def job(name: str, dim: int, dtype: str = "bf16", chunk: int = 16, **constants: 
         "D": dim, "BLOCK_D": block(dim), "CHUNK": chunk, "BLOCK_K": block(chunk), "EVERY": KEEP_EVERY,
         "C": 4 * dim, "BLOCK_C": HIDDEN_BLOCK, "WHOLE": block(4 * dim),
         "WARPS": LAUNCH["mlp_walk_held"].get(dim, [8])[0],
-        "STEP": math.gcd(READ_AT_ONCE, KEEP_EVERY), "OPENING": False, "UNFINISHED": False,
+        "STEP": math.gcd(READ_AT_ONCE, KEEP_EVERY), "OPENING": False, "UNFINISHED": False, "UPRIGHT": upright(name),
         "GUARD": False, "PRECISION": "ieee" if dtype == "fp32" else "tf32",
     } | constants  # fmt: skip
     parameters = importlib.import_module(module).__dict__[name].arg_names
@@ -62,6 +63,7 @@ def _type(parameter: str, dtype: str, kernel: str) -> str:
     if parameter in SIZES:
         return "i32"
     if parameter == "flags":
-        marks = WALK_MARKS if kernel in ("mlp_walk_held", "mlp_end_held") else MARKS
-        return {torch.int8: "*i8", torch.int16: "*i16"}[marks]
+        flags = torch.empty(0, dtype=MARKS)
+        flags = marks_of_walk(flags) if kernel in ("mlp_walk_held", "mlp_end_held") else flags
+        return {torch.int8: "*i8", torch.int16: "*i16"}[flags.dtype]
     return INTEGERS.get(parameter, f"*{dtype}" if parameter in TOKENS else "*fp32")

@@ -14,8 +14,9 @@ from fastweight.state import Faults, map_tensors, tensors
 pytestmark = needs_triton
 KINDS = ["linear", "mlp"]
 kinds = pytest.mark.parametrize("kind", KINDS)
+held = pytest.mark.parametrize("design", ["held", "upright"])
 # Of TTT-MLP, by pass.
-DESIGNS = {design: {"forward": design, "backward": design} for design in ("held", "streamed")}
+DESIGNS = {design: {"forward": design, "backward": design} for design in ("held", "upright", "streamed")}
 HALF = {"output": OUTPUT[torch.bfloat16], "gradient": GRADIENT[torch.bfloat16]}
 SINGLE = {"output": OUTPUT[torch.float32], "gradient": GRADIENT[torch.float32]}
 
@@ -81,16 +82,20 @@ def test_a_memory_held_in_registers_equals_the_definition(design, batch, length,
     compare("mlp", halves(batch, length, chunk), random_state("mlp", batch, torch.float32, chunk, width=width), **HALF)
 
 
+@held
 @pytest.mark.parametrize("phases", [False, True])
 @pytest.mark.parametrize("length", [5, 20, 24])
 def test_a_memory_held_in_registers_equals_the_definition_where_nobody_asks_for_gradients_of_sums(
-    phases, length, poisoned_empty
+    design, phases, length, monkeypatch, poisoned_empty
 ):
+    monkeypatch.setattr(layout, "MLP_DESIGN", DESIGNS[design])
     state = random_state("mlp", 2, torch.float32, phases=phases)
     compare("mlp", halves(2, length), state, **HALF, to_sums=False)
 
 
-def test_a_memory_held_in_registers_equals_the_definition_for_packed_documents_in_several_parts(monkeypatch):
+@held
+def test_a_memory_held_in_registers_equals_the_definition_for_packed_documents_in_several_parts(design, monkeypatch):
+    monkeypatch.setattr(layout, "MLP_DESIGN", DESIGNS[design])
     monkeypatch.setattr(layout, "KEEP_EVERY", 2)
     monkeypatch.setattr(layout, "REPLAY_BYTES", 1)
     ends = torch.tensor([0, 1, 18, 23])
@@ -147,8 +152,13 @@ def test_what_does_not_fit_into_registers_is_streamed(monkeypatch):
     assert not held("forward")
     assert not any(held(**{k: v}) for k, v in {"dim": 65, "chunk": 17, "dtype": torch.float32, "width": 257}.items())
     assert not held(dim=16)  # four hidden units for each channel, at most
-    monkeypatch.setattr(layout, "shared_memory", lambda _device: 163 << 10)
+    monkeypatch.setattr(layout, "shared_memory", lambda _device: 204 << 10)
+    assert held()
+    monkeypatch.setattr(layout, "MLP_DESIGN", DESIGNS["upright"])
     assert not held()
+    monkeypatch.setattr(layout, "shared_memory", lambda _device: 227 << 10)
+    assert held()
+    assert held("forward")
 
 
 @kinds

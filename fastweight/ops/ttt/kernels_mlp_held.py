@@ -100,11 +100,23 @@ def turned_at(index, D: tl.constexpr, BLOCK_D: tl.constexpr, C: tl.constexpr, WH
 
 
 @triton.jit
+def upright_at(index, D: tl.constexpr, BLOCK_D: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr):
+    """As `turned_at` for [C, D] tiles."""
+    j, d = tl.arange(0, WHOLE)[:, None], tl.arange(0, BLOCK_D)[None, :]
+    start = index.to(tl.int64) * (D * C)
+    return start + d * C + j, start + j * D + d, (d < D) & (j < C)
+
+
+@triton.jit
 def load_memory(
-    w1, b1, w2, b2, index, D: tl.constexpr, BLOCK_D: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr
+    w1, b1, w2, b2, index, D: tl.constexpr, BLOCK_D: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr,
+    UPRIGHT: tl.constexpr,
 ):  # fmt: skip
-    """W1 [D, C], b1, W2ᵀ [D, C], b2 of memory number `index`."""
-    at1, at2, there = turned_at(index, D, BLOCK_D, C, WHOLE)
+    """W1, b1, W2ᵀ, b2 of memory number `index`; matrices [D, C], or, UPRIGHT, turned: [C, D]."""
+    if UPRIGHT:
+        at1, at2, there = upright_at(index, D, BLOCK_D, C, WHOLE)
+    else:
+        at1, at2, there = turned_at(index, D, BLOCK_D, C, WHOLE)
     first, second = tl.load(w1 + at1, mask=there, other=0.0), tl.load(w2 + at2, mask=there, other=0.0)
     return first, load_vector(b1, index, C, WHOLE), second, load_vector(b2, index, D, BLOCK_D)
 
@@ -112,13 +124,38 @@ def load_memory(
 @triton.jit
 def store_memory(
     w1, b1, w2, b2, first, bias1, second, bias2, index,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr, UPRIGHT: tl.constexpr,
 ):  # fmt: skip
-    at1, at2, there = turned_at(index, D, BLOCK_D, C, WHOLE)
+    if UPRIGHT:
+        at1, at2, there = upright_at(index, D, BLOCK_D, C, WHOLE)
+    else:
+        at1, at2, there = turned_at(index, D, BLOCK_D, C, WHOLE)
     tl.store(w1 + at1, first, mask=there)
     tl.store(w2 + at2, second, mask=there)
     store_vector(b1, bias1, index, C, WHOLE)
     store_vector(b2, bias2, index, D, BLOCK_D)
+
+
+@triton.jit
+def across(memory, UPRIGHT: tl.constexpr):
+    """A matrix of the memory, or of its gradient, as [D, C]. UPRIGHT: it is [C, D]."""
+    return tl.trans(memory) if UPRIGHT else memory
+
+
+@triton.jit
+def turned(memory, UPRIGHT: tl.constexpr):
+    """The same as [C, D]."""
+    return memory if UPRIGHT else tl.trans(memory)
+
+
+@triton.jit
+def grown(memory, narrow, wide, UPRIGHT: tl.constexpr):
+    """memory + narrowᵀ wide [D, C], or both turned. narrow: [K, D], wide: [K, C]."""
+    if UPRIGHT:
+        memory = tl.dot(tl.trans(wide), narrow, memory)
+    else:
+        memory = tl.dot(tl.trans(narrow), wide, memory)
+    return memory
 
 
 @triton.jit(do_not_specialize=["num_tokens", "packed", "keep"])
@@ -128,8 +165,10 @@ def mlp_forward_held(
     kept_w1, kept_b1, kept_w2, kept_b2, num_tokens, eps, H,
     D: tl.constexpr, BLOCK_D: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr, WHOLE: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, EVERY: tl.constexpr, packed, keep, PRECISION: tl.constexpr,
+    UPRIGHT: tl.constexpr,
 ):  # fmt: skip
-    """Grid: sequences · heads. Arguments and results as of `mlp_forward`, without its guard. WHOLE ≥ C."""
+    """Grid: sequences · heads. Arguments and results as of `mlp_forward`, without its guard. WHOLE ≥ C. UPRIGHT: the
+    memory is held as [C, D]."""
     pid = tl.program_id(0)
     n, h, i = pid // H, pid % H, tl.arange(0, BLOCK_K)
     start, length, phase = span_of(cu_seqlens, position, n, num_tokens, CHUNK, packed)
@@ -152,12 +191,12 @@ def mlp_forward_held(
         )  # fmt: skip
     store_vector(b2_out, bias2, pid, D, BLOCK_D)
     tl.debug_barrier()
-    first, bias1, second, bias2 = load_memory(w1_out, b1_out, w2_out, b2_out, pid, D, BLOCK_D, C, WHOLE)
+    first, bias1, second, bias2 = load_memory(w1_out, b1_out, w2_out, b2_out, pid, D, BLOCK_D, C, WHOLE, UPRIGHT)
     for s in range(begin // EVERY, (whole + EVERY - 1) // EVERY):
         if (keep > 0) & (s * EVERY >= begin):
             index = (slot + s) * H + h
             store_memory(
-                kept_w1, kept_b1, kept_w2, kept_b2, first, bias1, second, bias2, index, D, BLOCK_D, C, WHOLE
+                kept_w1, kept_b1, kept_w2, kept_b2, first, bias1, second, bias2, index, D, BLOCK_D, C, WHOLE, UPRIGHT
             )  # fmt: skip
         for c in range(tl.maximum(s * EVERY, begin), tl.minimum((s + 1) * EVERY, whole)):
             rows, inside = rows_of(c, start, length, phase, h, H, CHUNK, BLOCK_K)
@@ -165,29 +204,29 @@ def mlp_forward_held(
             values = load_tile(v, rows, inside, D, BLOCK_D)
             rates = tl.load(rate + rows, mask=inside, other=0.0).to(tl.float32)
             one, two = first.to(q.dtype.element_ty), second.to(q.dtype.element_ty)
-            x, slope, _curve = quick_gelu(tl.dot(keys, one) + bias1[None, :])
+            x, slope, _curve = quick_gelu(tl.dot(keys, across(one, UPRIGHT)) + bias1[None, :])
             x = x.to(keys.dtype)
-            middle = tl.dot(queries, one) + bias1[None, :]
+            middle = tl.dot(queries, across(one, UPRIGHT)) + bias1[None, :]
             scores = causal(tl.dot(queries, tl.trans(keys)) + 1.0, BLOCK_K) * -taus
-            z2 = tl.dot(x, tl.trans(two)) + bias2[None, :]
+            z2 = tl.dot(x, turned(two, UPRIGHT)) + bias2[None, :]
             gap = beta - (values.to(tl.float32) - keys.to(tl.float32))
             wide2 = rates[:, None] * inner_step(z2, gap, gamma, eps, D, BLOCK_D)[0]
             write2 = wide2.to(keys.dtype)
-            wide1 = tl.dot(write2, two) * slope
+            wide1 = tl.dot(write2, across(two, UPRIGHT)) * slope
             write1 = wide1.to(keys.dtype)
             middle = tl.dot(scores.to(keys.dtype), write1, middle)
             active = (middle * gate_of(middle)[0]).to(keys.dtype)
             mixed = causal(tl.dot(active, tl.trans(x)) + 1.0, BLOCK_K) * -taus
-            read = tl.dot(active, tl.trans(two))
+            read = tl.dot(active, turned(two, UPRIGHT))
             read = tl.dot(mixed.to(keys.dtype), write2, read) + bias2[None, :]
             mean, inverse = moments(read, eps, D)
             result = queries.to(tl.float32) + (read - mean) * inverse * gamma + beta
             store_tile(y, result, rows, inside, D, BLOCK_D)
-            first = tl.dot(tl.trans(scaled(keys, -last)), write1, first)
-            second = tl.dot(tl.trans((wide2 * -last).to(keys.dtype)), x, second)
+            first = grown(first, scaled(keys, -last), write1, UPRIGHT)
+            second = grown(second, (wide2 * -last).to(keys.dtype), x, UPRIGHT)
             bias1 -= last * tl.sum(wide1, 0)
             bias2 -= last * tl.sum(wide2, 0)
-    store_memory(w1_out, b1_out, w2_out, b2_out, first, bias1, second, bias2, pid, D, BLOCK_D, C, WHOLE)
+    store_memory(w1_out, b1_out, w2_out, b2_out, first, bias1, second, bias2, pid, D, BLOCK_D, C, WHOLE, UPRIGHT)
     tl.debug_barrier()
     bias2 = load_vector(b2_out, pid, D, BLOCK_D)
     for c in range(tl.maximum(whole, begin), chunks):
@@ -229,7 +268,7 @@ def mlp_replay_held(
     beta = load_vector(ln_bias, h, D, BLOCK_D)[None, :]
     last = tl.load(tau + CHUNK - 1).to(tl.float32)
     index, pid = (start // (CHUNK * EVERY) + 2 * n + begin // EVERY) * H + h, n * H + h
-    one, bias1, two, bias2 = load_memory(kept_w1, kept_b1, kept_w2, kept_b2, index, D, BLOCK_D, C, WHOLE)
+    one, bias1, two, bias2 = load_memory(kept_w1, kept_b1, kept_w2, kept_b2, index, D, BLOCK_D, C, WHOLE, False)
     opening = (begin == 0) & (phase > 0)  # sums from before the call, which the first update takes along
     middle = tl.where(opening, tl.minimum(begin + 1, end), begin)
     here = i < CHUNK
@@ -274,6 +313,6 @@ def mlp_replay_held(
             rows, inside = rows_of(0, start, length, phase, h, H, CHUNK, BLOCK_K)
             refused = tl.max(tl.load(flags + rows, mask=inside, other=0).to(tl.int32)) > 1
             step = tl.where(refused, 0.0, -last)
-            s_one, s_bias1, s_two, s_bias2 = load_memory(s1, t1, s2, t2, pid, D, BLOCK_D, C, WHOLE)
+            s_one, s_bias1, s_two, s_bias2 = load_memory(s1, t1, s2, t2, pid, D, BLOCK_D, C, WHOLE, False)
             one, two = one + step * s_one, two + step * s_two
             bias1, bias2 = bias1 + step * s_bias1, bias2 + step * s_bias2

@@ -75,7 +75,7 @@ def read_one(
     middle = tl.dot(queries, one) + bias1
     middle = tl.dot(scores1, write1, middle)
     if OPENING:
-        s_one, s_bias1, s_two, s_bias2 = load_memory(s1, t1, s2, t2, pid, D, BLOCK_D, C, WHOLE)
+        s_one, s_bias1, s_two, s_bias2 = load_memory(s1, t1, s2, t2, pid, D, BLOCK_D, C, WHOLE, False)
         s_one, s_two = s_one.to(keys.dtype), s_two.to(keys.dtype)
         before1 = tl.dot(queries, s_one) + s_bias1[None, :]
         middle -= taus * before1
@@ -131,7 +131,7 @@ def read_one(
         d_query -= tl.dot(scaled_middle, tl.trans(s_one))
         store_memory(
             ds1, dt1, ds2, dt2, -tl.dot(tl.trans(queries), scaled_middle), -tl.sum(taus * wide_middle, 0),
-            -tl.dot(tl.trans(scaled_read), active), -tl.sum(taus * wide, 0), pid, D, BLOCK_D, C, WHOLE,
+            -tl.dot(tl.trans(scaled_read), active), -tl.sum(taus * wide, 0), pid, D, BLOCK_D, C, WHOLE, False,
         )  # fmt: skip
     of_scores = tl.sum(d_taus + d_raw1 * raw1, 1)
     store_vector(dtau, -(of_scores + d_tau if OPENING else of_scores), place, CHUNK, BLOCK_K)

@@ -14,10 +14,11 @@ READ_AT_ONCE = 8  # mini-batches that one program reads in a row where TTT-MLP's
 REPLAY_BYTES = 1 << 31  # most that the replayed states of one part of the backward pass may take
 MAX_DIM, MAX_CHUNK = 128, 64
 HIDDEN_BLOCK = 64  # hidden units of a memory in registers at once
-# Where TTT-MLP's memory is between mini-batches, by pass: "held" in registers where it fits, or "streamed" through L2.
+# Where TTT-MLP's memory is between mini-batches, by pass: in registers where it fits ("held" or, with rows and columns
+# changed, "upright"), or "streamed" through L2. Upright the kernels are shorter: not run on a GPU yet.
 MLP_DESIGN = {"forward": "held", "backward": "held"}
 HELD_DIM, HELD_WIDTH, HELD_CHUNK = 64, 256, 16  # the largest memory and mini-batch of the kernels that hold it,
-HELD_SHARED = 204 << 10  # and the bytes of shared memory that they need then
+HELD_SHARED = {"held": 204 << 10, "upright": 227 << 10}  # and the bytes of shared memory that they need then
 
 # Of the marks of faults. They choose among what the kernels backward multiply, and Triton lays operands out for the
 # narrowest number that is loaded to decide about them: kernels are shorter for two bytes, but that of the walk.
@@ -48,7 +49,8 @@ LAUNCH = {
 REGISTERS = {"linear_replay": {64: 168}, "linear_reads": {64: 128}}
 
 # Kernels whose products are made by each warp (mma) where a Hopper GPU could make them by four together (wgmma): around
-# each of the latter the compiler moves the 64 numbers of an accumulator, too much for products of 16 terms.
+# each of the latter the compiler moves the 64 numbers of an accumulator, too much for products of 16 terms. Upright it
+# does not, and what warps would make of products of 256 rows fits nowhere.
 BY_WARPS = {"mlp_walk_held": True, "mlp_end_held": True}
 
 
@@ -61,7 +63,13 @@ def launch_options(kernel: str, dim: int, dtype: torch.dtype) -> dict[str, int |
     registers = min(REGISTERS.get(kernel, {}).get(block(dim), 255), 2048 // warps)  # of 64 Ki of a multiprocessor
     options = {"num_warps": warps, "num_stages": stages, "maxnreg": registers}
     # Triton's own representation is made as for sm_80, machine code for the GPU that there is.
-    return options | ({"arch": "sm80"} if BY_WARPS.get(kernel) else {})
+    return options | ({"arch": "sm80"} if BY_WARPS.get(kernel) and not upright(kernel) else {})
+
+
+def upright(kernel: str) -> bool:
+    """Whether this kernel of TTT-MLP holds the memory, or its gradient, with hidden units as rows."""
+    stage = "forward" if kernel == "mlp_forward_held" else "backward"
+    return MLP_DESIGN[stage] == "upright" and kernel in ("mlp_forward_held", "mlp_walk_held", "mlp_end_held")
 
 
 def empty_marks(q: Tensor) -> Tensor:
@@ -71,7 +79,7 @@ def empty_marks(q: Tensor) -> Tensor:
 
 def marks_of_walk(flags: Tensor) -> Tensor:
     """The marks as the walk of TTT-MLP's backward pass takes them."""
-    return flags.to(WALK_MARKS)
+    return flags if upright("mlp_walk_held") else flags.to(WALK_MARKS)
 
 
 def shared_bytes(dim: int, chunk: int, dtype: torch.dtype) -> int:
@@ -135,8 +143,8 @@ class Layout(NamedTuple):
         """Whether TTT-MLP's kernels of this pass hold a memory of `width` hidden units in registers, on this device."""
         wide, units = block(self.dim), block(width)
         fits = wide <= HELD_DIM and units <= min(HELD_WIDTH, 4 * wide) and block(self.chunk) <= HELD_CHUNK
-        fits &= self.dtype.itemsize == 2 and shared_memory(device) >= HELD_SHARED
-        return fits and MLP_DESIGN[stage] == "held"
+        needed = HELD_SHARED.get(MLP_DESIGN[stage])
+        return fits and self.dtype.itemsize == 2 and needed is not None and shared_memory(device) >= needed
 
     def held_constants(self, width: int) -> dict[str, Any]:
         """What the kernels that hold the memory are compiled for."""

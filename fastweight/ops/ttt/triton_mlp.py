@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastweight.ops.ttt.layout import Layout, Part, empty_marks, marks_of_walk, parts
+from fastweight.ops.ttt.layout import Layout, Part, block, empty_marks, marks_of_walk, parts, upright
 from fastweight.ops.ttt.unit import Run, differentiable
 
 Tensors = tuple[Tensor, ...]
@@ -31,8 +31,10 @@ def _run(
     options = {"keep": int(keep), **constants}
     with torch.cuda.device_of(q):
         if layout.held("forward", w1.shape[-1], q.device):
-            whole = layout.held_constants(w1.shape[-1])["WHOLE"]
-            layout.launch(mlp_forward_held, grid, *given, layout.length, eps, layout.heads, **options, WHOLE=whole)
+            layout.launch(
+                mlp_forward_held, grid, *given, layout.length, eps, layout.heads, **options,
+                WHOLE=block(w1.shape[-1]), UPRIGHT=upright("mlp_forward_held"),
+            )  # fmt: skip
         else:
             layout.launch(mlp_forward, grid, *given, layout.length, eps, layout.heads, **options, GUARD=False)
         layout.launch(mlp_forward, grid, *given, layout.length, eps, layout.heads, **options, GUARD=True)
@@ -200,11 +202,12 @@ def _one_part_held(
         into.rate, into.last, into.gamma[own:], into.beta[own:], *into.memory, *into.sums, layout.length, part.first,
         part.stop, to_sums, h,
     )  # fmt: skip
+    walking = folding | {"UPRIGHT": upright("mlp_walk_held")}
     if layout.packed or part.stop > layout.length // chunk:
-        layout.launch(mlp_end_held, (n * h,), *given, **folding, UNFINISHED=True)
-    layout.launch(mlp_walk_held, (n * h,), *given, **folding)
+        layout.launch(mlp_end_held, (n * h,), *given, **walking, UNFINISHED=True)
+    layout.launch(mlp_walk_held, (n * h,), *given, **walking)
     if part.first == 0:
-        layout.launch(mlp_end_held, (n * h,), *given, **folding, UNFINISHED=False)
+        layout.launch(mlp_end_held, (n * h,), *given, **walking, UNFINISHED=False)
     layout.launch(
         mlp_keys_held, places, position, ends, *where, firsts, d_keys, pulled, d_z1, into.k, *sizes, h, **constants
     )  # fmt: skip
