@@ -4,6 +4,8 @@ CPU: float32, chunked beside naive in one run. GPU: bfloat16 inputs at the shape
 the two limits (largest matrix product, device copy) are measured in the same run.
 """
 
+import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +14,7 @@ import torch
 import tyro
 from torch import Tensor
 
+from benchmarks.ahead import side_by_side
 from benchmarks.costs import Cost, cost
 from benchmarks.peers import peers
 from benchmarks.profile import lines, profiled
@@ -42,6 +45,28 @@ def draw(example: Example, shape: Shape, device: str) -> Inputs:
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     inputs = {name: x.to(dtype) for name, x in tokens.items()} | others
     return {name: x.requires_grad_() for name, x in inputs.items()}
+
+
+def short(name: str, shape: Shape, sizes: dict[str, int]) -> Shape:
+    """A small problem that needs the same Triton kernels: they do not depend on lengths and batches."""
+    return Shape(1, 2 * sizes["chunk"] if name.startswith("LaCT") else 4 * sizes["mini_batch"], *shape[2:])
+
+
+def compile_kernels(name: str) -> None:
+    """Run a work once at a small size by our Triton kernels, both ways; in a process of its own."""
+    (shape, example, sizes), *_ = [work[1:] for work in works("cuda") if work[0] == name]
+    inputs = draw(example, short(name, shape, sizes), "cuda")
+    y = example.run(inputs, "triton")
+    torch.autograd.grad(y, list(inputs.values()), torch.ones_like(y), allow_unused=True)
+    torch.cuda.synchronize()
+
+
+def compile_ahead(names: list[str], processes: int) -> None:
+    """`compile_kernels` for all of them, side by side: one after the other takes minutes."""
+    code = "from benchmarks.ops import compile_kernels; compile_kernels"
+    failed = side_by_side({name: f"{code}({name!r})" for name in names}, processes, time.monotonic() + 300)
+    for name, words in failed.items():
+        print(f"{name}: {words}", flush=True)
 
 
 def passes(run: Callable[[], Tensor], inputs: Inputs) -> dict[str, Callable[[], object]]:
@@ -163,6 +188,7 @@ def main(
     seconds: float = 2.0,
     only: str = "",
     profile: bool = False,
+    processes: int = os.cpu_count() or 1,
 ) -> None:
     """Time every op.
 
@@ -172,10 +198,14 @@ def main(
         seconds: Time per measurement.
         only: Only works whose name contains this text.
         profile: Also say where the time goes, kernel by kernel; on a GPU.
+        processes: On a GPU, compile so many works' kernels at a time before anything is timed.
     """
     where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     if profile and where != "cuda":
         raise SystemExit("--profile looks at the kernels of a GPU, and there is none. Leave it out.")
+    if where == "cuda":
+        ours = [name for name, _, example, _ in works(where) if "triton" in dispatch.backends(example.op)]
+        compile_ahead([name for name in ours if only in name], processes)
     limit = ceilings(where)
 
     def save(found: list[dict[str, Any]]) -> None:

@@ -12,9 +12,7 @@ import importlib
 import json as texts
 import os
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,9 +23,9 @@ import torch
 import tyro
 from torch import Tensor
 
-from benchmarks.ops import draw, works
+from benchmarks.ahead import side_by_side
+from benchmarks.ops import draw, short, works
 from benchmarks.timing import machine, print_table, write_json
-from fastweight.ops.examples import Shape
 from fastweight.ops.lact import recorded
 from fastweight.ops.ttt.layout import LAUNCH, MLP_DESIGN, block
 
@@ -37,6 +35,7 @@ WIDTH = block(64)  # of the TTT tables' tiles, at the shapes that are timed
 REGISTERS, MOST_REGISTERS = (128, 168, 255), 255
 LIMIT = 1e-2  # relative RMS from the values of the unchanged tables: what gradients in bfloat16 may differ by
 WORTH = 1.01  # times as fast: less is noise, and is not put together with the others
+WARM = "from benchmarks.tune import warm; warm"  # as a process of its own calls it
 COLUMNS = ["work", "change", "ms", "ms unchanged", "gain", "distance"]
 
 
@@ -151,9 +150,7 @@ class Work:
     def __init__(self, name: str, *, small: bool = False):
         recorded.ENABLED = False  # a call that is replayed would not see changed tables
         (self.name, shape, self._example, sizes), *_ = [w for w in works(DEVICE) if w[0].startswith(name)]
-        # What kernels are compiled for does not depend on lengths and batches.
-        length = 2 * sizes["chunk"] if self.name.startswith("LaCT") else 4 * sizes["mini_batch"]
-        self._inputs = draw(self._example, Shape(1, length, *shape[2:]) if small else shape, DEVICE)
+        self._inputs = draw(self._example, short(self.name, shape, sizes) if small else shape, DEVICE)
         self._weight = torch.randn_like(self.run()[0])
 
     def run(self) -> list[Tensor]:
@@ -227,31 +224,8 @@ def warm(work: str, number: int | None = None) -> None:
 def compile_all(changes: Sequence[Change], processes: int, until: float) -> dict[str, str]:
     """`warm` for all changes, so many at a time; Triton keeps what they compile. What the failed ones said, by key."""
     everything = plan()
-    return _in_processes({key_of([c]): f"{c.work!r}, {everything.index(c)}" for c in changes}, processes, until)
-
-
-def _in_processes(calls: dict[str, str], processes: int, until: float) -> dict[str, str]:
-    """Name → arguments of `warm`; back come the last words of those that failed."""
-    waiting, running, failed = [*calls.items()], {}, {}
-    while (waiting or running) and time.monotonic() < until:
-        while waiting and len(running) < processes:
-            (name, given), words = waiting.pop(0), tempfile.TemporaryFile()  # noqa: SIM115  # read when it has ended
-            command = [sys.executable, "-c", f"from benchmarks.tune import warm; warm({given})"]
-            running[name] = (subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=words), words)
-        for name, (process, words) in [*running.items()]:
-            if process.poll() is not None:
-                del running[name]
-                words.seek(0)
-                with words:
-                    said = words.read().decode(errors="replace").strip().splitlines()
-                if process.returncode:
-                    failed[name] = f"did not run by itself: {said[-1][:200] if said else process.returncode}"
-        time.sleep(0.1)
-    for process, words in running.values():
-        process.kill()
-        process.wait()
-        words.close()
-    return failed
+    pieces = {key_of([c]): f"{WARM}({c.work!r}, {everything.index(c)})" for c in changes}
+    return side_by_side(pieces, processes, until)
 
 
 def key_of(changes: Sequence[Change]) -> str:
@@ -381,7 +355,7 @@ def main(
 
     left = [c for c in changes if key_of([c]) not in results]
     # First what all have in common, or each would compile it.
-    if failed := _in_processes({c.work: repr(c.work) for c in left}, processes, until):
+    if failed := side_by_side({c.work: f"{WARM}({c.work!r})" for c in left}, processes, until):
         raise SystemExit(f"tune: the unchanged tables: {failed}")
     results |= {key: {"error": words} for key, words in compile_all(left, processes, until).items()}
     save()

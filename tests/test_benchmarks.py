@@ -1,9 +1,12 @@
 """The page of benchmarks says what the measured files hold, and the least work of an op is counted right."""
 
+import time
+
 import pytest
 import torch
 
 from benchmarks import ops, tune_flex
+from benchmarks.ahead import side_by_side
 from benchmarks.costs import cost
 from benchmarks.document import TARGET, page
 from benchmarks.ops import draw, works
@@ -97,3 +100,11 @@ def test_everything_is_timed_before_anything_is_profiled(monkeypatch):
     assert all("profile_forward" in r and "profile_both" in r for r in found)
     assert done == ["timed"] * 2 * len(found) + ["profiled"] * 2 * len(found)
     assert saved == [2, 4, 4, 4]
+
+
+def test_pieces_run_side_by_side_and_those_that_fail_say_why(tmp_path):
+    pieces = {str(i): f"open({str(tmp_path / str(i))!r}, 'w').close()" for i in range(3)}
+    pieces |= {"wrong": "raise SystemError('no such thing')", "slow": "import time; time.sleep(600)"}
+    failed = side_by_side(pieces, 5, time.monotonic() + 5)
+    assert failed == {"wrong": "did not run by itself: SystemError: no such thing"}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["0", "1", "2"]
