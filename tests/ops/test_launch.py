@@ -4,12 +4,15 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from interpreter import needs_triton
 
 from benchmarks.host import count
+from fastweight.ops import launch
 from fastweight.ops.examples import Shape, examples
 from fastweight.ops.launch import shared_share
 
@@ -60,3 +63,24 @@ def test_a_call_asks_no_more_of_the_host_than_is_written_down(kind, kernels, lau
 )
 def test_the_cache_gets_what_blocks_that_fit_do_not_use(registers, threads, shared, percent):
     assert shared_share(registers, threads, shared, 65_536, 233_472) == percent
+
+
+@pytest.mark.parametrize("refused", [0, 1])
+def test_a_driver_that_refuses_is_no_error(refused, monkeypatch):
+    asked = []
+
+    class Driver:
+        def cuFuncSetAttribute(self, function, attribute, percent):  # the driver's name
+            asked.append((function.value, attribute, percent))
+            return refused
+
+    about = SimpleNamespace(regs_per_multiprocessor=65_536, shared_memory_per_multiprocessor=233_472)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _device: about)
+    monkeypatch.setattr(launch, "_driver", Driver)
+    metadata = SimpleNamespace(num_warps=8, shared=88_128)
+    kernel = SimpleNamespace(n_regs=255, metadata=metadata, function=1 << 40, name="walk")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        launch.leave_to_cache(kernel, 0)
+    assert asked == [(1 << 40, 9, 39)]
+    assert [str(w.message) for w in said] == ["the CUDA driver took no carveout of 39 % for walk: error 1."] * refused
