@@ -156,8 +156,7 @@ def _one_part(
 
 def _one_part_held(
     layout: Layout, width: int, part: Part, first: int, dy: Tensor, q: Tensor, tokens: Tensors, sums: list[Tensor],
-    kept: list[Tensor], eps: float, into: _Gradients, marks: Tensor,
-    to_sums: int,
+    kept: list[Tensor], eps: float, into: _Gradients, marks: Tensor, to_sums: int,
 ) -> None:  # fmt: skip
     """As `_one_part`, with the memory in registers. Products of gradients with W1 come last, again side by side.
 
@@ -197,10 +196,9 @@ def _one_part_held(
             **folding, STEP=layout.reads, OPENING=opening,
         )  # fmt: skip
     given = (
-        q, *tokens[:-1], marks, part.base, seconds, totals1, units, grads2, statistics, *hidden,
-        d_reads, d_writes2, actives, d_middles, below1, errors, middles1, reads2, pulled, d_z1, *sums, into.v,
-        into.rate, into.last, into.gamma[own:], into.beta[own:], *into.memory, *into.sums, layout.length, part.first,
-        part.stop, to_sums, h,
+        q, *tokens[:-1], marks, part.base, seconds, totals1, units, grads2, statistics, *hidden, d_reads, d_writes2,
+        actives, d_middles, below1, errors, middles1, reads2, pulled, d_z1, *sums, into.v, into.rate, into.last,
+        into.gamma[own:], into.beta[own:], *into.memory, *into.sums, layout.length, part.first, part.stop, to_sums, h,
     )  # fmt: skip
     walking = folding | {"UPRIGHT": upright("mlp_walk_held")}
     if layout.packed or part.stop > layout.length // chunk:
