@@ -93,6 +93,17 @@ def test_a_memory_held_in_registers_equals_the_definition_where_nobody_asks_for_
     compare("mlp", halves(2, length), state, **HALF, to_sums=False)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # e^(−2a) may be infinite
+def test_hidden_units_far_from_zero_are_no_fault_to_a_memory_held_in_registers(poisoned_empty):
+    state = random_state("mlp", 2, torch.float32)
+    far = torch.tensor([100.0, -100.0, 30.0, -30.0, -11.0])
+    state.weights.b1[..., :5] = far
+    state.weights.w2[:, :, :5] *= 1e-3
+    got = values_and_gradients("mlp", halves(2, 20), state, "triton")
+    assert got[1].faults.count.tolist() == [0, 0]
+    compare("mlp", halves(2, 20), state, output=HALF["output"], gradient=3 * HALF["gradient"])  # large terms cancel
+
+
 @held
 def test_a_memory_held_in_registers_equals_the_definition_for_packed_documents_in_several_parts(design, monkeypatch):
     monkeypatch.setattr(layout, "MLP_DESIGN", DESIGNS[design])
