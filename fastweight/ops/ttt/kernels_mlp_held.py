@@ -28,7 +28,7 @@ from fastweight.ops.ttt.kernels_shared import (
 
 @triton.jit
 def gate_of(x):
-    """σ(2a) of the tanh GELU, 2a = 1.5957691 (x + 0.044715 x³), and x², bounded: times the zero of σ'(2a) it is zero."""
+    """σ(2a) of the tanh GELU, 2a = 1.5957691 (x + 0.044715 x³), and x², bounded: times a slope of zero it is zero."""
     square = tl.minimum(x * x, 10000.0)
     power = tl.math.exp2(x * (-2.3022081986 - 0.1029432396 * square))  # e^(−2a), or infinite
     root = tl.math.rsqrt(1.0 + power)  # its square costs less than a division
