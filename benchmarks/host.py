@@ -4,6 +4,8 @@ Counted on a CPU with kernels that do nothing, so it takes no GPU. With one, the
 began on an idle device is measured, too.
 """
 
+import statistics
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -12,11 +14,11 @@ from unittest.mock import patch
 
 import torch
 import tyro
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks import ops
 from benchmarks.ops import draw
-from benchmarks.timing import host_ms, machine, print_table, write_json
+from benchmarks.timing import machine, print_table, write_json
 from fastweight.ops.examples import Example, Shape, examples
 
 COLUMNS = ["op", "pass", "kernels", "torch launches", "allocations", "views", "host ms"]
@@ -40,18 +42,8 @@ class Tally(TorchDispatchMode):
 def passes(example: Example, device: str, shape: Shape) -> dict[str, Callable[[], object]]:
     """The forward pass alone, and with the backward pass to every input, through the kernels."""
     inputs = draw(example, shape, device)
-    leaves = list(inputs.values())
-
-    def forward() -> Tensor:
-        with torch.no_grad():
-            return example.run(inputs, "triton")
-
-    weight = torch.zeros_like(forward())
-
-    def both() -> None:
-        torch.autograd.grad(example.run(inputs, "triton"), leaves, weight, allow_unused=True)
-
-    return {"forward": forward, "forward+backward": both}
+    calls = ops.passes(lambda: example.run(inputs, "triton"), inputs)
+    return {"forward": calls["forward"], "forward+backward": calls["both"]}
 
 
 def count(example: Example, shape: Shape) -> dict[str, Counter[str]]:
@@ -76,6 +68,17 @@ def count(example: Example, shape: Shape) -> dict[str, Counter[str]]:
     return found
 
 
+def host_ms(run: Callable[[], object], times: int = 50) -> float:
+    """Median milliseconds until a call returns that began on an idle device."""
+    found = []
+    for _ in range(times + 3):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        run()
+        found.append(1e3 * (time.perf_counter() - began))
+    return statistics.median(found[3:])
+
+
 def main(json: Path | None = None) -> None:
     """Count what a call of each TTT op asks of the host.
 
@@ -86,9 +89,7 @@ def main(json: Path | None = None) -> None:
     for name, example in examples(window=1, mini_batch=16, chunk=1).items():
         if not name.startswith("TTT"):
             continue
-        times = (
-            {part: host_ms(run, 50) for part, run in passes(example, device, SHAPE).items()} if device == "cuda" else {}
-        )
+        times = {part: host_ms(run) for part, run in passes(example, device, SHAPE).items()} if device == "cuda" else {}
         for part, counted in count(example, SHAPE).items():
             found.append({"name": name, "pass": part, **counted, "host_ms": times.get(part)})
     write_json(json, {"machine": machine(device), "results": found})

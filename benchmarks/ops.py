@@ -6,7 +6,7 @@ the two limits (largest matrix product, device copy) are measured in the same ru
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,26 +47,23 @@ def draw(example: Example, shape: Shape, device: str) -> Inputs:
     return {name: x.requires_grad_() for name, x in inputs.items()}
 
 
-def short(name: str, shape: Shape, sizes: dict[str, int]) -> Shape:
-    """A small problem that needs the same Triton kernels: they do not depend on lengths and batches."""
-    return Shape(1, 2 * sizes["chunk"] if name.startswith("LaCT") else 4 * sizes["mini_batch"], *shape[2:])
-
-
 def compile_kernels(name: str) -> None:
-    """Run a work once at a small size by our Triton kernels, both ways; in a process of its own."""
-    (shape, example, sizes), *_ = [work[1:] for work in works("cuda") if work[0] == name]
-    inputs = draw(example, short(name, shape, sizes), "cuda")
+    """Run the work whose name begins so once by our Triton kernels, both ways; in a process of its own.
+
+    A small problem needs the same kernels: they do not depend on lengths and batches.
+    """
+    (name, shape, example, sizes), *_ = [work for work in works("cuda") if work[0].startswith(name)]
+    length = 2 * sizes["chunk"] if name.startswith("LaCT") else 4 * sizes["mini_batch"]
+    inputs = draw(example, Shape(1, length, *shape[2:]), "cuda")
     y = example.run(inputs, "triton")
     torch.autograd.grad(y, list(inputs.values()), torch.ones_like(y), allow_unused=True)
     torch.cuda.synchronize()
 
 
-def compile_ahead(names: list[str], processes: int) -> None:
-    """`compile_kernels` for all of them, side by side: one after the other takes minutes."""
+def compile_ahead(names: Iterable[str], processes: int, until: float) -> dict[str, str]:
+    """`compile_kernels` for all of them, side by side: one after the other takes minutes. What the failed ones said."""
     code = "from benchmarks.ops import compile_kernels; compile_kernels"
-    failed = side_by_side({name: f"{code}({name!r})" for name in names}, processes, time.monotonic() + 300)
-    for name, words in failed.items():
-        print(f"{name}: {words}", flush=True)
+    return side_by_side({name: f"{code}({name!r})" for name in names}, processes, until)
 
 
 def passes(run: Callable[[], Tensor], inputs: Inputs) -> dict[str, Callable[[], object]]:
@@ -144,13 +141,12 @@ def profile_work(
     name: str, shape: Shape, example: Example, sizes: dict[str, int], device: str, records: list[dict[str, Any]]
 ) -> None:  # fmt: skip
     """Add to the records of this work where the time of both `passes` goes."""
-    inputs = draw(example, shape, device)
+    inputs, timed = draw(example, shape, device), {r["by"]: r for r in records if r["name"] == name}
     for who, run in runners(name, example, inputs, device, sizes):
-        for record in (r for r in records if (r["name"], r["by"]) == (name, who)):
-            for part, call in passes(run, inputs).items():
-                call()
-                record[f"profile_{part}"] = profiled(call)
-                print("\n".join([f"{name} [{who}], {part}:", *lines(record[f"profile_{part}"])]), flush=True)
+        for part, call in passes(run, inputs).items() if who in timed else ():
+            call()
+            timed[who][f"profile_{part}"] = seen = profiled(call)
+            print("\n".join([f"{name} [{who}], {part}:", *lines(seen)]), flush=True)
 
 
 def time_all(
@@ -204,8 +200,9 @@ def main(
     if profile and where != "cuda":
         raise SystemExit("--profile looks at the kernels of a GPU, and there is none. Leave it out.")
     if where == "cuda":
-        ours = [name for name, _, example, _ in works(where) if "triton" in dispatch.backends(example.op)]
-        compile_ahead([name for name in ours if only in name], processes)
+        ours = [work[0] for work in works(where) if only in work[0] and "triton" in dispatch.backends(work[2].op)]
+        for name, words in compile_ahead(ours, processes, time.monotonic() + 300).items():
+            print(f"{name}: {words}", flush=True)
     limit = ceilings(where)
 
     def save(found: list[dict[str, Any]]) -> None:

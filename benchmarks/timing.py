@@ -10,7 +10,7 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -18,6 +18,7 @@ from fastweight.devices import package_version
 from fastweight.files import write_text
 
 MOST_RUNS = 200
+T = TypeVar("T")
 
 
 def measure(run: Callable[[], object], device: str, *, seconds: float = 2.0, at_least: int = 5) -> dict[str, float]:
@@ -42,12 +43,16 @@ def _measured(run: Callable[[], object], cuda: bool, seconds: float, at_least: i
     if cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-    alone = _repeated(_alone_on_gpu if cuda else _once, run, seconds / 4 if cuda else seconds, at_least)
-    times = _in_a_row(run, seconds, at_least, statistics.median(alone)) if cuda else alone
+    alone, host = [], []
+    if cuda:
+        alone, host = zip(*_repeated(_alone_on_gpu, run, seconds / 4, at_least), strict=True)
+        times = _in_a_row(run, seconds, at_least, statistics.median(alone))
+    else:
+        times = _repeated(_once, run, seconds, at_least)
     low, _, high = statistics.quantiles(times, n=4)
     result = {"median_ms": statistics.median(times), "low_ms": low, "high_ms": high, "runs": len(times)}
     if cuda:
-        result["alone_ms"], result["host_ms"] = statistics.median(alone), host_ms(run, 5)
+        result["alone_ms"], result["host_ms"] = statistics.median(alone), statistics.median(host)
         result["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         # Also what recorded passes keep for themselves, and what the allocator holds without need.
         result["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
@@ -55,8 +60,8 @@ def _measured(run: Callable[[], object], cuda: bool, seconds: float, at_least: i
 
 
 def _repeated(
-    once: Callable[[Callable[[], object]], float], run: Callable[[], object], seconds: float, at_least: int
-) -> list[float]:
+    once: Callable[[Callable[[], object]], T], run: Callable[[], object], seconds: float, at_least: int
+) -> list[T]:
     times, began = [], time.perf_counter()
     while len(times) < at_least or (time.perf_counter() - began < seconds and len(times) < MOST_RUNS):
         times.append(once(run))
@@ -69,14 +74,14 @@ def _once(run: Callable[[], object]) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
-def _alone_on_gpu(run: Callable[[], object]) -> float:
-    """By the device's own clock, the host's launches included where the device waits for them."""
+def _alone_on_gpu(run: Callable[[], object]) -> tuple[float, float]:
+    """By the device's own clock, the host's launches included where the device waits for them; and the host's part."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
-    run()
+    host = _once(run)
     end.record()
     end.synchronize()
-    return start.elapsed_time(end)
+    return start.elapsed_time(end), host
 
 
 def _in_a_row(run: Callable[[], object], seconds: float, at_least: int, expected_ms: float) -> list[float]:
@@ -89,17 +94,6 @@ def _in_a_row(run: Callable[[], object], seconds: float, at_least: int, expected
     marks[-1].record()
     torch.cuda.synchronize()
     return [start.elapsed_time(end) for start, end in itertools.pairwise(marks)]
-
-
-def host_ms(run: Callable[[], object], times: int) -> float:
-    """Median milliseconds until a call returns that began on an idle device."""
-    found = []
-    for _ in range(times + 3):
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        run()
-        found.append(1e3 * (time.perf_counter() - began))
-    return statistics.median(found[3:])
 
 
 class Ceilings(NamedTuple):

@@ -20,6 +20,7 @@ from fastweight.data import ByteTokenizer, Store, StoreWriter
 from fastweight.effort import forward_flops
 from fastweight.model import Model
 from fastweight.optim import OptimizerConfig
+from fastweight.optim.groups import OptimizerName
 from fastweight.train import DataConfig, LogConfig, ModelSource, TrainConfig
 from fastweight.train.config import Precision
 from fastweight.train.loop import Trainer
@@ -60,12 +61,12 @@ def random_store(folder: Path, num_tokens: int) -> Store:
 
 
 @contextmanager
-def trained(preset: str, optimizer: str, options: Options) -> Iterator[tuple[Model, Callable[[], object]]]:
+def trained(preset: str, optimizer: OptimizerName, options: Options) -> Iterator[tuple[Model, Callable[[], object]]]:
     """A model and a function that trains it for one step."""
     config = TrainConfig(
         model=ModelSource(preset=preset),
         data=DataConfig(seq_len=options.seq_len, batch_size=options.batch_size),
-        optimizer=OptimizerConfig(name=optimizer),  # type: ignore[arg-type]  # checked by the config
+        optimizer=OptimizerConfig(name=optimizer),
         log=LogConfig(every=10**9),
         precision=options.precision,
         compile=options.compile,
@@ -86,7 +87,7 @@ def trained(preset: str, optimizer: str, options: Options) -> Iterator[tuple[Mod
         metrics.close()
 
 
-def time_steps(preset: str, optimizer: str, options: Options) -> dict[str, Any]:
+def time_steps(preset: str, optimizer: OptimizerName, options: Options) -> dict[str, Any]:
     """Milliseconds of one step, median and quartiles; what the model is; what it reaches."""
     with trained(preset, optimizer, options) as (model, step):
         result: dict[str, Any] = measure(step, options.device, seconds=options.seconds)
@@ -98,7 +99,7 @@ def time_steps(preset: str, optimizer: str, options: Options) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def profile_steps(preset: str, optimizer: str, options: Options) -> dict[str, Any]:
+def profile_steps(preset: str, optimizer: OptimizerName, options: Options) -> dict[str, Any]:
     """Where the time of a step goes, on a GPU. Time before: see `profiled`."""
     with trained(preset, optimizer, options) as (_model, step):
         for _ in range(2):
@@ -119,7 +120,8 @@ def row(r: dict[str, Any]) -> list[str]:
 
 
 def main(options: Options) -> None:
-    runs = [(preset, "adamw") for preset in options.presets] + [(options.presets[0], "muon")]
+    runs: list[tuple[str, OptimizerName]] = [(preset, "adamw") for preset in options.presets]
+    runs.append((options.presets[0], "muon"))
     records = [{"preset": p, "optimizer": o, **time_steps(p, o, options)} for p, o in runs]
     for record in records if options.profile else ():
         record["profile"] = profile_steps(record["preset"], record["optimizer"], options)

@@ -24,7 +24,7 @@ import tyro
 from torch import Tensor
 
 from benchmarks.ahead import side_by_side
-from benchmarks.ops import draw, short, works
+from benchmarks.ops import compile_ahead, compile_kernels, draw, works
 from benchmarks.timing import machine, print_table, write_json
 from fastweight.ops.lact import recorded
 from fastweight.ops.ttt.layout import LAUNCH, MLP_DESIGN, block
@@ -35,7 +35,6 @@ WIDTH = block(64)  # of the TTT tables' tiles, at the shapes that are timed
 REGISTERS, MOST_REGISTERS = (128, 168, 255), 255
 LIMIT = 1e-2  # relative RMS from the values of the unchanged tables: what gradients in bfloat16 may differ by
 WORTH = 1.01  # times as fast: less is noise, and is not put together with the others
-WARM = "from benchmarks.tune import warm; warm"  # as a process of its own calls it
 COLUMNS = ["work", "change", "ms", "ms unchanged", "gain", "distance"]
 
 
@@ -147,10 +146,10 @@ def _put(change: Change) -> None:
 class Work:
     """One benchmark: its values and its time under the tables as they are at the call."""
 
-    def __init__(self, name: str, *, small: bool = False):
+    def __init__(self, name: str):
         recorded.ENABLED = False  # a call that is replayed would not see changed tables
-        (self.name, shape, self._example, sizes), *_ = [w for w in works(DEVICE) if w[0].startswith(name)]
-        self._inputs = draw(self._example, short(self.name, shape, sizes) if small else shape, DEVICE)
+        (shape, self._example), *_ = [w[1:3] for w in works(DEVICE) if w[0].startswith(name)]
+        self._inputs = draw(self._example, shape, DEVICE)
         self._weight = torch.randn_like(self.run()[0])
 
     def run(self) -> list[Tensor]:
@@ -214,18 +213,17 @@ class Bench:
         return {"ms": ms, "unchanged_ms": unchanged, "distance": off}
 
 
-def warm(work: str, number: int | None = None) -> None:
-    """Compile what change `number` of the plan needs, by running it at a small size; in a process of its own."""
-    with changed([] if number is None else [plan()[number]]):
-        Work(work, small=True).run()
-        torch.cuda.synchronize()
+def warm(number: int) -> None:
+    """Compile what change `number` of the plan needs; in a process of its own."""
+    change = plan()[number]
+    with changed([change]):
+        compile_kernels(change.work)
 
 
 def compile_all(changes: Sequence[Change], processes: int, until: float) -> dict[str, str]:
     """`warm` for all changes, so many at a time; Triton keeps what they compile. What the failed ones said, by key."""
-    everything = plan()
-    pieces = {key_of([c]): f"{WARM}({c.work!r}, {everything.index(c)})" for c in changes}
-    return side_by_side(pieces, processes, until)
+    everything, code = plan(), "from benchmarks.tune import warm; warm"
+    return side_by_side({key_of([c]): f"{code}({everything.index(c)})" for c in changes}, processes, until)
 
 
 def key_of(changes: Sequence[Change]) -> str:
@@ -355,7 +353,7 @@ def main(
 
     left = [c for c in changes if key_of([c]) not in results]
     # First what all have in common, or each would compile it.
-    if failed := side_by_side({c.work: f"{WARM}({c.work!r})" for c in left}, processes, until):
+    if failed := compile_ahead(dict.fromkeys(c.work for c in left), processes, until):
         raise SystemExit(f"tune: the unchanged tables: {failed}")
     results |= {key: {"error": words} for key, words in compile_all(left, processes, until).items()}
     save()

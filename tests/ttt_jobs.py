@@ -1,7 +1,6 @@
 """The TTT kernels as jobs for `ahead_of_time.compile_for`: the arguments' types follow from their names."""
 
 import importlib
-import math
 
 import torch
 
@@ -10,7 +9,7 @@ from fastweight.ops.ttt.layout import (
     KEEP_EVERY,
     LAUNCH,
     MARKS,
-    READ_AT_ONCE,
+    Layout,
     block,
     launch_options,
     marks_of_walk,
@@ -40,11 +39,12 @@ def job(name: str, dim: int, dtype: str = "bf16", chunk: int = 16, **constants: 
     part = "mlp_held_walk" if name in ("mlp_walk_held", "mlp_end_held") else part
     part = "step" if name.endswith("step") else part
     module = f"fastweight.ops.ttt.kernels_{part}"
+    layout = Layout(1, 1, 1, dim, chunk, False, DTYPES[dtype])
     values = {
         "D": dim, "BLOCK_D": block(dim), "CHUNK": chunk, "BLOCK_K": block(chunk), "EVERY": KEEP_EVERY,
         "C": 4 * dim, "BLOCK_C": HIDDEN_BLOCK, "WHOLE": block(4 * dim),
-        "WARPS": LAUNCH["mlp_walk_held"].get(dim, [8])[0],
-        "STEP": math.gcd(READ_AT_ONCE, KEEP_EVERY), "OPENING": False, "UNFINISHED": False, "UPRIGHT": upright(name),
+        "WARPS": layout.warps if name.endswith("held") else None, "STEP": layout.reads,
+        "OPENING": False, "UNFINISHED": False, "UPRIGHT": upright(name),
         "GUARD": False, "PRECISION": "ieee" if dtype == "fp32" else "tf32",
     } | constants  # fmt: skip
     parameters = importlib.import_module(module).__dict__[name].arg_names

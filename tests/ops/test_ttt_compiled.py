@@ -31,14 +31,15 @@ def test_the_kernels_fit_on_a_hopper_gpu():
     cases = [(name, dim, most) for dim, spills in SPILLS.items() for name, most in spills.items()]
     found = compile_for(90, [job(name, dim) for name, dim, _ in cases])
     for (name, dim, most), kernel in zip(cases, found, strict=True):
-        bound = HELD_SHARED["held"] if name.endswith("held") else shared_bytes(dim, 16, torch.bfloat16)
+        bound = 176 << 10 if name.endswith("held") else shared_bytes(dim, 16, torch.bfloat16)
+        bound = HELD_SHARED["held"] if name == "mlp_walk_held" else bound
         assert kernel["shared"] <= min(SHARED_LIMIT, bound), name
         assert kernel["spills"] <= most, f"{name}, {dim}: {kernel['spills']} bytes of local memory per thread"
 
 
 def test_the_reads_of_first_mini_batches_fit_on_a_hopper_gpu():
     (found,) = compile_for(90, [job("mlp_reads_held", 64, OPENING=True)])
-    assert found["shared"] <= HELD_SHARED["held"]
+    assert found["shared"] <= 176 << 10
     assert found["spills"] <= 1000
 
 

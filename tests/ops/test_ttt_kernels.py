@@ -93,15 +93,17 @@ def test_a_memory_held_in_registers_equals_the_definition_where_nobody_asks_for_
     compare("mlp", halves(2, length), state, **HALF, to_sums=False)
 
 
+@held
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # e^(−2a) may be infinite
-def test_hidden_units_far_from_zero_are_no_fault_to_a_memory_held_in_registers(poisoned_empty):
+def test_hidden_units_far_from_zero_are_no_fault_to_a_memory_held_in_registers(design, monkeypatch, poisoned_empty):
+    monkeypatch.setattr(layout, "MLP_DESIGN", DESIGNS[design])
     state = random_state("mlp", 2, torch.float32)
     far = torch.tensor([100.0, -100.0, 30.0, -30.0, -11.0])
     state.weights.b1[..., :5] = far
     state.weights.w2[:, :, :5] *= 1e-3
     got = values_and_gradients("mlp", halves(2, 20), state, "triton")
     assert got[1].faults.count.tolist() == [0, 0]
-    compare("mlp", halves(2, 20), state, output=HALF["output"], gradient=3 * HALF["gradient"])  # large terms cancel
+    compare("mlp", halves(2, 20), state, **HALF)
 
 
 @held
@@ -114,7 +116,9 @@ def test_a_memory_held_in_registers_equals_the_definition_for_packed_documents_i
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_a_token_with_a_fault_teaches_a_memory_in_registers_nothing():
+@held
+def test_a_token_with_a_fault_teaches_a_memory_in_registers_nothing(design, monkeypatch):
+    monkeypatch.setattr(layout, "MLP_DESIGN", DESIGNS[design])
     args, state = halves(2, 20), random_state("mlp", 2, torch.float32)
     silent = [x.double() for x in args]
     silent[3][0, 11, 0] = 0
@@ -170,6 +174,10 @@ def test_what_does_not_fit_into_registers_is_streamed(monkeypatch):
     monkeypatch.setattr(layout, "shared_memory", lambda _device: 227 << 10)
     assert held()
     assert held("forward")
+    monkeypatch.setattr(layout, "shared_memory", lambda _device: 163 << 10)
+    monkeypatch.setattr(layout, "MLP_DESIGN", DESIGNS["held"])
+    assert not held()
+    assert not held("forward")
 
 
 @kinds

@@ -92,17 +92,15 @@ def scaled(x, factor):
 
 
 @triton.jit
-def turned_at(index, D: tl.constexpr, BLOCK_D: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr):
-    """Offsets of W1 [·, D, C] and W2 [·, C, D] number `index` as [D, C] tiles, and which entries there are."""
-    d, j = tl.arange(0, BLOCK_D)[:, None], tl.arange(0, WHOLE)[None, :]
-    start = index.to(tl.int64) * (D * C)
-    return start + d * C + j, start + j * D + d, (d < D) & (j < C)
-
-
-@triton.jit
-def upright_at(index, D: tl.constexpr, BLOCK_D: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr):
-    """As `turned_at` for [C, D] tiles."""
-    j, d = tl.arange(0, WHOLE)[:, None], tl.arange(0, BLOCK_D)[None, :]
+def matrices_at(
+    index, D: tl.constexpr, BLOCK_D: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr, UPRIGHT: tl.constexpr
+):  # fmt: skip
+    """Offsets of W1 [·, D, C] and W2 [·, C, D] number `index` as [D, C] tiles, or, UPRIGHT, as [C, D] tiles, and which
+    entries there are."""
+    if UPRIGHT:
+        d, j = tl.arange(0, BLOCK_D)[None, :], tl.arange(0, WHOLE)[:, None]
+    else:
+        d, j = tl.arange(0, BLOCK_D)[:, None], tl.arange(0, WHOLE)[None, :]
     start = index.to(tl.int64) * (D * C)
     return start + d * C + j, start + j * D + d, (d < D) & (j < C)
 
@@ -113,10 +111,7 @@ def load_memory(
     UPRIGHT: tl.constexpr,
 ):  # fmt: skip
     """W1, b1, W2ᵀ, b2 of memory number `index`; matrices [D, C], or, UPRIGHT, turned: [C, D]."""
-    if UPRIGHT:
-        at1, at2, there = upright_at(index, D, BLOCK_D, C, WHOLE)
-    else:
-        at1, at2, there = turned_at(index, D, BLOCK_D, C, WHOLE)
+    at1, at2, there = matrices_at(index, D, BLOCK_D, C, WHOLE, UPRIGHT)
     first, second = tl.load(w1 + at1, mask=there, other=0.0), tl.load(w2 + at2, mask=there, other=0.0)
     return first, load_vector(b1, index, C, WHOLE), second, load_vector(b2, index, D, BLOCK_D)
 
@@ -126,10 +121,7 @@ def store_memory(
     w1, b1, w2, b2, first, bias1, second, bias2, index,
     D: tl.constexpr, BLOCK_D: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr, UPRIGHT: tl.constexpr,
 ):  # fmt: skip
-    if UPRIGHT:
-        at1, at2, there = upright_at(index, D, BLOCK_D, C, WHOLE)
-    else:
-        at1, at2, there = turned_at(index, D, BLOCK_D, C, WHOLE)
+    at1, at2, there = matrices_at(index, D, BLOCK_D, C, WHOLE, UPRIGHT)
     tl.store(w1 + at1, first, mask=there)
     tl.store(w2 + at2, second, mask=there)
     store_vector(b1, bias1, index, C, WHOLE)
@@ -279,7 +271,7 @@ def mlp_replay_held(
             keys, values, rates, _kept, refused = load_learning(k, v, rate, flags, rows, inside, D, BLOCK_D)
             step = tl.where(refused, 0.0, -last)
             first1, second1 = one.to(k.dtype.element_ty), two.to(k.dtype.element_ty)
-            at1, _at2, there = turned_at(place, D, BLOCK_D, C, WHOLE)
+            at1, _at2, there = matrices_at(place, D, BLOCK_D, C, WHOLE, False)
             tl.store(firsts + at1, first1, mask=there)
             tl.store(seconds + at1, second1, mask=there)
             store_vector(biases1, bias1, place, C, WHOLE)

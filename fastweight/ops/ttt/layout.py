@@ -68,8 +68,8 @@ def launch_options(kernel: str, dim: int, dtype: torch.dtype) -> dict[str, int |
 
 def upright(kernel: str) -> bool:
     """Whether this kernel of TTT-MLP holds the memory, or its gradient, with hidden units as rows."""
-    stage = "forward" if kernel == "mlp_forward_held" else "backward"
-    return MLP_DESIGN[stage] == "upright" and kernel in ("mlp_forward_held", "mlp_walk_held", "mlp_end_held")
+    passes = {"mlp_forward_held": "forward", "mlp_walk_held": "backward", "mlp_end_held": "backward"}
+    return kernel in passes and MLP_DESIGN[passes[kernel]] == "upright"
 
 
 def empty_marks(q: Tensor) -> Tensor:
