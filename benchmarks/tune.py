@@ -62,7 +62,6 @@ def _launches() -> Iterator[Change]:
         work = "TTT-Linear" if kernel.startswith("linear") else "TTT-MLP"
         if kernel.endswith("step") or not _runs(kernel):
             continue
-        yield Change(work, (TTT, "BY_WARPS", kernel), not present((TTT, "BY_WARPS", kernel)))
         warps, stages = by_width[WIDTH]
         few = [(1, stages)] if kernel == "linear_reads" else []  # many small programs
         near = [(warps // 2, stages), (2 * warps, stages), (warps, stages + 1), (warps, max(1, stages - 1))]
@@ -84,12 +83,11 @@ def _runs(kernel: str) -> bool:
 
 def _sizes() -> Iterator[Change]:
     for part in ("forward", "backward"):
-        yield from (Change("TTT-MLP", (TTT, "MLP_DESIGN", part), design) for design in ("streamed", "held", "upright"))
+        yield from (Change("TTT-MLP", (TTT, "MLP_DESIGN", part), design) for design in ("streamed", "held"))
     for work in ("TTT-Linear", "TTT-MLP"):
-        yield Change(work, (TTT, "MARKS"), torch.int8)
         yield from (Change(work, (TTT, "KEEP_EVERY"), every) for every in (4, 8, 16, 32))
         yield from (Change(work, (TTT, "REPLAY_BYTES"), 1 << power) for power in (28, 30, 32))
-    yield Change("TTT-MLP", (TTT, "WALK_MARKS"), torch.int16)
+    yield Change("TTT-Linear", (TTT, "MARKS"), torch.int8)  # TTT-MLP's walk does not fit then
     yield from (Change("TTT-MLP", (TTT, "READ_AT_ONCE"), step) for step in (1, 4, 16))
     yield from (Change("TTT-MLP", (TTT, "HIDDEN_BLOCK"), size) for size in (32, 64, 128))
 

@@ -2,7 +2,7 @@
 
 `compile_for(arch, jobs)` runs in a child process, because this one may interpret. A job is a dict:
 kernel: "package.module:name"; signature: argument → type as "*bf16", "i32", "constexpr"; constants: argument → value;
-num_warps, num_stages, maxnreg, arch. Back comes, per job: shared (bytes), registers and spills (bytes of local memory
+num_warps, num_stages, maxnreg. Back comes, per job: shared (bytes), registers and spills (bytes of local memory
 per thread), and whether wgmma is used.
 """
 
@@ -44,7 +44,7 @@ def _compile(arch: int, job: dict) -> dict:
     pointers = [i for i, kind in enumerate(job["signature"].values()) if kind.startswith("*")]
     aligned = {(i,): [["tt.divisibility", 16]] for i in pointers}
     source = triton.compiler.ASTSource(kernel, job["signature"], constexprs=job["constants"], attrs=aligned)
-    options = {key: job[key] for key in ("num_warps", "num_stages", "maxnreg", "arch") if key in job}
+    options = {key: job[key] for key in ("num_warps", "num_stages", "maxnreg") if key in job}
     binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     return {
         "kernel": name,

@@ -43,14 +43,6 @@ def test_only_kernels_of_the_present_designs_are_tried(tune, monkeypatch):
     assert kernels == {f"mlp_{part}_held" for part in ("forward", "replay", "reads", "walk", "keys")}
 
 
-def test_how_products_are_made_can_be_tried(tune):
-    changes = {c.path[2]: c for c in tune.plan("BY_WARPS")}
-    assert changes["mlp_replay_held"].value
-    with tune.changed([changes["mlp_replay_held"]]):
-        assert layout.launch_options("mlp_replay_held", 64, torch.bfloat16)["arch"] == "sm80"
-    assert "arch" not in layout.launch_options("mlp_replay_held", 64, torch.bfloat16)
-
-
 def test_every_planned_change_is_seen_inside_and_gone_outside_even_after_an_error(tune):
     def look():
         return {c.path: tune.present(c.path) for c in tune.plan()}

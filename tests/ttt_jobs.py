@@ -12,8 +12,6 @@ from fastweight.ops.ttt.layout import (
     Layout,
     block,
     launch_options,
-    marks_of_walk,
-    upright,
 )
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -44,11 +42,11 @@ def job(name: str, dim: int, dtype: str = "bf16", chunk: int = 16, **constants: 
         "D": dim, "BLOCK_D": block(dim), "CHUNK": chunk, "BLOCK_K": block(chunk), "EVERY": KEEP_EVERY,
         "C": 4 * dim, "BLOCK_C": HIDDEN_BLOCK, "WHOLE": block(4 * dim),
         "WARPS": layout.warps if name.endswith("held") else None, "STEP": layout.reads,
-        "OPENING": False, "UNFINISHED": False, "UPRIGHT": upright(name),
+        "OPENING": False, "UNFINISHED": False,
         "GUARD": False, "PRECISION": "ieee" if dtype == "fp32" else "tf32",
     } | constants  # fmt: skip
     parameters = importlib.import_module(module).__dict__[name].arg_names
-    signature = {p: _type(p, dtype, name) for p in parameters}
+    signature = {p: _type(p, dtype) for p in parameters}
     return {
         "kernel": f"{module}:{name}",
         "signature": signature,
@@ -57,13 +55,11 @@ def job(name: str, dim: int, dtype: str = "bf16", chunk: int = 16, **constants: 
     }
 
 
-def _type(parameter: str, dtype: str, kernel: str) -> str:
+def _type(parameter: str, dtype: str) -> str:
     if parameter.isupper() and parameter not in SIZES:
         return "constexpr"
     if parameter in SIZES:
         return "i32"
     if parameter == "flags":
-        flags = torch.empty(0, dtype=MARKS)
-        flags = marks_of_walk(flags) if kernel in ("mlp_walk_held", "mlp_end_held") else flags
-        return {torch.int8: "*i8", torch.int16: "*i16"}[flags.dtype]
+        return {torch.int8: "*i8", torch.int16: "*i16"}[MARKS]
     return INTEGERS.get(parameter, f"*{dtype}" if parameter in TOKENS else "*fp32")

@@ -14,9 +14,7 @@ from fastweight.state import Faults, map_tensors, tensors
 pytestmark = needs_triton
 KINDS = ["linear", "mlp"]
 kinds = pytest.mark.parametrize("kind", KINDS)
-held = pytest.mark.parametrize("design", ["held", "upright"])
-# Of TTT-MLP, by pass.
-DESIGNS = {design: {"forward": design, "backward": design} for design in ("held", "upright", "streamed")}
+DESIGNS = {design: {"forward": design, "backward": design} for design in ("held", "streamed")}  # of TTT-MLP, by pass
 HALF = {"output": OUTPUT[torch.bfloat16], "gradient": GRADIENT[torch.bfloat16]}
 SINGLE = {"output": OUTPUT[torch.float32], "gradient": GRADIENT[torch.float32]}
 
@@ -82,21 +80,19 @@ def test_a_memory_held_in_registers_equals_the_definition(design, batch, length,
     compare("mlp", halves(batch, length, chunk), random_state("mlp", batch, torch.float32, chunk, width=width), **HALF)
 
 
-@held
 @pytest.mark.parametrize("phases", [False, True])
 @pytest.mark.parametrize("length", [5, 20, 24])
 def test_a_memory_held_in_registers_equals_the_definition_where_nobody_asks_for_gradients_of_sums(
-    design, phases, length, monkeypatch, poisoned_empty
+    phases, length, monkeypatch, poisoned_empty
 ):
-    monkeypatch.setattr(layout, "MLP_DESIGN", DESIGNS[design])
+    monkeypatch.setattr(layout, "MLP_DESIGN", DESIGNS["held"])
     state = random_state("mlp", 2, torch.float32, phases=phases)
     compare("mlp", halves(2, length), state, **HALF, to_sums=False)
 
 
-@held
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # e^(−2a) may be infinite
-def test_hidden_units_far_from_zero_are_no_fault_to_a_memory_held_in_registers(design, monkeypatch, poisoned_empty):
-    monkeypatch.setattr(layout, "MLP_DESIGN", DESIGNS[design])
+def test_hidden_units_far_from_zero_are_no_fault_to_a_memory_held_in_registers(monkeypatch, poisoned_empty):
+    monkeypatch.setattr(layout, "MLP_DESIGN", DESIGNS["held"])
     state = random_state("mlp", 2, torch.float32)
     far = torch.tensor([100.0, -100.0, 30.0, -30.0, -11.0])
     state.weights.b1[..., :5] = far
@@ -106,9 +102,8 @@ def test_hidden_units_far_from_zero_are_no_fault_to_a_memory_held_in_registers(d
     compare("mlp", halves(2, 20), state, **HALF)
 
 
-@held
-def test_a_memory_held_in_registers_equals_the_definition_for_packed_documents_in_several_parts(design, monkeypatch):
-    monkeypatch.setattr(layout, "MLP_DESIGN", DESIGNS[design])
+def test_a_memory_held_in_registers_equals_the_definition_for_packed_documents_in_several_parts(monkeypatch):
+    monkeypatch.setattr(layout, "MLP_DESIGN", DESIGNS["held"])
     monkeypatch.setattr(layout, "KEEP_EVERY", 2)
     monkeypatch.setattr(layout, "REPLAY_BYTES", 1)
     ends = torch.tensor([0, 1, 18, 23])
@@ -116,9 +111,8 @@ def test_a_memory_held_in_registers_equals_the_definition_for_packed_documents_i
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@held
-def test_a_token_with_a_fault_teaches_a_memory_in_registers_nothing(design, monkeypatch):
-    monkeypatch.setattr(layout, "MLP_DESIGN", DESIGNS[design])
+def test_a_token_with_a_fault_teaches_a_memory_in_registers_nothing(monkeypatch):
+    monkeypatch.setattr(layout, "MLP_DESIGN", DESIGNS["held"])
     args, state = halves(2, 20), random_state("mlp", 2, torch.float32)
     silent = [x.double() for x in args]
     silent[3][0, 11, 0] = 0
@@ -167,15 +161,9 @@ def test_what_does_not_fit_into_registers_is_streamed(monkeypatch):
     assert not held("forward")
     assert not any(held(**{k: v}) for k, v in {"dim": 65, "chunk": 17, "dtype": torch.float32, "width": 257}.items())
     assert not held(dim=16)  # four hidden units for each channel, at most
-    monkeypatch.setattr(layout, "shared_memory", lambda _device: 204 << 10)
-    assert held()
-    monkeypatch.setattr(layout, "MLP_DESIGN", DESIGNS["upright"])
-    assert not held()
-    monkeypatch.setattr(layout, "shared_memory", lambda _device: 227 << 10)
-    assert held()
+    monkeypatch.setattr(layout, "MLP_DESIGN", DESIGNS["held"])
     assert held("forward")
     monkeypatch.setattr(layout, "shared_memory", lambda _device: 163 << 10)
-    monkeypatch.setattr(layout, "MLP_DESIGN", DESIGNS["held"])
     assert not held()
     assert not held("forward")
 

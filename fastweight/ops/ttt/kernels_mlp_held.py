@@ -1,11 +1,13 @@
 # pyright: reportGeneralTypeIssues=false
 """TTT-MLP on a GPU with the memory in registers, forward and replay (names as in kernels_mlp.py).
 
-For inputs of two bytes and memories of up to 64 × 256 (layout.py: `held`). Tokens are rows, as there. W1 and W2ᵀ, both
-[D, C] in float32, are what the updates −τ_last kᵀ P1 and −τ_last P2ᵀ x accumulate on, so they never leave the
-registers; once per mini-batch a rounded copy of each goes to shared memory, from where all products read it. −τ_last k
-and −τ_last P2 are rounded for the products. What is special about a mini-batch (it began in an earlier call, or ends in
-a later one) is left to `mini_batch` of kernels_mlp.py, before and after the loop.
+For inputs of two bytes and memories of up to 64 × 256 (layout.py: `held`). Tokens are rows, as there. W1 and W2, in
+float32, are what the updates −τ_last kᵀ P1 and −τ_last xᵀ P2 accumulate on, so they never leave the registers; once per
+mini-batch a rounded copy of each goes to shared memory, from where all products read it. −τ_last k and −τ_last P2 are
+rounded for the products. Both lie upright, [C, D], in the forward pass: a Hopper GPU makes an update of so many rows
+without moving accumulators. The replay, which writes more, is shorter with both as [D, C]. What is special about a
+mini-batch (it began in an earlier call, or ends in a later one) is left to `mini_batch` of kernels_mlp.py, before and
+after the loop.
 """
 
 import triton
@@ -95,8 +97,8 @@ def scaled(x, factor):
 def matrices_at(
     index, D: tl.constexpr, BLOCK_D: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr, UPRIGHT: tl.constexpr
 ):  # fmt: skip
-    """Offsets of W1 [·, D, C] and W2 [·, C, D] number `index` as [D, C] tiles, or, UPRIGHT, as [C, D] tiles, and which
-    entries there are."""
+    """Offsets of W1 [·, D, C] and W2 [·, C, D] number `index` as [D, C] tiles, or, UPRIGHT, [C, D], and which there
+    are."""
     if UPRIGHT:
         d, j = tl.arange(0, BLOCK_D)[None, :], tl.arange(0, WHOLE)[:, None]
     else:
@@ -110,7 +112,7 @@ def load_memory(
     w1, b1, w2, b2, index, D: tl.constexpr, BLOCK_D: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr,
     UPRIGHT: tl.constexpr,
 ):  # fmt: skip
-    """W1, b1, W2ᵀ, b2 of memory number `index`; matrices [D, C], or, UPRIGHT, turned: [C, D]."""
+    """W1, b1, W2, b2 of memory number `index`; matrices as [D, C], or, UPRIGHT, as [C, D]."""
     at1, at2, there = matrices_at(index, D, BLOCK_D, C, WHOLE, UPRIGHT)
     first, second = tl.load(w1 + at1, mask=there, other=0.0), tl.load(w2 + at2, mask=there, other=0.0)
     return first, load_vector(b1, index, C, WHOLE), second, load_vector(b2, index, D, BLOCK_D)
@@ -128,28 +130,6 @@ def store_memory(
     store_vector(b2, bias2, index, D, BLOCK_D)
 
 
-@triton.jit
-def across(memory, UPRIGHT: tl.constexpr):
-    """A matrix of the memory, or of its gradient, as [D, C]. UPRIGHT: it is [C, D]."""
-    return tl.trans(memory) if UPRIGHT else memory
-
-
-@triton.jit
-def turned(memory, UPRIGHT: tl.constexpr):
-    """The same as [C, D]."""
-    return memory if UPRIGHT else tl.trans(memory)
-
-
-@triton.jit
-def grown(memory, narrow, wide, UPRIGHT: tl.constexpr):
-    """memory + narrowᵀ wide [D, C], or both turned. narrow: [K, D], wide: [K, C]."""
-    if UPRIGHT:
-        memory = tl.dot(tl.trans(wide), narrow, memory)
-    else:
-        memory = tl.dot(tl.trans(narrow), wide, memory)
-    return memory
-
-
 @triton.jit(do_not_specialize=["num_tokens", "packed", "keep"])
 def mlp_forward_held(
     q, k, v, rate, tau, ln_weight, ln_bias, w1, b1, w2, b2, s1, t1, s2, t2, position, cu_seqlens,
@@ -157,10 +137,8 @@ def mlp_forward_held(
     kept_w1, kept_b1, kept_w2, kept_b2, num_tokens, eps, H,
     D: tl.constexpr, BLOCK_D: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr, WHOLE: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, EVERY: tl.constexpr, packed, keep, PRECISION: tl.constexpr,
-    UPRIGHT: tl.constexpr,
 ):  # fmt: skip
-    """Grid: sequences · heads. Arguments and results as of `mlp_forward`, without its guard. WHOLE ≥ C. UPRIGHT: the
-    memory is held as [C, D]."""
+    """Grid: sequences · heads. Arguments and results as of `mlp_forward`, without its guard. WHOLE ≥ C."""
     pid = tl.program_id(0)
     n, h, i = pid // H, pid % H, tl.arange(0, BLOCK_K)
     start, length, phase = span_of(cu_seqlens, position, n, num_tokens, CHUNK, packed)
@@ -183,12 +161,12 @@ def mlp_forward_held(
         )  # fmt: skip
     store_vector(b2_out, bias2, pid, D, BLOCK_D)
     tl.debug_barrier()
-    first, bias1, second, bias2 = load_memory(w1_out, b1_out, w2_out, b2_out, pid, D, BLOCK_D, C, WHOLE, UPRIGHT)
+    first, bias1, second, bias2 = load_memory(w1_out, b1_out, w2_out, b2_out, pid, D, BLOCK_D, C, WHOLE, True)
     for s in range(begin // EVERY, (whole + EVERY - 1) // EVERY):
         if (keep > 0) & (s * EVERY >= begin):
             index = (slot + s) * H + h
             store_memory(
-                kept_w1, kept_b1, kept_w2, kept_b2, first, bias1, second, bias2, index, D, BLOCK_D, C, WHOLE, UPRIGHT
+                kept_w1, kept_b1, kept_w2, kept_b2, first, bias1, second, bias2, index, D, BLOCK_D, C, WHOLE, True
             )  # fmt: skip
         for c in range(tl.maximum(s * EVERY, begin), tl.minimum((s + 1) * EVERY, whole)):
             rows, inside = rows_of(c, start, length, phase, h, H, CHUNK, BLOCK_K)
@@ -196,29 +174,29 @@ def mlp_forward_held(
             values = load_tile(v, rows, inside, D, BLOCK_D)
             rates = tl.load(rate + rows, mask=inside, other=0.0).to(tl.float32)
             one, two = first.to(q.dtype.element_ty), second.to(q.dtype.element_ty)
-            x, slope, _curve = quick_gelu(tl.dot(keys, across(one, UPRIGHT)) + bias1[None, :])
+            x, slope, _curve = quick_gelu(tl.dot(keys, tl.trans(one)) + bias1[None, :])
             x = x.to(keys.dtype)
-            middle = tl.dot(queries, across(one, UPRIGHT)) + bias1[None, :]
+            middle = tl.dot(queries, tl.trans(one)) + bias1[None, :]
             scores = causal(tl.dot(queries, tl.trans(keys)) + 1.0, BLOCK_K) * -taus
-            z2 = tl.dot(x, turned(two, UPRIGHT)) + bias2[None, :]
+            z2 = tl.dot(x, two) + bias2[None, :]
             gap = beta - (values.to(tl.float32) - keys.to(tl.float32))
             wide2 = rates[:, None] * inner_step(z2, gap, gamma, eps, D, BLOCK_D)[0]
             write2 = wide2.to(keys.dtype)
-            wide1 = tl.dot(write2, across(two, UPRIGHT)) * slope
+            wide1 = tl.dot(write2, tl.trans(two)) * slope
             write1 = wide1.to(keys.dtype)
             middle = tl.dot(scores.to(keys.dtype), write1, middle)
             active = (middle * gate_of(middle)[0]).to(keys.dtype)
             mixed = causal(tl.dot(active, tl.trans(x)) + 1.0, BLOCK_K) * -taus
-            read = tl.dot(active, turned(two, UPRIGHT))
+            read = tl.dot(active, two)
             read = tl.dot(mixed.to(keys.dtype), write2, read) + bias2[None, :]
             mean, inverse = moments(read, eps, D)
             result = queries.to(tl.float32) + (read - mean) * inverse * gamma + beta
             store_tile(y, result, rows, inside, D, BLOCK_D)
-            first = grown(first, scaled(keys, -last), write1, UPRIGHT)
-            second = grown(second, (wide2 * -last).to(keys.dtype), x, UPRIGHT)
+            first = tl.dot(tl.trans(write1), scaled(keys, -last), first)
+            second = tl.dot(tl.trans(x), (wide2 * -last).to(keys.dtype), second)
             bias1 -= last * tl.sum(wide1, 0)
             bias2 -= last * tl.sum(wide2, 0)
-    store_memory(w1_out, b1_out, w2_out, b2_out, first, bias1, second, bias2, pid, D, BLOCK_D, C, WHOLE, UPRIGHT)
+    store_memory(w1_out, b1_out, w2_out, b2_out, first, bias1, second, bias2, pid, D, BLOCK_D, C, WHOLE, True)
     tl.debug_barrier()
     bias2 = load_vector(b2_out, pid, D, BLOCK_D)
     for c in range(tl.maximum(whole, begin), chunks):

@@ -14,15 +14,14 @@ READ_AT_ONCE = 8  # mini-batches that one program reads in a row where TTT-MLP's
 REPLAY_BYTES = 1 << 31  # most that the replayed states of one part of the backward pass may take
 MAX_DIM, MAX_CHUNK = 128, 64
 HIDDEN_BLOCK = 64  # hidden units of a memory in registers at once
-# Where TTT-MLP's memory is between mini-batches, by pass: in registers where it fits ("held" or, with rows and columns
-# changed, "upright"), or "streamed" through L2. Upright the kernels are shorter: not run on a GPU yet.
+# Where TTT-MLP's memory is between mini-batches, by pass: in registers if it fits ("held"), or "streamed" through L2.
 MLP_DESIGN = {"forward": "held", "backward": "held"}
 HELD_DIM, HELD_WIDTH, HELD_CHUNK = 64, 256, 16  # the largest memory and mini-batch of the kernels that hold it,
-HELD_SHARED = {"held": 204 << 10, "upright": 227 << 10}  # and the bytes of shared memory that they need then
+HELD_SHARED = 227 << 10  # and the bytes of shared memory that they need then
 
 # Of the marks of faults. They choose among what the kernels backward multiply, and Triton lays operands out for the
-# narrowest number that is loaded to decide about them: kernels are shorter for two bytes, but that of the walk.
-MARKS, WALK_MARKS = torch.int16, torch.int8
+# narrowest number that is loaded to decide about them: kernels are shorter for two bytes than for one.
+MARKS = torch.int16
 
 # (num_warps, num_stages) of each kernel, by the width of its tiles over D.
 LAUNCH = {
@@ -48,38 +47,20 @@ LAUNCH = {
 # 128 let four programs of four warps run side by side, 168 three of them.
 REGISTERS = {"linear_replay": {64: 168}, "linear_reads": {64: 128}}
 
-# Kernels whose products are made by each warp (mma) where a Hopper GPU could make them by four together (wgmma): around
-# each of the latter the compiler moves the 64 numbers of an accumulator, too much for products of 16 terms. Upright it
-# does not, and what warps would make of products of 256 rows fits nowhere.
-BY_WARPS = {"mlp_walk_held": True, "mlp_end_held": True}
 
-
-def launch_options(kernel: str, dim: int, dtype: torch.dtype) -> dict[str, int | str]:
-    """Warps, stages and registers of `kernel`, and for which GPU it is compiled if not for what there is."""
+def launch_options(kernel: str, dim: int, dtype: torch.dtype) -> dict[str, int]:
+    """Warps, stages and registers of `kernel`."""
     warps, stages = LAUNCH[kernel][block(dim)]
     # Products in float32 are made without matrix units and need more threads.
     warps = min(8, 2 * warps) if dtype == torch.float32 else warps
     # Left without a bound, the assembler gives some of the largest kernels 32 registers and local memory for the rest.
     registers = min(REGISTERS.get(kernel, {}).get(block(dim), 255), 2048 // warps)  # of 64 Ki of a multiprocessor
-    options = {"num_warps": warps, "num_stages": stages, "maxnreg": registers}
-    # Triton's own representation is made as for sm_80, machine code for the GPU that there is.
-    return options | ({"arch": "sm80"} if BY_WARPS.get(kernel) and not upright(kernel) else {})
-
-
-def upright(kernel: str) -> bool:
-    """Whether this kernel of TTT-MLP holds the memory, or its gradient, with hidden units as rows."""
-    passes = {"mlp_forward_held": "forward", "mlp_walk_held": "backward", "mlp_end_held": "backward"}
-    return kernel in passes and MLP_DESIGN[passes[kernel]] == "upright"
+    return {"num_warps": warps, "num_stages": stages, "maxnreg": registers}
 
 
 def empty_marks(q: Tensor) -> Tensor:
     """For the marks of faults of each token and head: [B, T, H], to be filled."""
     return q.new_empty(q.shape[:3], dtype=MARKS)
-
-
-def marks_of_walk(flags: Tensor) -> Tensor:
-    """The marks as the walk of TTT-MLP's backward pass takes them."""
-    return flags if upright("mlp_walk_held") else flags.to(WALK_MARKS)
 
 
 def shared_bytes(dim: int, chunk: int, dtype: torch.dtype) -> int:
@@ -143,8 +124,8 @@ class Layout(NamedTuple):
         """Whether TTT-MLP's kernels of this pass hold a memory of `width` hidden units in registers, on this device."""
         wide, units = block(self.dim), block(width)
         fits = wide <= HELD_DIM and units <= min(HELD_WIDTH, 4 * wide) and block(self.chunk) <= HELD_CHUNK
-        needed = HELD_SHARED.get(MLP_DESIGN[stage])
-        return fits and self.dtype.itemsize == 2 and needed is not None and shared_memory(device) >= needed
+        wanted = self.dtype.itemsize == 2 and MLP_DESIGN[stage] == "held"
+        return wanted and fits and shared_memory(device) >= HELD_SHARED
 
     def held_constants(self, width: int) -> dict[str, Any]:
         """What the kernels that hold the memory are compiled for."""

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastweight.ops.ttt.layout import Layout, Part, block, empty_marks, marks_of_walk, parts, upright
+from fastweight.ops.ttt.layout import Layout, Part, block, empty_marks, parts
 from fastweight.ops.ttt.unit import Run, differentiable
 
 Tensors = tuple[Tensor, ...]
@@ -32,8 +32,7 @@ def _run(
     with torch.cuda.device_of(q):
         if layout.held("forward", w1.shape[-1], q.device):
             layout.launch(
-                mlp_forward_held, grid, *given, layout.length, eps, layout.heads, **options,
-                WHOLE=block(w1.shape[-1]), UPRIGHT=upright("mlp_forward_held"),
+                mlp_forward_held, grid, *given, layout.length, eps, layout.heads, **options, WHOLE=block(w1.shape[-1])
             )  # fmt: skip
         else:
             layout.launch(mlp_forward, grid, *given, layout.length, eps, layout.heads, **options, GUARD=False)
@@ -70,7 +69,7 @@ def _gradients(
     )  # fmt: skip
     one_part, held = _one_part, layout.held("backward", width, q.device)
     if held:
-        one_part = functools.partial(_one_part_held, marks=marks_of_walk(flags), to_sums=int(to_sums))
+        one_part = functools.partial(_one_part_held, to_sums=int(to_sums))
     todo = parts(layout, position, cu_seqlens, _bytes_of_one(layout, width, q, held))
     into = _Gradients.empty(layout, todo, (q, k, v, rate), like, memory)
     sums, place = sums or [torch.zeros_like(x) for x in like], 0
@@ -156,11 +155,11 @@ def _one_part(
 
 def _one_part_held(
     layout: Layout, width: int, part: Part, first: int, dy: Tensor, q: Tensor, tokens: Tensors, sums: list[Tensor],
-    kept: list[Tensor], eps: float, into: _Gradients, marks: Tensor, to_sums: int,
+    kept: list[Tensor], eps: float, into: _Gradients, to_sums: int,
 ) -> None:  # fmt: skip
     """As `_one_part`, with the memory in registers. Products of gradients with W1 come last, again side by side.
 
-    marks: the flags for the walk. to_sums: 1 if somebody asks for the gradients of the sums.
+    to_sums: 1 if somebody asks for the gradients of the sums.
     """
     from fastweight.ops.ttt.kernels_mlp_held import mlp_replay_held
     from fastweight.ops.ttt.kernels_mlp_held_backward import mlp_keys_held, mlp_reads_held
@@ -196,16 +195,15 @@ def _one_part_held(
             **folding, STEP=layout.reads, OPENING=opening,
         )  # fmt: skip
     given = (
-        q, *tokens[:-1], marks, part.base, seconds, totals1, units, grads2, statistics, *hidden, d_reads, d_writes2,
+        q, *tokens, part.base, seconds, totals1, units, grads2, statistics, *hidden, d_reads, d_writes2,
         actives, d_middles, below1, errors, middles1, reads2, pulled, d_z1, *sums, into.v, into.rate, into.last,
         into.gamma[own:], into.beta[own:], *into.memory, *into.sums, layout.length, part.first, part.stop, to_sums, h,
     )  # fmt: skip
-    walking = folding | {"UPRIGHT": upright("mlp_walk_held")}
     if layout.packed or part.stop > layout.length // chunk:
-        layout.launch(mlp_end_held, (n * h,), *given, **walking, UNFINISHED=True)
-    layout.launch(mlp_walk_held, (n * h,), *given, **walking)
+        layout.launch(mlp_end_held, (n * h,), *given, **folding, UNFINISHED=True)
+    layout.launch(mlp_walk_held, (n * h,), *given, **folding)
     if part.first == 0:
-        layout.launch(mlp_end_held, (n * h,), *given, **walking, UNFINISHED=False)
+        layout.launch(mlp_end_held, (n * h,), *given, **folding, UNFINISHED=False)
     layout.launch(
         mlp_keys_held, places, position, ends, *where, firsts, d_keys, pulled, d_z1, into.k, *sizes, h, **constants
     )  # fmt: skip
