@@ -1,6 +1,7 @@
 """LaCT: sliding-window attention and a fast SwiGLU network that learns large chunks, on shared q, k, v."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -34,10 +35,14 @@ class Heads(NamedTuple):
 
 
 class Branches(NamedTuple):
-    """What the two halves of the layer read."""
+    """What the two halves of the layer read.
+
+    fast is made when it is called for, after attention: where both are made first, torch.compile keeps two float32
+    tensors [B, T, d_model] more for the backward pass.
+    """
 
     attention: Heads
-    fast: Heads
+    fast: Callable[[], Heads]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,7 +197,7 @@ class Lact(Mixer):
         seen, window = self._attend(*branches.attention, state.window, cu_seqlens)
         rate, momentum, gate = self._scalars(x)
         y, fast = lact(
-            *branches.fast, rate, momentum, state.fast, **self._rule()._asdict(), cu_seqlens=cu_seqlens,
+            *branches.fast(), rate, momentum, state.fast, **self._rule()._asdict(), cu_seqlens=cu_seqlens,
             backend=self.backend_of("lact"),
         )  # fmt: skip
         return self.out(self._joined(seen, y, gate)), LactMixerState(fast, window)
@@ -207,7 +212,7 @@ class Lact(Mixer):
     def inner_losses(self, x: Tensor, state: LactMixerState) -> dict[str, Tensor]:
         """−⟨f(k), v⟩ of each completed chunk, mean over its tokens, heads and batch: see docs/layers.md."""
         with torch.no_grad():
-            _, (q, k, v) = self._branches(*self._qkv(x), state.fast.position, None)
+            _, k, v = self._branches(*self._qkv(x), state.fast.position, None).fast()
             tokens = LactPending(k, v, *self._scalars(x)[:2])
         return chunk_losses(tokens, state.fast, self._rule())
 
@@ -232,11 +237,11 @@ class Lact(Mixer):
                 silu=c.qkv_silu, v_silu=c.v_silu, fast_rope=c.fast_rope,
             )  # fmt: skip
             seen = (z.unflatten(-1, (c.num_heads, self.head_dim)) for z in (*rows[:2], v))
-            fast = (z.unflatten(-1, (c.num_fast_heads, self.fast_dim)) for z in rows[2:])
-            return Branches(Heads(*seen), Heads(*fast))
+            fast = Heads(*(z.unflatten(-1, (c.num_fast_heads, self.fast_dim)) for z in rows[2:]))
+            return Branches(Heads(*seen), lambda: fast)
         turns = rope_table(token_positions(position, q.shape[1], cu_seqlens), rates)
         seen = Heads(self._rotate(q, turns), self._rotate(k, turns), v.unflatten(-1, (-1, self.head_dim)))
-        return Branches(seen, self._fast_heads(q, k, v, turns))
+        return Branches(seen, lambda: self._fast_heads(q, k, v, turns))
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, state: AttentionState, cu_seqlens: Tensor | None

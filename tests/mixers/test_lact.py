@@ -7,6 +7,7 @@ import torch
 from tolerances import assert_close
 
 from fastweight.mixers.lact import Lact, LactConfig
+from fastweight.model import Model
 from fastweight.ops import dispatch
 from fastweight.ops.lact import LactPending, lact
 from fastweight.ops.lact.update import network
@@ -93,7 +94,7 @@ def test_every_earlier_token_influences_the_last_output(name):
 
 def learnt(mixer, x, q, k, v):
     """What the fast network learns from at the start of the text."""
-    _, fast = mixer._branches(q, k, v, torch.zeros(len(x), dtype=torch.int64), None)
+    fast = mixer._branches(q, k, v, torch.zeros(len(x), dtype=torch.int64), None).fast()
     return LactPending(fast.k, fast.v, *mixer._scalars(x)[:2])
 
 
@@ -118,7 +119,7 @@ def test_shifting_all_positions_changes_the_fast_network_but_not_attention():
     here, there = (mixer._attend(*b.attention, mixer.init_state(2).window, None)[0] for b in branches)
     assert_close(there, here, 1e-6)  # angles are float32
     weights = mixer.init_state(2).fast.memory.weights
-    a, b = (network(weights, b.fast.q.transpose(1, 2)) for b in branches)
+    a, b = (network(weights, b.fast().q.transpose(1, 2)) for b in branches)
     assert (a - b).norm() > 0.01 * a.norm()
 
 
@@ -126,7 +127,7 @@ def test_fast_queries_rotate_within_attention_heads():
     # Four attention heads of four channels, two fast heads of eight: a rotation pairs channels i and i + 2 of a block
     # of four, so each such pair keeps its norm at every position, and pairs of a block of eight do not.
     mixer, x = mixer_of("momentum"), tokens(1).expand(2, 6, D_MODEL)
-    q = mixer._branches(*mixer._qkv(x), torch.zeros(2, dtype=torch.int64), None).fast.q
+    q = mixer._branches(*mixer._qkv(x), torch.zeros(2, dtype=torch.int64), None).fast().q
     by_four = q.flatten(2).unflatten(-1, (4, 2, 2)).norm(dim=3)
     by_eight = q.unflatten(-1, (2, 4)).norm(dim=3)
     assert_close(by_four, by_four[:, :1].expand_as(by_four), 1e-6)
@@ -284,3 +285,19 @@ def test_initial_weights_of_low_rank_are_the_same_under_autocast():
         got = mixer.init_state(1)
     for (name, a), (_, b) in zip(tensors(got.fast.memory), tensors(want.fast.memory), strict=True):
         assert torch.equal(a, b), name
+
+
+def test_a_compiled_layer_keeps_no_tokens_of_its_whole_width_in_float32_for_the_backward_pass():
+    mixer = Model.from_preset("tiny-lact").mixers()[0]
+    x, kept = torch.randn(1, 256, mixer.d_model, requires_grad=True), []
+
+    def keep(t: torch.Tensor) -> torch.Tensor:
+        kept.append(t)
+        return t
+
+    run = torch.compile(mixer.parallel, backend="aot_eager_decomp_partition")
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), torch.autocast("cpu", torch.bfloat16):
+        run(x, mixer.init_state(1))
+    wide = [t for t in kept if t.shape == x.shape]
+    assert wide
+    assert {t.dtype for t in wide if t is not x} == {torch.bfloat16}

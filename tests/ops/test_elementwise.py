@@ -9,7 +9,7 @@ from interpreter import interpreted, needs_triton, within_arguments
 from tolerances import assert_close, assert_trees_close
 
 from fastweight.layers import FeedForward, FeedForwardConfig, RMSNorm
-from fastweight.mixers.lact import Lact, LactConfig
+from fastweight.mixers.lact import Branches, Lact, LactConfig
 from fastweight.ops import elementwise
 from fastweight.ops.attention import AttentionState, attention
 from fastweight.ops.elementwise import FLAT, kernels_run
@@ -84,6 +84,10 @@ def layer_of(name, dtype, d_model=96):
     return layer.to(DEVICE, dtype)
 
 
+def heads_of(branches: Branches) -> list[torch.Tensor]:
+    return [*branches.attention, *branches.fast()]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 1), (3, 1), (2, 3)])
 @pytest.mark.parametrize("name", LAYERS)
@@ -92,8 +96,8 @@ def test_what_surrounds_the_memory_of_lact_is_what_it_was(name, shape, dtype, ke
     layer, x = layer_of(name, dtype, width), draw(*shape, width, dtype=dtype)
     qkv = 3 * draw(*shape, 3 * width, dtype=dtype)
     position = torch.tensor([5, 0, 70000], device=DEVICE)[: shape[0]]
-    compare(lambda: [t for b in layer._branches(*layer._qkv(x), position, None) for t in b], dtype)
-    compare(lambda: [t for b in layer._branches(*qkv.chunk(3, -1), position, None) for t in b], dtype)
+    compare(lambda: heads_of(layer._branches(*layer._qkv(x), position, None)), dtype)
+    compare(lambda: heads_of(layer._branches(*qkv.chunk(3, -1), position, None)), dtype)
     scalars = lambda: [t for t in layer._scalars(x) if t is not None]  # noqa: E731
     compare(scalars, dtype)
     monkeypatch.setattr(elementwise, "FEW", 0)
@@ -106,7 +110,7 @@ def test_what_surrounds_the_memory_of_lact_is_what_it_was(name, shape, dtype, ke
 def test_packed_tokens_rotate_by_their_own_positions(kernels):
     layer, x = layer_of("plain", torch.float32), draw(1, 9, 96, dtype=torch.float32)
     ends, position = torch.tensor([0, 4, 9], device=DEVICE), torch.tensor([3, 40], device=DEVICE)
-    compare(lambda: [t for b in layer._branches(*layer._qkv(x), position, ends) for t in b], torch.float32)
+    compare(lambda: heads_of(layer._branches(*layer._qkv(x), position, ends)), torch.float32)
 
 
 def test_rates_keep_their_digits_where_they_are_small_and_where_they_are_large(kernels):
