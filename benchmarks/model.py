@@ -59,7 +59,7 @@ def main(
     Args:
         device: Where to run; auto takes the GPU if there is one.
         presets: Which models; by default those named above for the device.
-        decoding: Which of them also decode; all if it is not given.
+        decoding: Which of them also decode; all if it is not given, none if it is given no name.
         seq_len: Tokens of one training step (one sequence); 32,768 on a GPU, 512 on a CPU.
         positions: Tokens read before decoding, early and late; 2,048 and 131,072 on a GPU.
         compile: Compile each block; on a GPU the default.
@@ -94,7 +94,8 @@ def main(
     for record in trained if profile else ():  # last: see `profile_steps`
         record["profile"] = train.profile_steps(record["preset"], "adamw", options)
         write_json(json, {"machine": about, "training": trained, "decoding": decoded})
-    print_table("One decoding step and the state", decode.columns(at), [decode.cells(row) for row in decoded])
+    if decoded:
+        print_table("One decoding step and the state", decode.columns(at), [decode.cells(row) for row in decoded])
 
 
 if __name__ == "__main__":
