@@ -289,6 +289,17 @@ def token_jobs(dim: int) -> list[dict]:
     return jobs
 
 
+def count_job() -> dict:
+    """What counts the updates that did not happen."""
+    from fastweight.ops.lact.fused import COUNT_TILE
+
+    numbers = ("row", "number", "order", "started", "count", "first", "count_out", "first_out")
+    signature = dict.fromkeys(("due", "good"), "*u8") | dict.fromkeys(numbers, "*i64")
+    signature |= {"chunks": "i32", "size": "i32", "BLOCK": "constexpr"}
+    kernel = "fastweight.ops.lact.kernels_pieces:count_refused"
+    return {"kernel": kernel, "signature": signature, "constants": {"BLOCK": COUNT_TILE}, "num_warps": 1}
+
+
 def update_jobs(dim: int) -> list[dict]:
     """What makes weights of directions, and back."""
     from fastweight.ops.lact.fused import FLAT, ROWS
@@ -316,7 +327,7 @@ def update_jobs(dim: int) -> list[dict]:
 
 @needs_triton
 def test_the_kernels_fit_an_h100_without_spills():
-    small = [*hidden_jobs(384), *token_jobs(384), *update_jobs(384)]
+    small = [*hidden_jobs(384), *token_jobs(384), *update_jobs(384), count_job()]
     for found in compile_for(90, [*muon_jobs(384, 2), muon_jobs(384, 4)[0], *small]):
         assert found["shared"] <= SHARED_LIMIT, found
         assert found["spills"] == 0, found

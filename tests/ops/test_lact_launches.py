@@ -214,6 +214,31 @@ def test_faults_of_whole_chunks_are_counted_by_sequence():
     assert found.first.tolist() == [CHUNK, -1, 0]
 
 
+@needs_triton
+@pytest.mark.parametrize("tile", [4, 64])
+@pytest.mark.parametrize("where", ["whole chunks", "anywhere", "only the device knows"])
+def test_the_kernel_counts_the_faults_of_any_layout(where, tile, monkeypatch, poisoned_empty):
+    from fastweight.ops.lact import fused, kernels_pieces
+
+    interpreted(kernels_pieces)
+    monkeypatch.setattr(fused, "COUNT_TILE", tile)
+    at = [0, 0, 0] if where == "whole chunks" else [3, CHUNK, 2 * CHUNK + 1]
+    lengths = [2 * CHUNK + 1, 5 * CHUNK, CHUNK] if where == "anywhere" else [4 * CHUNK] * 3
+    position = torch.tensor(at)
+    plan = layout.lay_out(position, lengths, None if where == "only the device knows" else at, CHUNK)
+    assert plan.plan.dense == (where == "whole chunks")
+    torch.manual_seed(0)
+    before, good = Faults(torch.tensor([2, 0, 0]), torch.tensor([0, -1, -1])), plan.due.clone()
+    for chance in (0.0, 0.5, 1.0):
+        good &= torch.rand(len(good)) >= chance
+        with within_arguments():
+            found = layout.count(before, good, plan, fused=True)
+        want = layout.count(before, good, plan)
+        assert found.count.tolist() == want.count.tolist()
+        assert found.first.tolist() == want.first.tolist()
+    assert (want.count > before.count).all()
+
+
 def test_layouts_of_whole_chunks_are_made_once_and_fit_for_training():
     position = torch.zeros(2, dtype=torch.int64)
     layout._dense.cache_clear()

@@ -76,7 +76,7 @@ def _read_chunks(
         rule.update, precise, fused, save=torch.is_grad_enabled() and any(t.requires_grad for t in leaves),
     )  # fmt: skip
     y, end, good = unit.run(queries, *grid, layout.due, memory, settings)
-    faults = count(state.faults, good, layout)
+    faults = count(state.faults, good, layout, fused=fused and not unit.traced())
     after = LactState(unpack(end, state.memory, layout), pending, position, faults)
     return layout.plan.scatter(y, q.shape[0]), after
 

@@ -8,8 +8,10 @@ from torch import Tensor
 from fastweight.ops.lact import kernels_pieces
 from fastweight.ops.lact.fused_muon import iterates, orthogonalise, orthogonalise_gradient, parts_of, power
 from fastweight.ops.lact.grid import Carry, Shape
+from fastweight.ops.lact.layout import Layout
 from fastweight.ops.lact.pieces import TORCH, Pieces
 from fastweight.ops.launch import launch
+from fastweight.state import Faults
 
 # Kernels as the launcher sees them: tensors and numbers in, which their own signatures do not say.
 _PIECES: Any = kernels_pieces
@@ -19,6 +21,7 @@ _PIECES: Any = kernels_pieces
 HIDDEN_TILE = (8, 128)  # rows and columns of the hidden layer
 SWAP_TILE = (2048, 128)  # elements that change places, and columns at most
 FINITE_TILE = 4096  # elements, whole rows
+COUNT_TILE = 64  # chunks whose updates are counted at once
 ROWS = 4  # of a matrix, in what needs their norms
 FLAT = 1024  # elements
 
@@ -47,6 +50,18 @@ def keep_finite(t: Tensor, good: Tensor) -> None:
         _PIECES.keep_finite, (chunks * parts_of(tokens * heads, tile),), (t, good.view(torch.uint8)),
         (tokens * heads, heads, *t.stride()[:3]), {"D": dim, "ROWS": tile, "BLOCK": columns}, {},
     )  # fmt: skip
+
+
+def count_refused(faults: Faults, good: Tensor, layout: Layout) -> Faults:
+    """As `layout.count`."""
+    given = [layout.row, layout.number, layout.plan.order, layout.started, *(t.contiguous() for t in faults)]
+    count, first = results = [torch.empty_like(t) for t in given[-2:]]
+    launch(
+        _PIECES.count_refused, (len(count),),
+        (layout.due.view(torch.uint8), good.view(torch.uint8), *given, *results),
+        (len(good), layout.plan.chunk_size), {"BLOCK": COUNT_TILE}, {"num_warps": 1},
+    )  # fmt: skip
+    return Faults(count, first)
 
 
 def swiglu(both: Tensor, lr: Tensor | None = None) -> Tensor:

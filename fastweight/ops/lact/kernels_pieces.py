@@ -54,6 +54,30 @@ def keep_finite(
         tl.store(good + r, 0)
 
 
+@triton.jit(do_not_specialize=["chunks", "size"])
+def count_refused(
+    due, good, row, number, order, started, count, first, count_out, first_out, chunks, size, BLOCK: tl.constexpr
+):
+    """Grid: sequences. Updates that were due [R] and are not among the good [R], added to count [N] and first [N].
+
+    row, number: [R] and order, started: [N] of the `Layout`, of chunks of `size` tokens."""
+    n, r = tl.program_id(0), tl.arange(0, BLOCK)
+    latest = tl.full([], 1 << 62, tl.int64)
+    found, earliest = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int64) + latest
+    for offset in range(0, chunks, BLOCK):
+        at = offset + r
+        there = at < chunks
+        own = tl.load(order + tl.load(row + at, mask=there, other=0), mask=there, other=0) == n
+        wanted, done = tl.load(due + at, mask=there, other=0), tl.load(good + at, mask=there, other=0)
+        refused = there & own & (wanted > done)
+        found += refused.to(tl.int32)
+        earliest = tl.minimum(earliest, tl.where(refused, tl.load(number + at, mask=there, other=0), latest))
+    total, old = tl.sum(found), tl.load(first + n)
+    tl.store(count_out + n, tl.load(count + n) + total)
+    new = tl.load(started + n) + tl.min(earliest) * size
+    tl.store(first_out + n, tl.where((old < 0) & (total > 0), new, old))
+
+
 @triton.jit(do_not_specialize=["count", "C"])
 def swiglu(both, hidden, lr, count, C, F: tl.constexpr, RATES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """hidden [count, F] = silu(a) u of both = [a | u] [count, 2F], with RATES times lr of w1 in [z, 3, C]."""

@@ -130,8 +130,13 @@ def unpack(flat: Memory, like: LactMemory, layout: Layout) -> LactMemory:
     return LactMemory(weights, like.norms, parts(flat.momentum), parts(flat.accumulator))
 
 
-def count(faults: Faults, good: Tensor, layout: Layout) -> Faults:
-    """Add the updates that were due, but are not among those that happened, `good` [R]."""
+def count(faults: Faults, good: Tensor, layout: Layout, *, fused: bool = False) -> Faults:
+    """Add the updates that were due, but are not among those that happened, `good` [R]. fused: by one kernel."""
+    if fused:
+        from fastweight.ops.lact.fused import count_refused  # needs triton
+
+        with torch.cuda.device_of(good):
+            return count_refused(faults, good, layout)
     bad = layout.due > good
     if layout.plan.dense:
         by_chunk = bad.unflatten(0, (-1, len(layout.last)))  # [chunks, sequences]

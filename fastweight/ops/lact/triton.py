@@ -19,7 +19,7 @@ def refuses(q: Tensor, *args: Any, **settings: Any) -> str | None:
     if reason or not args:
         return reason or _too_large(q.shape[-1])
     _, tokens, state = args[:3]
-    given = (*tokens, *state.memory.weights, state.position)
+    given = (*tokens, *state.memory.weights, state.position, *state.faults)
     if others := [t.device for t in given if t is not None and t.device != q.device]:
         found = ", ".join(sorted({str(device) for device in (q.device, *others)}))  # kernels get bare addresses
         return f"needs all tensors on one device, got {found}. Move them to the device of q."

@@ -63,7 +63,7 @@ def run(
     q, k, v: [R, C, H, D], chunks as a `ChunkPlan` lays them, and memory's rows in its order. lr: [R, C, H, 3, 1 or D].
     beta: [R, C, H] or None, momentum coefficients. due: [R], which chunks an update may follow.
     """
-    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():  # traced, or counted
+    if traced():
         found = lact_chunks(q, k, v, lr, beta, due, *memory, *settings)[:5]
     elif settings.save:
         found = _Eager.apply(settings, q, k, v, lr, beta, due, *memory)
@@ -76,6 +76,11 @@ def run(
         None if memory.accumulator is None else accumulator,
     )  # fmt: skip
     return y, end, good
+
+
+def traced() -> bool:
+    """Whether what is called now is written down, or counted, in place of being run alone."""
+    return torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
 
 
 @torch.library.custom_op("fastweight::lact_chunks", mutates_args=())
