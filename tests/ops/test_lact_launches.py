@@ -84,11 +84,14 @@ def test_a_desk_launches_no_more_around_its_replays_than_is_written_down(monkeyp
 
 
 @needs_triton
-@pytest.mark.parametrize("part", ["k", "lr", "momentum"])
+@pytest.mark.parametrize("part", ["k", "lr", "momentum", "faults"])
 def test_tensors_of_several_devices_are_refused(part):
     problem = Problem(RULES["momentum"], 2 * CHUNK, dtype=torch.float32)
     state = problem.init(2)
-    problem.x[part] = problem.x[part].to("meta")
+    if part == "faults":
+        state = state._replace(faults=Faults.none(2, "meta"))
+    else:
+        problem.x[part] = problem.x[part].to("meta")
     with pytest.raises(ValueError, match="one device, got cpu, meta. Move them to the device of q"):
         problem.read(state, backend="triton")
 

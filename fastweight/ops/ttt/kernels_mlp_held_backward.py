@@ -5,10 +5,10 @@
 follows from dy alone; of dx and dP1, which also depend on the memory's gradient, it leaves only how they come to count:
 E0 = dP1 ⊙ φ'(z1), the part of dE, and A0 = dx ⊙ φ'(z1) + dP1 ⊙ E ⊙ φ''(z1), that of dz1; and dP2 with E0 W2 in it.
 `mlp_walk_held` (kernels_mlp_held_walk.py) goes from the last mini-batch to the first with the memory's gradient in
-registers, U1 and U2ᵀ [D, C]. With pull1 = k U1 + u1, F = pull1 ⊙ φ'(z1), pull2 = x U2 + u2 and λ as there:
+registers, U1ᵀ and U2 [C, D]. With pull1 = k U1 + u1, F = pull1 ⊙ φ'(z1), pull2 = x U2 + u2 and λ as there:
 dP2 += λ (pull2 + F W2), dE = E0 + λ F; dr, dG → dz2, dY as there; X = λ P2 U2ᵀ + dz2 W2ᵀ;
 dz1 = A0 + X ⊙ φ'(z1) + λ pull1 ⊙ E ⊙ φ''(z1); dk += λ P1 U1ᵀ − dY, dv = dY;
-dW1 = dW1' + qᵀ dm + kᵀ dz1; dW2ᵀ = dW2'ᵀ + d readᵀ a + dz2ᵀ x + P2ᵀ dE; dS += λ U.
+dW1 = dW1' + qᵀ dm + kᵀ dz1; dW2 = dW2' + aᵀ d read + xᵀ dz2 + dEᵀ P2; dS += λ U.
 `mlp_keys_held`, one program per mini-batch and head, ends with dk += dz1 W1ᵀ.
 """
 
