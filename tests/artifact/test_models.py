@@ -1,7 +1,6 @@
 """Whole models: what calibration sees, every kind of layer, fitting under a cap, and what GPTQ is worth."""
 
 import dataclasses
-import socket
 import subprocess
 import sys
 
@@ -10,6 +9,7 @@ import torch
 import torch.multiprocessing as multiprocessing
 from artifact.trained import calibration, divergence, train_model
 from laws.cases import CASES
+from ports import free_port
 from safetensors.torch import load_file, save_file
 from tolerances import assert_close
 
@@ -122,12 +122,6 @@ def _rank(rank: int, port: int, folder: str) -> None:
     found = collect_hessians(make_model(), batches)
     save_file(found, f"{folder}/{rank}.safetensors")
     torch.distributed.destroy_process_group()
-
-
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
 
 
 def test_golf_p10_two_ranks_with_different_numbers_of_batches_get_the_sum(tmp_path):

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from distributed import cut_cases, runs
+from ports import free_port
 from training_cases import make_store
 
 import fastweight
@@ -26,6 +27,25 @@ def launch(processes: int, arguments: list[str]) -> subprocess.CompletedProcess[
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, env=environment)
+
+
+def launch_unwatched(arguments: list[str]) -> list[tuple[int, str]]:
+    """(exit code, stderr) of two processes that work together, where no launcher ends one when the other is gone."""
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | place | {"PYTHONPATH": str(ROOT)}
+    both = [
+        subprocess.Popen(
+            [sys.executable, *arguments], env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        said = [process.communicate(timeout=SECONDS)[1] for process in both]
+    finally:
+        for process in both:
+            process.kill()
+    return [(process.returncode, words) for process, words in zip(both, said, strict=True)]
 
 
 def make_runs(processes: int, store: Path, jobs: list[dict]) -> subprocess.CompletedProcess[str]:
