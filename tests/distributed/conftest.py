@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from distributed import cut_cases, runs
-from ports import free_port
+from ports import free_port, place_of
 from training_cases import make_store
 
 import fastweight
@@ -20,22 +20,21 @@ from fastweight.train import train
 WORKER = Path(__file__).parent / "worker.py"
 ROOT = Path(fastweight.__file__).parent.parent
 SECONDS = 270  # a minute's work on two free cores
+SETTINGS = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 def launch(processes: int, arguments: list[str]) -> subprocess.CompletedProcess[str]:
     """Run a script or module in so many processes that work together on this machine."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, env=os.environ | SETTINGS)
 
 
 def launch_unwatched(arguments: list[str]) -> list[tuple[int, str]]:
     """(exit code, stderr) of two processes that work together, where no launcher ends one when the other is gone."""
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    environment = os.environ | place | {"PYTHONPATH": str(ROOT)}
+    port = free_port()
     both = [
         subprocess.Popen(
-            [sys.executable, *arguments], env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            [sys.executable, *arguments], env=os.environ | SETTINGS | place_of(rank, port),
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         )
         for rank in range(2)

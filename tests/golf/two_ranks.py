@@ -2,12 +2,12 @@
 
 import multiprocessing
 import os
-import socket
 import time
 import traceback
 
 import torch
 from golf.golf_cases import PACK, SCORING
+from ports import free_port, place_of
 
 import fastweight.artifact.hessians
 import fastweight.golf.packing
@@ -42,8 +42,7 @@ TROUBLES = {
 
 def finish_as(rank, port, run, trouble, timeout, pipe):
     """Finish `run` as one rank; sends its ledger, or the last line of its traceback."""
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": 2, "RANK": rank, "LOCAL_RANK": rank}
-    os.environ |= {name: str(value) for name, value in place.items()}
+    os.environ |= place_of(rank, port)
     torch.set_num_threads(1)
     TROUBLES[trouble]()
     try:
@@ -56,9 +55,7 @@ def finish_as(rank, port, run, trouble, timeout, pipe):
 
 def run_two(run, trouble="none", on=1, other="none", timeout=3600.0, wait_for=(0, 1)):
     """What each rank of `wait_for` sent, None from one that died; both have ended, or are ended, afterwards."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     ends = [CONTEXT.Pipe(duplex=False) for _ in range(2)]
     processes = [
         CONTEXT.Process(

@@ -34,7 +34,7 @@ def test_the_kernels_fit_on_a_hopper_gpu():
         bound = HELD_SHARED if name == "mlp_walk_held" else bound
         assert kernel["shared"] <= min(SHARED_LIMIT, bound), name
         assert kernel["spills"] <= most, f"{name}, {dim}: {kernel['spills']} bytes of local memory per thread"
-        assert kernel["wgmma"] or name not in ("mlp_forward_held", "mlp_walk_held"), f"{name}, {dim}"
+        assert kernel["wgmma"] or name not in ("mlp_forward_held", "mlp_walk_held", "mlp_end_held"), f"{name}, {dim}"
 
 
 def test_the_reads_of_first_mini_batches_fit_on_a_hopper_gpu():

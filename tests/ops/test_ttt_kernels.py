@@ -163,9 +163,13 @@ def test_what_does_not_fit_into_registers_is_streamed(monkeypatch):
     assert not held(dim=16)  # four hidden units for each channel, at most
     monkeypatch.setattr(layout, "MLP_DESIGN", DESIGNS["held"])
     assert held("forward")
-    monkeypatch.setattr(layout, "shared_memory", lambda _device: 163 << 10)
-    assert not held()
-    assert not held("forward")
+    for most in (163 << 10, 204 << 10):
+        monkeypatch.setattr(layout, "shared_memory", lambda _device, most=most: most)
+        assert not held()
+        assert not held("forward")
+    monkeypatch.setattr(layout, "shared_memory", lambda _device: 227 << 10)
+    assert held()
+    assert held("forward")
 
 
 @kinds
