@@ -25,7 +25,7 @@ def _decoding(found: dict[str, Any]) -> str:
 
 def _whole_models(found: dict[str, Any]) -> str:
     trained = table(model.COLUMNS, [model.training_row(r) for r in found["training"]])
-    return f"{trained}\n\n{_decoding({'rows': found['decoding']})}" if "decoding" in found else trained
+    return f"{trained}\n\n{_decoding({'rows': found['decoding']})}" if found.get("decoding") else trained
 
 
 def _processes(found: dict[str, Any]) -> str:
